@@ -1,0 +1,1 @@
+"""The IngestRun operator: batch ingestion on Kubernetes, with a cancel that can be trusted."""

@@ -1,0 +1,49 @@
+"""Labels, annotations and the names of Jobs."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+GROUP: Final = "ingestrun.dev"
+VERSION: Final = "v1alpha1"
+KIND: Final = "IngestRun"
+PLURAL: Final = "ingestruns"
+
+LABEL_RUN: Final = f"{GROUP}/run"
+"""The run's name, where it fits a label's 63 characters; for people. Code selects by the UID."""
+LABEL_RUN_UID: Final = f"{GROUP}/run-uid"
+LABEL_BATCH: Final = f"{GROUP}/batch"
+LABEL_STAGE: Final = f"{GROUP}/stage"
+LABEL_STEP: Final = f"{GROUP}/step"
+"""The stage's place in the batch, from 0 (fetch): tells one hook from another."""
+LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
+LABEL_BLOCK: Final = f"{GROUP}/block"
+"""A number shared by neighbouring batches, so that their Jobs can be deleted by one call."""
+
+BLOCK_BATCHES: Final = 32
+
+ANNOTATION_REQUESTED_BY: Final = f"{GROUP}/cancel-requested-by"
+
+_HASH_CHARS: Final = 10
+
+
+def job_name(*, run_name: str, run_uid: str, batch: int, step_name: str, attempt: int) -> str:
+    """The one name that a batch's stage and attempt can have: the same after any restart, at most 63 characters.
+
+    The run's UID is hashed into it, so a run that is deleted and created anew under its old name shares no
+    Job name with its predecessor.
+    """
+    tail = f"{batch}-{step_name}-{attempt}"
+    digest = hashlib.sha256(f"{run_uid}/{tail}".encode()).hexdigest()[:_HASH_CHARS]
+    room = 63 - len(digest) - len(tail) - 2
+    if room < 8:
+        tail = f"{batch}-{attempt}"
+        room = 63 - len(digest) - len(tail) - 2
+    head = run_name.replace(".", "-")[:room].strip("-")
+    return f"{head}-{tail}-{digest}"
+
+
+def block_of(batch: int) -> int:
+    """Which block of batches a batch belongs to."""
+    return batch // BLOCK_BATCHES

@@ -1,0 +1,229 @@
+"""`spec` of an IngestRun. The CRD (crds/ingestruns.yaml) is handwritten and held to these models by a test."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from ingestrun.model.base import KubeModel
+from ingestrun.model.worker import SecretKeySelector, Sink, Source, Validate, exactly_one
+
+DnsLabel = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+ObjectName = Annotated[
+    str, StringConstraints(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+]
+Seconds = Annotated[int, Field(ge=1, le=31_536_000)]
+
+MAX_PARTITIONS = 1_000_000
+MAX_FAILED_BATCHES = 100
+"""Every failed batch may cut three ranges of the status in two (35 bytes); this many keep the object below 16 KiB."""
+
+
+class OnBatchFailure(StrEnum):
+    """What a batch that has failed for good does to its run."""
+
+    FAIL_RUN = "FailRun"
+    CONTINUE = "Continue"
+
+
+class ConfigMapKeySelector(KubeModel):
+    """A key of a ConfigMap in the run's namespace."""
+
+    name: ObjectName
+    key: Annotated[str, StringConstraints(min_length=1, max_length=253)]
+
+
+class EnvVarSource(KubeModel):
+    """Where a variable's value comes from; exactly one."""
+
+    secret_key_ref: SecretKeySelector | None = None
+    config_map_key_ref: ConfigMapKeySelector | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        exactly_one(self, "secret_key_ref", "config_map_key_ref")
+        return self
+
+
+class EnvVar(KubeModel):
+    """A variable of a container; names that begin with INGEST_ belong to the contract."""
+
+    name: Annotated[str, StringConstraints(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    value: Annotated[str, StringConstraints(max_length=4096)] | None = None
+    value_from: EnvVarSource | None = None
+
+
+class LocalObjectReference(KubeModel):
+    """An object of the run's namespace, by name."""
+
+    name: ObjectName
+
+
+class EnvFromSource(KubeModel):
+    """All keys of a Secret or a ConfigMap as variables; exactly one."""
+
+    secret_ref: LocalObjectReference | None = None
+    config_map_ref: LocalObjectReference | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        exactly_one(self, "secret_ref", "config_map_ref")
+        return self
+
+
+class Resources(KubeModel):
+    """Requests and limits, as a container has them."""
+
+    requests: dict[str, str | int] = {}
+    limits: dict[str, str | int] = {}
+
+
+class StageSettings(KubeModel):
+    """What can be set for any stage, the built-in worker's included."""
+
+    resources: Resources | None = None
+    active_deadline_seconds: Seconds | None = None
+    retries: Annotated[int, Field(ge=0, le=100)] | None = None
+
+
+class Container(StageSettings):
+    """A stage by one's own image, under the container contract v1 (docs/contract.md)."""
+
+    image: Annotated[str, StringConstraints(min_length=1, max_length=512)]
+    image_pull_policy: Annotated[str, StringConstraints(pattern=r"^(Always|IfNotPresent|Never)$")] | None = None
+    command: list[str] | None = None
+    args: list[str] | None = None
+    env: list[EnvVar] = []
+    env_from: list[EnvFromSource] = []
+
+
+class Hook(StageSettings):
+    """A stage between fetch and publish: the built-in `validate`, or one's own `container`."""
+
+    name: DnsLabel
+    validate_: Annotated[Validate | None, Field(alias="validate")] = None
+    container: Container | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        exactly_one(self, "validate_", "container")
+        return self
+
+
+class PodTemplate(KubeModel):
+    """What the pods of all stages share."""
+
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    service_account_name: ObjectName | None = None
+    node_selector: dict[str, str] = {}
+    tolerations: list[dict[str, Any]] = []
+    image_pull_secrets: list[LocalObjectReference] = []
+    priority_class_name: ObjectName | None = None
+    volumes: list[dict[str, Any]] = []
+    volume_mounts: list[dict[str, Any]] = []
+
+
+class PersistentVolumeClaimSource(KubeModel):
+    """A claim in the run's namespace."""
+
+    claim_name: ObjectName
+
+
+class Workspace(KubeModel):
+    """Where stages hand data on."""
+
+    persistent_volume_claim: PersistentVolumeClaimSource
+
+
+class CursorBatches(KubeModel):
+    """A cursor chain: batch n+1 starts from the cursor that n's fetch returned."""
+
+    start: Annotated[str, StringConstraints(max_length=512)] = ""
+
+
+class Partitions(KubeModel):
+    """A list that is known beforehand, or only its length; exactly one."""
+
+    count: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] | None = None
+    values: (
+        Annotated[
+            list[Annotated[str, StringConstraints(min_length=1, max_length=128)]],
+            Field(min_length=1, max_length=1000),
+        ]
+        | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        exactly_one(self, "count", "values")
+        return self
+
+    @property
+    def total(self) -> int:
+        """How many partitions there are."""
+        return len(self.values) if self.values is not None else self.count or 0
+
+
+class Batches(KubeModel):
+    """How the source is cut into batches; exactly one of `cursor` and `partitions`."""
+
+    cursor: CursorBatches | None = None
+    partitions: Partitions | None = None
+    size: Annotated[int, Field(ge=1, le=100_000_000)] = 10_000
+    limit: Annotated[int, Field(ge=1, le=2**53)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        exactly_one(self, "cursor", "partitions")
+        return self
+
+
+class Backoff(KubeModel):
+    """Seconds before a retry: doubling from `initialSeconds`, at most `maxSeconds`, with jitter."""
+
+    initial_seconds: Annotated[int, Field(ge=0, le=86_400)] = 10
+    max_seconds: Annotated[int, Field(ge=0, le=86_400)] = 600
+
+
+class Backpressure(KubeModel):
+    """What to do while the cluster has no room: ask again every `retrySeconds`."""
+
+    retry_seconds: Annotated[int, Field(ge=1, le=3600)] = 60
+
+
+class Cancellation(KubeModel):
+    """What a cancel is to say."""
+
+    reason: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+
+
+class IngestRunSpec(KubeModel):
+    """What is to be ingested, and how."""
+
+    cancel: bool = False
+    cancellation: Cancellation = Cancellation()
+    suspend: bool = False
+    source: Source | None = None
+    fetch: Container | None = None
+    hooks: Annotated[list[Hook], Field(max_length=16)] = []
+    sink: Sink | None = None
+    publish: Container | None = None
+    pod_template: PodTemplate = PodTemplate()
+    workspace: Workspace | None = None
+    batches: Batches
+    parallelism: Annotated[int, Field(ge=1, le=1000)] = 4
+    retries: Annotated[int, Field(ge=0, le=100)] = 3
+    backoff: Backoff = Backoff()
+    on_batch_failure: OnBatchFailure = OnBatchFailure.FAIL_RUN
+    max_failed_batches: Annotated[int, Field(ge=1, le=MAX_FAILED_BATCHES)] | None = None
+    backpressure: Backpressure = Backpressure()
+    active_deadline_seconds: Seconds | None = None
+
+    @model_validator(mode="after")
+    def _each_stage_once(self) -> Self:
+        exactly_one(self, "source", "fetch")
+        exactly_one(self, "sink", "publish")
+        return self

@@ -1,0 +1,128 @@
+"""`status` of an IngestRun: constant in size, however many batches there are."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Final, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+
+from ingestrun.model.base import KubeModel
+from ingestrun.model.ranges import IndexRanges
+
+
+class Phase(StrEnum):
+    """Where a run stands; derived from the facts by the planner, kept because it is what people read."""
+
+    PENDING = "Pending"
+    RUNNING = "Running"
+    SUSPENDED = "Suspended"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    CANCELLED = "Cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing leaves this phase any more."""
+        return self in _ENDED
+
+
+_ENDED: Final = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED})
+
+
+def _ranges(value: object) -> object:
+    return IndexRanges.parse(value) if isinstance(value, str) else value
+
+
+def _micro_free(value: datetime) -> str:
+    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+Ranges = Annotated[IndexRanges, BeforeValidator(_ranges), PlainSerializer(str, return_type=str)]
+Time = Annotated[datetime, PlainSerializer(_micro_free, return_type=str)]
+"""UTC, in whole seconds: Kubernetes' metav1.Time."""
+Count = Annotated[int, Field(ge=0)]
+
+
+class Condition(KubeModel):
+    """metav1.Condition."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str = ""
+    last_transition_time: Time
+    observed_generation: int | None = None
+
+
+class BatchesStatus(KubeModel):
+    """Which batches have got how far, as index ranges ("0-41,43")."""
+
+    model_config = KubeModel.model_config | {"arbitrary_types_allowed": True}
+
+    claimed: Ranges = IndexRanges()
+    fetched: Ranges = IndexRanges()
+    published: Ranges = IndexRanges()
+    failed: Ranges = IndexRanges()
+    active: Count = 0
+    exhausted: bool = False
+    progress: str = ""
+
+
+class RecordsStatus(KubeModel):
+    """Rows, counted once a batch: `fetched` when its fetch has ended, the others when it is published."""
+
+    fetched: Count = 0
+    rejected: Count = 0
+    published: Count = 0
+
+
+class StageFailure(KubeModel):
+    """One failed attempt: which batch, which stage, why."""
+
+    batch: Count
+    stage: str
+    attempt: Count
+    reason: str
+    message: str
+    time: Time
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        """What tells one failed attempt from another."""
+        return (self.batch, self.stage, self.attempt)
+
+
+class CancellationStatus(KubeModel):
+    """A cancel's own record: why, when, and what became of the batches that were in flight."""
+
+    model_config = KubeModel.model_config | {"arbitrary_types_allowed": True}
+
+    reason: str | None = None
+    requested_by: str | None = None
+    accepted_at: Time
+    in_flight: Count = 0
+    drained_at: Time | None = None
+    published: Ranges = IndexRanges()
+    not_published: Ranges = IndexRanges()
+
+
+class IngestRunStatus(KubeModel):
+    """What the operator knows of a run."""
+
+    observed_generation: int = -1
+    phase: Phase | None = None
+    conditions: list[Condition] = []
+    batches: BatchesStatus = BatchesStatus()
+    records: RecordsStatus = RecordsStatus()
+    cursor: str | None = None
+    failures: list[StageFailure] = []
+    start_time: Time | None = None
+    completion_time: Time | None = None
+    last_progress_time: Time | None = None
+    cancellation: CancellationStatus | None = None
+
+    def condition(self, kind: str) -> Condition | None:
+        """The condition of that type, if there is one."""
+        return next((condition for condition in self.conditions if condition.type == kind), None)
