@@ -1,0 +1,117 @@
+"""The counts of a run: which batches are in flight, what may be claimed, and how ended batches are counted."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final, TypeVar
+
+from ingestrun.engine.batches import Batch, Rules, assess
+from ingestrun.engine.facts import JobView
+from ingestrun.engine.steps import steps_of
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.run import IngestRun
+from ingestrun.model.spec import IngestRunSpec
+from ingestrun.model.status import BatchesStatus, CancellationStatus, IngestRunStatus, RecordsStatus, StageFailure
+
+Model = TypeVar("Model", IngestRunStatus, BatchesStatus, CancellationStatus)
+
+KEPT_FAILURES: Final = 5
+"""How many failed attempts the status shows: the latest ones."""
+
+
+def in_flight(batches: BatchesStatus) -> IndexRanges:
+    """The batches that are claimed and not accounted for yet."""
+    return batches.claimed - batches.published - batches.failed
+
+
+def claimable(spec: IngestRunSpec, batches: BatchesStatus, records: RecordsStatus) -> int:
+    """How many more batches may be claimed now, `parallelism` apart.
+
+    A chain's next batch needs the cursor of the one before, so there is at most one; and none once the source
+    has said `exhausted` or `limit` records have been read.
+    """
+    if spec.batches.partitions is not None:
+        return spec.batches.partitions.total - batches.claimed.first_gap
+    limit_reached = spec.batches.limit is not None and records.fetched >= spec.batches.limit
+    chain_waits = bool(batches.claimed - batches.fetched)
+    return 0 if batches.exhausted or limit_reached or chain_waits else 1
+
+
+def fetch_limit(spec: IngestRunSpec, records: RecordsStatus) -> int | None:
+    """How many records the chain's next fetch may read; None for partitions, which are read whole."""
+    if spec.batches.cursor is None:
+        return None
+    if spec.batches.limit is None:
+        return spec.batches.size
+    return min(spec.batches.size, spec.batches.limit - records.fetched)
+
+
+def cursor_of(run: IngestRun, status: IngestRunStatus) -> str:
+    if status.cursor is not None:
+        return status.cursor
+    return run.spec.batches.cursor.start if run.spec.batches.cursor is not None else ""
+
+
+def merged_failures(old: Iterable[StageFailure], seen: Iterable[StageFailure]) -> list[StageFailure]:
+    """The latest failed attempts of both, each once: the same whatever the order they were seen in."""
+    by_key = {failure.key: failure for failure in (*seen, *old)}
+    latest = sorted(by_key.values(), key=lambda failure: (failure.time.replace(microsecond=0), failure.key))
+    return latest[-KEPT_FAILURES:]
+
+
+def assess_all(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> list[Batch]:
+    spec, status = run.spec, run.status
+    by_batch: Mapping[int, list[JobView]] = defaultdict(list)
+    for job in jobs:
+        by_batch[job.job.batch].append(job)
+    rules = Rules(
+        run_uid=run.metadata.uid,
+        steps=steps_of(spec),
+        backoff=spec.backoff,
+        chained=spec.batches.cursor is not None,
+        cursor=cursor_of(run, status),
+        fetch_limit=fetch_limit(spec, status.records),
+        now=now,
+    )
+    return [
+        assess(rules, index, by_batch[index], fetch_accounted=index in status.batches.fetched)
+        for index in in_flight(status.batches)
+    ]
+
+
+def accounted(old: IngestRunStatus, seen: Sequence[Batch], *, chained: bool, now: datetime) -> IngestRunStatus:
+    """Take newly ended fetches and batches into the counts: cursor, ranges and records move in one write."""
+    batches, records, cursor = old.batches, old.records, old.cursor
+    fetched = [batch for batch in seen if batch.fetched is not None and batch.index not in batches.fetched]
+    published = [batch for batch in seen if batch.published is not None]
+    failed = [batch for batch in seen if batch.failed is not None]
+    for batch in fetched:
+        assert batch.fetched is not None  # noqa: S101  (for the type checker; just filtered)
+        if chained:
+            cursor = batch.fetched.next_cursor if batch.fetched.next_cursor is not None else cursor
+    batches = with_(
+        batches,
+        fetched=batches.fetched | IndexRanges(batch.index for batch in fetched),
+        published=batches.published | IndexRanges(batch.index for batch in published),
+        failed=batches.failed | IndexRanges(batch.index for batch in failed),
+        exhausted=batches.exhausted or (chained and any(b.fetched.exhausted for b in fetched if b.fetched)),
+    )
+    records = RecordsStatus(
+        fetched=records.fetched + sum(batch.fetched.read for batch in fetched if batch.fetched),
+        rejected=records.rejected + sum(batch.rejected for batch in published),
+        published=records.published + sum(batch.published.written for batch in published if batch.published),
+    )
+    return with_(
+        old,
+        batches=batches,
+        records=records,
+        cursor=cursor,
+        failures=merged_failures(old.failures, (failure for batch in seen for failure in batch.failures)),
+        last_progress_time=now if (fetched or published or failed) else old.last_progress_time,
+    )
+
+
+def with_(model: Model, **changes: Any) -> Model:
+    return model.model_copy(update=changes)

@@ -1,0 +1,232 @@
+"""The Job of one attempt of one stage of one batch: its manifest, and whether a Job found is that one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ingestrun.engine.decisions import Create
+from ingestrun.model import contract as k
+from ingestrun.model import names
+from ingestrun.model.contract import Stage
+from ingestrun.model.run import IngestRun
+from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
+
+WORKER_RESOURCES: Final = {"requests": {"cpu": "100m", "memory": "192Mi"}, "limits": {"memory": "1Gi"}}
+WORKER_USER: Final = 65532
+_LABEL_VALUE: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerImage:
+    """Which image runs the built-in source, hooks and sink."""
+
+    name: str
+    pull_policy: str = "IfNotPresent"
+
+
+def job_manifest(run: IngestRun, create: Create, *, worker: WorkerImage) -> dict[str, Any]:
+    """The Job to create.
+
+    `backoffLimit: 0` and `restartPolicy: Never`: retries are the planner's, so that none happens behind a
+    cancel. Pods are restricted, without a service-account token, and owned by the run through their Job.
+    """
+    start = create.start
+    labels = job_labels(run, create)
+    template = run.spec.pod_template
+    pod_spec: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": WORKER_USER,
+            "runAsGroup": WORKER_USER,
+            "fsGroup": WORKER_USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(run, create, worker)],
+        "volumes": [{"name": "tmp", "emptyDir": {}}, *_workspace_volume(run), *template.volumes],
+    }
+    for key, value in (
+        ("serviceAccountName", template.service_account_name),
+        ("nodeSelector", template.node_selector),
+        ("tolerations", template.tolerations),
+        ("imagePullSecrets", [ref.model_dump() for ref in template.image_pull_secrets]),
+        ("priorityClassName", template.priority_class_name),
+    ):
+        if value:
+            pod_spec[key] = value
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": job_name(run, create),
+            "namespace": run.metadata.namespace,
+            "labels": labels,
+            "ownerReferences": [owner_reference(run)],
+        },
+        "spec": {
+            "backoffLimit": 0,
+            "completions": 1,
+            "parallelism": 1,
+            "podReplacementPolicy": "Failed",
+            "activeDeadlineSeconds": start.step.deadline_seconds,
+            "template": {
+                "metadata": {
+                    "labels": {**template.labels, **labels},
+                    **({"annotations": template.annotations} if template.annotations else {}),
+                },
+                "spec": pod_spec,
+            },
+        },
+    }
+
+
+def job_name(run: IngestRun, create: Create) -> str:
+    """The Job's one possible name."""
+    start = create.start
+    return names.job_name(
+        run_name=run.metadata.name,
+        run_uid=run.metadata.uid,
+        batch=start.batch,
+        step_name=start.step.job_part,
+        attempt=start.attempt,
+    )
+
+
+def job_labels(run: IngestRun, create: Create) -> dict[str, str]:
+    """The labels that say which attempt of what a Job is."""
+    start = create.start
+    labels = {
+        names.LABEL_RUN_UID: run.metadata.uid,
+        names.LABEL_BATCH: str(start.batch),
+        names.LABEL_STAGE: start.step.stage.value,
+        names.LABEL_STEP: str(start.step.index),
+        names.LABEL_ATTEMPT: str(start.attempt),
+        names.LABEL_BLOCK: str(names.block_of(start.batch)),
+        "app.kubernetes.io/managed-by": "ingestrun-operator",
+    }
+    if _LABEL_VALUE.fullmatch(run.metadata.name):
+        labels[names.LABEL_RUN] = run.metadata.name
+    return labels
+
+
+def owner_reference(run: IngestRun) -> dict[str, Any]:
+    """The run as controlling owner: deleting it ends its Jobs, with the operator down too."""
+    return {
+        "apiVersion": f"{names.GROUP}/{names.VERSION}",
+        "kind": names.KIND,
+        "name": run.metadata.name,
+        "uid": run.metadata.uid,
+        "controller": True,
+        "blockOwnerDeletion": False,
+    }
+
+
+def adoptable(run: IngestRun, create: Create, found: Mapping[str, Any]) -> bool:
+    """Whether a Job found under the name is the one that was to be created: every label of ours and the owner agree."""
+    meta = found["metadata"]
+    labels = meta.get("labels") or {}
+    ours = all(labels.get(key) == value for key, value in job_labels(run, create).items())
+    owned = any(
+        ref.get("uid") == run.metadata.uid and ref.get("controller") for ref in meta.get("ownerReferences") or ()
+    )
+    return ours and owned
+
+
+def _container(run: IngestRun, create: Create, worker: WorkerImage) -> dict[str, Any]:
+    step, own = create.start.step, create.start.step.container
+    container: dict[str, Any] = {
+        "name": step.stage.value,
+        "image": own.image if own else worker.name,
+        "env": _environment(run, create),
+        "terminationMessagePath": k.TERMINATION_LOG,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108  (the pod's own emptyDir)
+            *([{"name": "workspace", "mountPath": k.WORKSPACE_MOUNT}] if run.spec.workspace else []),
+            *run.spec.pod_template.volume_mounts,
+        ],
+    }
+    resources = step.settings.resources
+    if resources is not None:
+        container["resources"] = resources.model_dump(exclude_defaults=True)
+    elif own is None:
+        container["resources"] = WORKER_RESOURCES
+    if own is None:
+        container["imagePullPolicy"] = worker.pull_policy
+        return container
+    for key, value in (
+        ("imagePullPolicy", own.image_pull_policy),
+        ("command", own.command),
+        ("args", own.args),
+        ("envFrom", [source.model_dump(by_alias=True, exclude_none=True) for source in own.env_from]),
+    ):
+        if value:
+            container[key] = value
+    return container
+
+
+def _environment(run: IngestRun, create: Create) -> list[dict[str, Any]]:
+    start, step, meta = create.start, create.start.step, run.metadata
+    told: dict[str, str | None] = {
+        k.ENV_CONTRACT: k.VERSION,
+        k.ENV_RUN_NAME: meta.name,
+        k.ENV_RUN_NAMESPACE: meta.namespace,
+        k.ENV_RUN_UID: meta.uid,
+        k.ENV_BATCH: str(start.batch),
+        k.ENV_STAGE: step.stage.value,
+        k.ENV_HOOK: step.name if step.stage is Stage.HOOK else None,
+        k.ENV_ATTEMPT: str(start.attempt),
+        k.ENV_CURSOR: create.cursor,
+        k.ENV_LIMIT: str(create.limit) if create.limit is not None else None,
+        k.ENV_IDEMPOTENCY_KEY: f"{meta.uid}/{start.batch}",
+        k.ENV_CONFIG: step.config,
+    }
+    partitions = run.spec.batches.partitions
+    if step.stage is Stage.FETCH and partitions is not None:
+        told[k.ENV_PARTITIONS] = str(partitions.total)
+    if run.spec.workspace is not None:
+        told[k.ENV_WORKSPACE] = k.WORKSPACE_MOUNT
+        if start.input_attempt is not None:
+            told[k.ENV_INPUT] = _directory(run, start.batch, step.index - 1, start.input_attempt)
+        if step.stage is not Stage.PUBLISH:
+            told[k.ENV_OUTPUT] = _directory(run, start.batch, step.index, start.attempt)
+        if step.stage is Stage.HOOK:
+            told[k.ENV_REJECTS] = (
+                f"{k.WORKSPACE_MOUNT}/rejects/{meta.name}/{meta.uid}/{start.batch}-{step.name}-{start.attempt}"
+            )
+    env: list[dict[str, Any]] = [
+        {"name": name, "value": _literal(value)} for name, value in told.items() if value is not None
+    ]
+    if step.authorization is not None:
+        env.append({"name": ENV_HTTP_AUTHORIZATION, "valueFrom": {"secretKeyRef": step.authorization.model_dump()}})
+    if step.container is not None:
+        env += [variable.model_dump(by_alias=True, exclude_none=True) for variable in step.container.env]
+    return env
+
+
+def _directory(run: IngestRun, batch: int, step: int, attempt: int) -> str:
+    """Of one attempt alone, so that a pod thought dead that still writes can't spoil a later attempt's data."""
+    return f"{k.WORKSPACE_MOUNT}/.ingestrun/{run.metadata.uid}/{batch}/{step}-{attempt}"
+
+
+def _literal(value: str) -> str:
+    """Kubernetes expands $(NAME) in a variable's value; a cursor is data and must arrive as it is."""
+    return value.replace("$(", "$$(")
+
+
+def _workspace_volume(run: IngestRun) -> list[dict[str, Any]]:
+    if run.spec.workspace is None:
+        return []
+    claim = run.spec.workspace.persistent_volume_claim.claim_name
+    return [{"name": "workspace", "persistentVolumeClaim": {"claimName": claim}}]

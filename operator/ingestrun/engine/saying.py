@@ -1,0 +1,62 @@
+"""How a decision is put into the status: phase, conditions and the sentences in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+from ingestrun.engine import conditions as c
+from ingestrun.engine.accounting import in_flight, with_
+from ingestrun.engine.batches import Batch
+from ingestrun.engine.capacity import Held
+from ingestrun.engine.conditions import Claim
+from ingestrun.model.run import IngestRun
+from ingestrun.model.status import IngestRunStatus, Phase, StageFailure
+
+
+def said(
+    run: IngestRun, status: IngestRunStatus, *, phase: Phase | None, claims: Iterable[Claim], now: datetime
+) -> IngestRunStatus:
+    generation = run.metadata.generation
+    partitions = run.spec.batches.partitions
+    done = len(status.batches.published)
+    ended = (phase or status.phase or Phase.PENDING).ended
+    return with_(
+        status,
+        phase=phase or status.phase,
+        observed_generation=generation,
+        batches=with_(
+            status.batches,
+            active=0 if ended else len(in_flight(status.batches)),
+            progress=f"{done}/{partitions.total}" if partitions is not None else str(done),
+        ),
+        conditions=c.updated(status.conditions, claims, now=now, generation=generation),
+    )
+
+
+def activity(phase: Phase, seen: Sequence[Batch], stuck: Batch | None, held: Held | None) -> Claim:
+    """What a running run is doing, or what keeps it: the Reconciling condition."""
+    reason, message = phase.value, ""
+    retried = next((batch for batch in seen if batch.start is not None and batch.start.attempt > 0), None)
+    if stuck is not None and stuck.running is not None and stuck.obstacle is not None:
+        reason = "PodNotStarting"
+        message = f"batch {stuck.index}, Job {stuck.running.job.name}: {stuck.obstacle.message}"
+    elif held is not None:
+        reason, message = "Backpressured", held.message
+    elif phase is Phase.RUNNING and retried is not None:
+        reason, message = "Retrying", sentence(retried.failures[-1])
+    return Claim(type=c.RECONCILING, status="True", reason=reason, message=message)
+
+
+def no_backpressure(status: IngestRunStatus) -> list[Claim]:
+    if status.condition(c.BACKPRESSURED) is None:
+        return []
+    return [Claim(type=c.BACKPRESSURED, status="False", reason="Finished")]
+
+
+def sentence(failure: StageFailure) -> str:
+    return f"batch {failure.batch}, {failure.stage}, attempt {failure.attempt + 1}: {failure.reason}: {failure.message}"
+
+
+def counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
