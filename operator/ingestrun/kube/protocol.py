@@ -1,0 +1,73 @@
+"""What the operator asks of the API server: all of it, in one Protocol.
+
+Objects are the plain mappings of their JSON. Nothing else in the operator talks to the server, so this file
+is the list of its calls (and of the RBAC it needs), and a fake of it can be strict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Object = Mapping[str, Any]
+"""A Kubernetes object as JSON; never mutated by whoever receives it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunKey:
+    """Which run: the key of the queue, of the stores and of the logs."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+class Cluster(Protocol):
+    """The API server, as far as the operator needs it.
+
+    Every method raises an `ingestrun.kube.errors.KubeError`; which one is said where it matters. Every call
+    has a time-out that is shorter than the lease's slack, so that a replica which has lost its lease has no
+    request of its own still under way.
+    """
+
+    async def get_run(self, key: RunKey) -> Object:
+        """Read a run, not from a cache. Raises NotFound."""
+
+    async def list_runs(self) -> Sequence[Object]:
+        """All runs that the operator watches, in pages."""
+
+    async def write_status(self, key: RunKey, *, resource_version: str, status: Object) -> Object:
+        """Merge `status` into the run's status if nobody has changed the run since `resource_version`.
+
+        A key whose value is None is removed. Returns the run as stored: a read as live as a GET.
+        Raises Conflict when the run has changed, NotFound when it is gone, Unknown when the answer was lost
+        (the write may or may not have happened).
+        """
+
+    async def list_jobs(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
+        """The run's Jobs by its UID label, not from a cache."""
+
+    async def list_pods(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
+        """The run's pods by its UID label, not from a cache."""
+
+    async def create_job(self, job: Object) -> Object:
+        """Create a Job.
+
+        Raises AlreadyExists, QuotaExceeded, Forbidden, Invalid, NotFound (no such namespace, or it is
+        being deleted), Unknown when the answer was lost (the Job may appear later).
+        """
+
+    async def get_job(self, *, namespace: str, name: str) -> Object:
+        """Read a Job, not from a cache. Raises NotFound."""
+
+    async def delete_job(self, *, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> None:
+        """Delete this very Job (precondition on the UID) and its pods in the background. Gone already is done."""
+
+    async def delete_jobs(self, *, namespace: str, selector: str) -> None:
+        """Delete all Jobs that match the label selector, and their pods, by one call."""
+
+    async def create_event(self, event: Object) -> None:
+        """Post an events.k8s.io/v1 Event."""

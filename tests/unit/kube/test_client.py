@@ -1,0 +1,470 @@
+"""The client against a real HTTP server: what it sends, what it makes of each answer, and of none."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from aiohttp import web
+from tests.fakes.loopback import Loopback, loopback, status_body
+
+from ingestrun.kube import errors
+from ingestrun.kube.client import KubernetesCluster, connect
+from ingestrun.kube.connection import Connection
+from ingestrun.kube.protocol import RunKey
+
+KEY = RunKey(namespace="default", name="geo")
+JOB = {
+    "apiVersion": "batch/v1",
+    "kind": "Job",
+    "metadata": {"namespace": "default", "name": "j"},
+    "spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}},
+}
+
+Ask = Callable[[KubernetesCluster], Awaitable[Any]]
+
+
+def get_run(cluster: KubernetesCluster) -> Awaitable[Any]:
+    return cluster.get_run(KEY)
+
+
+def create_job(cluster: KubernetesCluster) -> Awaitable[Any]:
+    return cluster.create_job(JOB)
+
+
+def write_status(cluster: KubernetesCluster) -> Awaitable[Any]:
+    return cluster.write_status(KEY, resource_version="7", status={"phase": "Running", "cursor": None})
+
+
+def list_jobs(cluster: KubernetesCluster) -> Awaitable[Any]:
+    return cluster.list_jobs(namespace="default", run_uid="u-1")
+
+
+def answers(code: int, body: Any) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        if isinstance(body, str):
+            return web.Response(status=code, text=body)
+        return web.json_response(body, status=code)
+
+    return handler
+
+
+# Bodies as Kubernetes 1.36.3 sends them.
+EXISTS = status_body(409, "AlreadyExists", 'jobs.batch "j" already exists')
+STALE = status_body(
+    409,
+    "Conflict",
+    'Operation cannot be fulfilled on ingestruns.ingestrun.dev "geo": the object has been modified; please apply '
+    "your changes to the latest version and try again",
+)
+QUOTA = status_body(
+    403,
+    "Forbidden",
+    'jobs.batch "j" is forbidden: exceeded quota: jobs, requested: count/jobs.batch=1, used: count/jobs.batch=9, '
+    "limited: count/jobs.batch=9",
+)
+TERMINATING = status_body(
+    403,
+    "Forbidden",
+    'jobs.batch "j" is forbidden: unable to create new content in namespace default because it is being terminated',
+    causes=[
+        {
+            "reason": "NamespaceTerminating",
+            "message": "namespace default is being terminated",
+            "field": "metadata.namespace",
+        }
+    ],
+)
+RBAC = status_body(403, "Forbidden", 'jobs.batch is forbidden: User "bob" cannot list resource "jobs"')
+FENCE = status_body(
+    422,
+    "Invalid",
+    "jobs.batch \"j\" is forbidden: ValidatingAdmissionPolicy 'fence' with binding 'fence' denied request: run geo "
+    "is Cancelled",
+)
+RULE = status_body(422, "Invalid", 'IngestRun.ingestrun.dev "geo" is invalid: spec.cancel: Invalid value: ...')
+STRICT = status_body(400, "BadRequest", 'strict decoding error: unknown field "spec.wrong"')
+NO_NAMESPACE = status_body(404, "NotFound", 'namespaces "default" not found')
+BUSY = status_body(429, "TooManyRequests", "too many requests, please try again later")
+LEADER = status_body(500, "InternalError", "etcdserver: leader changed")
+TIMEOUT = status_body(504, "Timeout", "Timeout: request did not complete within the allotted timeout")
+QUOTA_RACE = status_body(409, "Conflict", 'Operation cannot be fulfilled on resourcequotas "jobs": ...')
+
+
+@pytest.mark.parametrize(
+    ("ask", "code", "body", "error"),
+    [
+        (get_run, 404, status_body(404, "NotFound", '"geo" not found'), errors.NotFound),
+        (get_run, 404, "404 page not found", errors.NotFound),
+        (get_run, 403, RBAC, errors.Forbidden),
+        (get_run, 401, status_body(401, "Unauthorized", "Unauthorized"), errors.Forbidden),
+        (get_run, 429, BUSY, errors.Unavailable),
+        (get_run, 500, LEADER, errors.Unavailable),
+        (get_run, 503, "<html>upstream connect error</html>", errors.Unavailable),
+        (get_run, 504, TIMEOUT, errors.Unavailable),
+        (get_run, 200, "<html>a captive portal</html>", errors.Unavailable),
+        (list_jobs, 410, status_body(410, "Expired", "The provided continue parameter is too old"), errors.Unavailable),
+        (create_job, 404, NO_NAMESPACE, errors.NotFound),
+        (create_job, 403, TERMINATING, errors.NotFound),
+        (create_job, 403, QUOTA, errors.QuotaExceeded),
+        (create_job, 403, RBAC, errors.Forbidden),
+        (create_job, 403, status_body(403, "Forbidden", "failed quota: q: must specify cpu"), errors.Forbidden),
+        (create_job, 422, FENCE, errors.Forbidden),
+        (create_job, 422, RULE, errors.Invalid),
+        (create_job, 400, STRICT, errors.Invalid),
+        (create_job, 409, EXISTS, errors.AlreadyExists),
+        (create_job, 409, QUOTA_RACE, errors.Unavailable),
+        (create_job, 429, BUSY, errors.Unavailable),
+        (create_job, 500, LEADER, errors.Unknown),
+        (create_job, 503, "", errors.Unknown),
+        (create_job, 504, TIMEOUT, errors.Unknown),
+        (create_job, 201, "<html>", errors.Unknown),
+        (write_status, 409, STALE, errors.Conflict),
+        (write_status, 404, status_body(404, "NotFound", '"geo" not found'), errors.NotFound),
+        (write_status, 422, RULE, errors.Invalid),
+        (write_status, 502, "bad gateway", errors.Unknown),
+        (write_status, 415, status_body(415, "UnsupportedMediaType", "no"), errors.Invalid),
+    ],
+)
+async def test_each_answer_is_one_error(ask: Ask, code: int, body: Any, error: type[errors.KubeError]) -> None:
+    calls: list[tuple[str, str, str]] = []
+    async with loopback(answers(code, body)) as server:
+        cluster = KubernetesCluster(
+            await server.connection(), on_call=lambda verb, what, _, outcome: calls.append((verb, what, outcome))
+        )
+        with pytest.raises(error) as raised:
+            await ask(cluster)
+        await cluster.close()
+    assert type(raised.value) is error
+    if isinstance(body, dict):
+        assert error is errors.Unavailable or str(raised.value) == body["message"]
+    assert {outcome for _, _, outcome in calls} == {"Expired" if code == 410 else error.__name__}
+
+
+async def test_a_status_write_is_a_merge_patch_with_the_precondition() -> None:
+    async with loopback(answers(200, {"kind": "IngestRun", "metadata": {"resourceVersion": "8"}})) as server:
+        cluster = KubernetesCluster(await server.connection(request_timeout=1.5))
+        stored = await write_status(cluster)
+        with pytest.raises(ValueError, match="resourceVersion"):
+            await cluster.write_status(KEY, resource_version="", status={})
+        await cluster.close()
+    assert stored["metadata"]["resourceVersion"] == "8"
+    [(method, path, headers, body)] = server.seen
+    assert method == "PATCH"
+    assert path == "/apis/ingestrun.dev/v1alpha1/namespaces/default/ingestruns/geo/status?timeout=1500ms"
+    assert headers["Content-Type"] == "application/merge-patch+json"
+    assert headers["User-Agent"].startswith("ingestrun-operator/")
+    assert headers["authorization"] == "Bearer first"
+    assert body == {"metadata": {"resourceVersion": "7"}, "status": {"phase": "Running", "cursor": None}}
+
+
+async def test_deletes_carry_their_preconditions_and_gone_is_done() -> None:
+    codes = iter([200, 404, 409, 200, 409])
+
+    async def handler(_: web.Request) -> web.StreamResponse:
+        code = next(codes)
+        return web.json_response(status_body(code, "Conflict", "other UID"), status=code)
+
+    async with loopback(handler) as server:
+        cluster = KubernetesCluster(await server.connection())
+        await cluster.delete_job(namespace="default", name="j", uid="u", grace_seconds=3)
+        await cluster.delete_job(namespace="default", name="j", uid="u")
+        await cluster.delete_job(namespace="default", name="j", uid="u")
+        await cluster.delete_jobs(namespace="default", selector="a=b,stage in (fetch,hook)")
+        with pytest.raises(errors.Conflict):
+            await cluster.delete_pod(namespace="default", name="p", uid="u", resource_version="3")
+        with pytest.raises(ValueError, match="selector"):
+            await cluster.delete_jobs(namespace="default", selector="")
+        await cluster.close()
+    assert server.seen[0][3] == {
+        "apiVersion": "v1",
+        "kind": "DeleteOptions",
+        "propagationPolicy": "Background",
+        "preconditions": {"uid": "u"},
+        "gracePeriodSeconds": 3,
+    }
+    assert "gracePeriodSeconds" not in server.seen[1][3]
+    many = server.seen[3]
+    assert many[:1] == ("DELETE",)
+    assert urlsplit(many[1]).path == "/apis/batch/v1/namespaces/default/jobs"
+    assert parse_qs(urlsplit(many[1]).query)["labelSelector"] == ["a=b,stage in (fetch,hook)"]
+    assert many[3]["propagationPolicy"] == "Background"
+    assert server.seen[4][3]["preconditions"] == {"uid": "u", "resourceVersion": "3"}
+
+
+async def test_lists_take_all_pages_and_name_their_items() -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        token = request.query.get("continue", "")
+        at = int(token.removeprefix("a+/=") or 0)
+        more = f"a+/={at + 1}" if at < 2 else ""
+        items = [{"metadata": {"name": f"j{at}"}}]
+        return web.json_response(
+            {"kind": "JobList", "apiVersion": "batch/v1", "metadata": {"continue": more}, "items": items}
+        )
+
+    async with loopback(handler) as server:
+        cluster = KubernetesCluster(await server.connection())
+        jobs = await list_jobs(cluster)
+        await cluster.close()
+    assert [(job["kind"], job["apiVersion"], job["metadata"]["name"]) for job in jobs] == [
+        ("Job", "batch/v1", "j0"),
+        ("Job", "batch/v1", "j1"),
+        ("Job", "batch/v1", "j2"),
+    ]
+    assert all(
+        parse_qs(urlsplit(path).query)["labelSelector"] == ["ingestrun.dev/run-uid=u-1"]
+        and parse_qs(urlsplit(path).query)["limit"] == ["500"]
+        for _, path, _, _ in server.seen
+    )
+
+
+async def test_a_list_that_expires_midway_starts_again() -> None:
+    expired = False
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        nonlocal expired
+        if "continue" not in request.query:
+            return web.json_response({"metadata": {"continue": "x"}, "items": [{"metadata": {"name": "a"}}]})
+        if not expired:
+            expired = True
+            return web.json_response(status_body(410, "Expired", "too old"), status=410)
+        return web.json_response({"metadata": {}, "items": [{"metadata": {"name": "b"}}]})
+
+    async with loopback(handler) as server:
+        cluster = KubernetesCluster(await server.connection())
+        jobs = await list_jobs(cluster)
+        await cluster.close()
+    assert [job["metadata"]["name"] for job in jobs] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("namespaces", "paths"),
+    [
+        (None, ["/apis/ingestrun.dev/v1alpha1/ingestruns"]),
+        (
+            ["a", "b", "a"],
+            [
+                "/apis/ingestrun.dev/v1alpha1/namespaces/a/ingestruns",
+                "/apis/ingestrun.dev/v1alpha1/namespaces/b/ingestruns",
+            ],
+        ),
+    ],
+)
+async def test_runs_of_all_or_of_some_namespaces(namespaces: list[str] | None, paths: list[str]) -> None:
+    async with loopback(answers(200, {"metadata": {}, "items": []})) as server:
+        cluster = KubernetesCluster(await server.connection(), namespaces=namespaces)
+        assert await cluster.list_runs() == []
+        await cluster.close()
+    assert [urlsplit(path).path for _, path, _, _ in server.seen] == paths
+
+
+async def stalls(_: web.Request) -> web.StreamResponse:
+    await asyncio.sleep(30)
+    raise AssertionError("unreachable")
+
+
+async def hangs_up(request: web.Request) -> web.StreamResponse:
+    assert request.transport is not None
+    request.transport.close()
+    return web.Response()
+
+
+async def breaks_off(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Length": "1000"})
+    await response.prepare(request)
+    await response.write(b'{"kind":')
+    assert request.transport is not None
+    request.transport.close()
+    return response
+
+
+@pytest.mark.parametrize("handler", [stalls, hangs_up, breaks_off])
+@pytest.mark.parametrize(
+    ("ask", "error"),
+    [(get_run, errors.Unavailable), (create_job, errors.Unknown), (write_status, errors.Unknown)],
+)
+async def test_no_answer_to_a_write_is_unknown(handler: Any, ask: Ask, error: type[errors.KubeError]) -> None:
+    async with loopback(handler) as server:
+        cluster = KubernetesCluster(await server.connection(request_timeout=0.3))
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        with pytest.raises(error):
+            await ask(cluster)
+        assert loop.time() - began < 0.9
+        await cluster.close()
+    if error is errors.Unknown:
+        assert len(server.seen) == 1, "a write was repeated"
+
+
+@pytest.mark.parametrize("ask", [get_run, create_job])
+async def test_refused_connections_did_nothing(ask: Ask) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        server = Loopback(stalls, url=f"http://127.0.0.1:{probe.getsockname()[1]}")
+    cluster = KubernetesCluster(await server.connection())
+    with pytest.raises(errors.Unavailable):
+        await ask(cluster)
+    await asyncio.wait_for(cluster.connection.settled(), 0.1)
+    await cluster.close()
+
+
+async def test_a_write_that_never_got_a_connection_did_nothing() -> None:
+    with socket.socket() as full:
+        # Nobody accepts, and the backlog is full: connecting never ends.
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        port = full.getsockname()[1]
+        fill = [socket.socket() for _ in range(4)]
+        for filler in fill:
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        server = Loopback(stalls, url=f"http://127.0.0.1:{port}")
+        cluster = KubernetesCluster(await server.connection(request_timeout=0.3))
+        with pytest.raises(errors.Unavailable):
+            await create_job(cluster)
+        await cluster.close()
+        for filler in fill:
+            filler.close()
+
+
+async def test_new_credentials_are_loaded_once_for_all_that_were_refused() -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if request.headers["authorization"] != "Bearer second":
+            return web.json_response(status_body(401, "Unauthorized", "Unauthorized"), status=401)
+        return web.json_response(JOB)
+
+    async with loopback(handler) as server:
+        cluster = KubernetesCluster(await server.connection())
+        server.token = "second"
+        await asyncio.gather(*(create_job(cluster) for _ in range(5)))
+        assert server.loads == 2
+        server.token = "third"
+        await create_job(cluster)
+        await cluster.close()
+
+
+async def test_credentials_that_stay_refused_are_not_loaded_again_at_once() -> None:
+    async with loopback(answers(401, status_body(401, "Unauthorized", "Unauthorized"))) as server:
+        cluster = KubernetesCluster(await server.connection())
+        for _ in range(3):
+            with pytest.raises(errors.Forbidden, match="Unauthorized"):
+                await get_run(cluster)
+        assert server.loads == 2
+        with pytest.raises(errors.Forbidden):
+            await cluster.connection.renew_credentials()
+        await cluster.close()
+
+
+async def test_without_the_lease_nothing_is_written() -> None:
+    async with loopback(answers(200, {"metadata": {}})) as server:
+        cluster = KubernetesCluster(await server.connection())
+        cluster.connection.may_write = lambda: False
+        for ask in (create_job, write_status):
+            with pytest.raises(errors.Unavailable, match="lease"):
+                await ask(cluster)
+        await get_run(cluster)
+        await cluster.close()
+    assert [method for method, *_ in server.seen] == ["GET"]
+
+
+async def test_the_lease_is_asked_after_the_wait_for_a_slot() -> None:
+    gate = asyncio.Event()
+
+    async def handler(_: web.Request) -> web.StreamResponse:
+        await gate.wait()
+        return web.json_response({"metadata": {}})
+
+    async with loopback(handler) as server:
+        cluster = KubernetesCluster(await server.connection(concurrency=1))
+        first = asyncio.ensure_future(create_job(cluster))
+        await asyncio.sleep(0.1)
+        second = asyncio.ensure_future(create_job(cluster))
+        await asyncio.sleep(0.1)
+        cluster.connection.may_write = lambda: False
+        gate.set()
+        await first
+        with pytest.raises(errors.Unavailable):
+            await second
+        await cluster.close()
+    assert len(server.seen) == 1
+
+
+async def test_concurrency_is_bounded() -> None:
+    now, most = 0, 0
+
+    async def handler(_: web.Request) -> web.StreamResponse:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.02)
+        now -= 1
+        return web.json_response({"metadata": {}})
+
+    async with loopback(handler) as server:
+        cluster = KubernetesCluster(await server.connection(concurrency=3))
+        await asyncio.gather(*(get_run(cluster) for _ in range(12)))
+        await cluster.close()
+    assert most == 3
+
+
+async def test_settled_waits_for_writes_that_were_cut_off() -> None:
+    async with loopback(stalls) as server:
+        cluster = KubernetesCluster(await server.connection(request_timeout=0.5))
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await cluster.connection.settled()
+        assert loop.time() - began < 0.1
+        task = asyncio.ensure_future(create_job(cluster))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await cluster.connection.settled()
+        assert loop.time() - began >= 0.5
+        await cluster.close()
+
+
+async def test_connecting_without_credentials_says_why(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(errors.KubeError, match="no usable credentials from kubeconfig"):
+        await connect(kubeconfig=str(tmp_path / "missing"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(errors.KubeError, match="no usable credentials from the service account"):
+        await connect(in_cluster=True)
+
+
+async def test_a_kubeconfig_with_an_exec_plugin(tmp_path: Any) -> None:
+    plugin = tmp_path / "plugin"
+    plugin.write_text(
+        "#!/bin/sh\n"
+        'echo \'{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"t1"}}\'\n'
+    )
+    plugin.chmod(0o755)
+    async with loopback(answers(200, {"metadata": {}})) as server:
+        config = tmp_path / "config"
+        config.write_text(
+            f"""
+apiVersion: v1
+kind: Config
+current-context: one
+clusters: [{{name: c, cluster: {{server: {server.url}}}}}]
+users:
+- name: u
+  user: {{exec: {{apiVersion: client.authentication.k8s.io/v1, command: {plugin}, interactiveMode: Never}}}}
+contexts:
+- {{name: one, context: {{cluster: c, user: nobody}}}}
+- {{name: two, context: {{cluster: c, user: u}}}}
+"""
+        )
+        cluster = await connect(kubeconfig=str(config), context="two")
+        await get_run(cluster)
+        await cluster.close()
+    assert server.seen[0][2]["authorization"] == "Bearer t1"
+
+
+async def test_settings_are_checked() -> None:
+    server = Loopback(stalls, url="http://127.0.0.1:1")
+    with pytest.raises(ValueError, match="request_timeout"):
+        Connection(await server.configuration(), reload=server.configuration, request_timeout=0)
