@@ -1,0 +1,1 @@
+"""The shell around the planner: watches, the keyed queue, effects, settings, logs, main."""

@@ -1,0 +1,155 @@
+"""One replica: waits for the lease, then watches, plans and acts until it is told to stop or loses the lease."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import kopf
+import structlog
+from kubernetes.aio.client import Configuration
+
+from ingestrun.control.handlers import operator_settings, registry
+from ingestrun.control.health import Health
+from ingestrun.control.queue import KeyedQueue
+from ingestrun.control.reconciler import Reconciler
+from ingestrun.control.resync import resync_forever
+from ingestrun.control.settings import Settings, instance_name
+from ingestrun.control.store import Store
+from ingestrun.control.watch import Watch
+from ingestrun.engine.jobs import WorkerImage
+from ingestrun.kube.client import KubernetesCluster
+from ingestrun.kube.connection import Connection, load_configuration
+from ingestrun.kube.lease import LeaseLost, run_as_leader
+from ingestrun.kube.protocol import RunKey
+
+logger = structlog.get_logger("ingestrun")
+
+CREDENTIALS_LIFETIME = timedelta(minutes=10)
+"""When kopf asks for credentials anew: bound service-account tokens are rotated, and kopf reads a token once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """How the API server is reached: the service account, or a kubeconfig and a context in it."""
+
+    in_cluster: bool
+    kubeconfig: str | None = None
+    context: str | None = None
+
+    async def connect(self) -> Connection:
+        """A pool of its own. Raises KubeError without usable credentials."""
+        return await Connection.open(kubeconfig=self.kubeconfig, context=self.context, in_cluster=self.in_cluster)
+
+    async def configuration(self) -> Configuration:
+        """The credentials, read anew. Raises KubeError."""
+        return await load_configuration(kubeconfig=self.kubeconfig, context=self.context, in_cluster=self.in_cluster)
+
+
+async def run(settings: Settings, access: Access, *, elect: bool) -> int:
+    """Run one replica until SIGTERM or SIGINT; returns the exit code. Raises KubeError without credentials.
+
+    Without `elect` (development alone) it acts at once: two such processes would act side by side.
+    A LeaseLost is raised as it is: the caller ends the process at once.
+    """
+    health = Health()
+    calls, lease = await access.connect(), await access.connect()
+    cluster = KubernetesCluster(calls, namespaces=settings.namespace_list or None)
+    runner = await health.serve(settings.health_port) if settings.health_port else None
+
+    async def lead() -> None:
+        health.role = "leading"
+        logger.info("leading", instance=instance_name())
+        await _operate(settings, access, cluster, health)
+
+    main: Callable[[], Awaitable[None]] = lead
+    if elect:
+        health.role = "standby"
+        main = lambda: run_as_leader(  # noqa: E731
+            lead,
+            connection=lease,
+            guarded=calls,
+            namespace=settings.lease_namespace,
+            name=settings.lease_name,
+            identity=instance_name(),
+        )
+    task = asyncio.ensure_future(main())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        logger.info("stopped")
+    except LeaseLost:
+        raise
+    finally:
+        if runner is not None:
+            await runner.cleanup()
+        await calls.close()
+        await lease.close()
+    return 0
+
+
+async def _operate(settings: Settings, access: Access, cluster: KubernetesCluster, health: Health) -> None:
+    store = Store()
+    reconciler = Reconciler(
+        cluster,
+        store,
+        worker=WorkerImage(name=settings.worker_image, pull_policy=settings.worker_pull_policy),
+        instance=instance_name(),
+    )
+    queue: KeyedQueue[RunKey] = KeyedQueue(reconciler.reconcile, concurrency=settings.concurrency)
+    handlers = registry(Watch(store, queue, reconciler))
+
+    @kopf.on.login(registry=handlers, id="login")
+    async def login(**_: object) -> kopf.ConnectionInfo:
+        return connection_info(await access.configuration())
+
+    resync = asyncio.create_task(
+        resync_forever(cluster, store, queue, reconciler, seconds=settings.resync_seconds, health=health),
+        name="resync",
+    )
+    watching = asyncio.create_task(
+        kopf.operator(
+            registry=handlers,
+            settings=operator_settings(),
+            standalone=True,
+            clusterwide=not settings.namespace_list,
+            namespaces=settings.namespace_list,
+        ),
+        name="kopf",
+    )
+    try:
+        await asyncio.wait({resync, watching}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (resync, watching):
+            task.cancel()
+        await queue.close()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(resync, watching)
+
+
+def connection_info(configuration: Configuration) -> kopf.ConnectionInfo:
+    """The client's credentials as kopf wants them: one way of loading them for both.
+
+    kopf's own default would prefer pykube-ng where that is installed, which ignores exec plugins.
+    """
+    header = (configuration.api_key or {}).get("authorization") or (configuration.api_key or {}).get("BearerToken")
+    scheme, _, token = header.partition(" ") if header else ("", "", "")
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        insecure=not configuration.verify_ssl,
+        username=configuration.username or None,
+        password=configuration.password or None,
+        scheme=scheme or None,
+        token=token or None,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+        expiration=datetime.now(UTC) + CREDENTIALS_LIFETIME,
+    )

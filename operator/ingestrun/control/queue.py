@@ -1,0 +1,107 @@
+"""A keyed queue: one pass at a time for a key, requests in between coalesced, delayed requests kept by key.
+
+kopf's own timers put a finalizer on every object and see it as it was when their cycle began; here a timer is
+nothing but "look at this key again", so whatever it finds is judged from the state of that moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+logger = logging.getLogger(__name__)
+
+FIRST_RETRY_SECONDS = 0.5
+LAST_RETRY_SECONDS = 60.0
+
+
+class KeyedQueue(Generic[K]):
+    """Calls `handle(key, trigger)` for each key that was asked for.
+
+    `handle` returns in how many seconds it wants the key looked at again, or None. When it raises, the key is
+    looked at again after a delay that doubles from half a second to a minute.
+    """
+
+    def __init__(self, handle: Callable[[K, str], Awaitable[float | None]], *, concurrency: int) -> None:
+        self._handle = handle
+        self._slots = asyncio.Semaphore(concurrency)
+        self._running: dict[K, asyncio.Task[None]] = {}
+        self._again: dict[K, str] = {}
+        self._timers: dict[K, asyncio.TimerHandle] = {}
+        self._errors: dict[K, int] = {}
+        self._closed = False
+
+    def __len__(self) -> int:
+        """How many keys are being handled or wait for a slot."""
+        return len(self._running)
+
+    def add(self, key: K, trigger: str) -> None:
+        """Ask for a look at the key, now or right after the pass that is under way."""
+        if self._closed:
+            return
+        if key in self._running:
+            self._again[key] = trigger
+            return
+        self._drop_timer(key)
+        self._running[key] = asyncio.create_task(self._serve(key, trigger), name=f"pass {key}")
+
+    def add_after(self, key: K, seconds: float, trigger: str) -> None:
+        """Ask for a look at the key after so many seconds; of several such requests the earliest counts."""
+        if self._closed:
+            return
+        loop = asyncio.get_running_loop()
+        when = loop.time() + max(0.0, seconds)
+        before = self._timers.get(key)
+        if before is not None and before.when() <= when:
+            return
+        self._drop_timer(key)
+        self._timers[key] = loop.call_at(when, self._fire, key, trigger)
+
+    def forget(self, key: K) -> None:
+        """Drop what is delayed for the key; a pass under way goes on."""
+        self._drop_timer(key)
+        self._errors.pop(key, None)
+
+    async def close(self) -> None:
+        """Take no more, and wait for the passes under way."""
+        self._closed = True
+        for key in list(self._timers):
+            self._drop_timer(key)
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
+
+    async def idle(self) -> None:
+        """Wait until no pass is under way (delayed requests may be left)."""
+        while self._running:
+            await asyncio.wait(list(self._running.values()))
+
+    def _fire(self, key: K, trigger: str) -> None:
+        self._timers.pop(key, None)
+        self.add(key, trigger)
+
+    def _drop_timer(self, key: K) -> None:
+        timer = self._timers.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+
+    async def _serve(self, key: K, trigger: str) -> None:
+        try:
+            async with self._slots:
+                delay = await self._handle(key, trigger)
+            self._errors.pop(key, None)
+            if delay is not None:
+                self.add_after(key, delay, "timer")
+        except Exception as error:
+            count = self._errors[key] = self._errors.get(key, 0) + 1
+            delay = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(count - 1, 10))
+            # The traceback at the first failure only: what goes on failing says so in one line.
+            logger.warning("pass failed, again in %.1f s: %s: %s", delay, key, error, exc_info=count == 1)
+            self.add_after(key, delay, "retry")
+        finally:
+            del self._running[key]
+            again = self._again.pop(key, None)
+            if again is not None:
+                self.add(key, again)

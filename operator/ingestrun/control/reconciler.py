@@ -1,0 +1,340 @@
+"""One pass for one run: observe, plan, act. Whatever woke it, it decides from the state alone.
+
+The order of effects is what the promises hang on:
+
+1. The status is written first, with the resourceVersion that was planned from. A batch is claimed by that
+   write before its Job is created; a cancel that came in between makes the write conflict.
+2. Jobs are created only after such a write in the same pass, or after a GET that shows the planned version:
+   either way the API server, not the cache, has just said that this run is not cancelled.
+3. Between two creates the newest watched `spec.cancel` is looked at, so a cancel never waits behind them.
+
+Passes for one run never overlap (`queue`), and one replica acts (`lease`). So when `phase=Cancelled` is
+written, every create of this run has been answered, or has timed out; a timed-out one is swept (`plan`).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import structlog
+
+from ingestrun.control.events import event_body
+from ingestrun.control.store import Store
+from ingestrun.engine.announce import Announcement, announcements
+from ingestrun.engine.decisions import Create, Live, Plan, Refusal
+from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
+from ingestrun.engine.jobs import WorkerImage, adoptable, job_manifest
+from ingestrun.engine.plan import plan
+from ingestrun.kube.errors import (
+    AlreadyExists,
+    Conflict,
+    Forbidden,
+    Invalid,
+    KubeError,
+    NotFound,
+    QuotaExceeded,
+)
+from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.model import names
+from ingestrun.model.run import IngestRun
+from ingestrun.model.status import IngestRunStatus, Phase
+
+logger = structlog.get_logger("ingestrun")
+
+CANCELLED_LINE: Final = "ingest run cancelled, skipping"
+"""The line that operators search their logs for. Source: the first seed document."""
+
+MAX_ROUNDS: Final = 8
+"""How often one pass starts over because the run changed under it, before the queue's backoff takes over."""
+POD_GRACE_SECONDS: Final = 0.5
+"""A complete Job whose pod's end has not been seen: the two watches race; after this long the pods are listed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Again:
+    """The pass starts over at once: what it planned from is no longer so."""
+
+
+class Reconciler:
+    """Brings runs forward through a `Cluster`. Keeps nothing that a restart may not lose."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        store: Store,
+        *,
+        worker: WorkerImage,
+        instance: str,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._cluster = cluster
+        self._store = store
+        self._worker = worker
+        self._instance = instance
+        self._clock = clock
+        self._refusals: dict[str, Refusal] = {}
+        self._unclear: dict[str, float] = {}
+        self._skipped: dict[str, set[tuple[int, str, int]]] = {}
+        self._must_read: set[RunKey] = set()
+
+    async def reconcile(self, key: RunKey, trigger: str) -> float | None:
+        """Look at one run and do what is due.
+
+        Returns in how many seconds to look again, or None. Raises KubeError when the API server could not be
+        asked or told: the queue comes back.
+        """
+        for _ in range(MAX_ROUNDS):
+            body = await self._current(key)
+            if body is None:
+                return None
+            try:
+                run = IngestRun.read(body)
+            except ValueError as error:
+                logger.error("the run cannot be read: it was stored under another CRD", run=str(key), error=str(error))
+                return None
+            if self._store.closed(run.metadata.uid):
+                return None
+            outcome = await self._round(key, run, trigger)
+            if not isinstance(outcome, _Again):
+                return outcome
+        raise KubeError(f"the run changed {MAX_ROUNDS} times under one pass")
+
+    async def _current(self, key: RunKey) -> Object | None:
+        if key in self._must_read or self._store.run(key) is None:
+            try:
+                self._store.saw_run(await self._cluster.get_run(key))
+            except NotFound:
+                self.forget(key)
+            self._must_read.discard(key)
+        return self._store.run(key)
+
+    async def _round(self, key: RunKey, run: IngestRun, trigger: str) -> float | _Again | None:
+        uid = run.metadata.uid
+        ended = run.status.phase is not None and run.status.phase.ended
+        live = None
+        if ended or not self._store.primed(uid):
+            live = await self._list_live(run)
+        jobs, unclear = await self._judgeable(run, self._store.views(uid))
+        now = self._clock()
+        planned = plan(run, jobs, now=now, refusal=self._refusals.get(uid), live=live if ended else None)
+        if ended:
+            self._log_skips(key, run, planned, trigger)
+
+        stored, run_now = run.status, run
+        if _json(planned.status) != _json(run.status):
+            written = await self._write(key, run, planned.status)
+            if written is None:
+                return _Again()
+            run_now = written
+            await self._tell(run_now, announcements(stored, run_now.status))
+            self._log_phase(key, stored, run_now)
+        elif planned.creates:
+            fresh = await self._cluster.get_run(key)
+            self._store.saw_run(fresh)
+            if fresh["metadata"]["resourceVersion"] != run.metadata.resource_version:
+                return _Again()
+        if not ended:
+            self._log_skips(key, run_now, planned, trigger)
+
+        if not await self._create_all(key, run_now, planned):
+            return _Again()
+        await self._delete_all(run_now, planned)
+        return self._next_look(run_now, planned, unclear=unclear)
+
+    async def _list_live(self, run: IngestRun) -> Live:
+        """Take the run's Jobs and pods from the server, in place of what the watches have shown."""
+        meta = run.metadata
+        jobs, pods = [], []
+        for body in await self._cluster.list_jobs(namespace=meta.namespace, run_uid=meta.uid):
+            try:
+                jobs.append(read_job(body))
+            except MalformedJobError as error:
+                logger.warning(
+                    "ignoring a Job that is not ours", run=meta.name, namespace=meta.namespace, why=str(error)
+                )
+        for body in await self._cluster.list_pods(namespace=meta.namespace, run_uid=meta.uid):
+            pod = read_pod(body)
+            if pod is not None:
+                pods.append(pod)
+        self._store.replace(meta.uid, jobs, pods)
+        return Live(pods_running=sum(1 for pod in pods if not pod.ended))
+
+    async def _judgeable(self, run: IngestRun, jobs: list[JobView]) -> tuple[list[JobView], bool]:
+        """The Jobs as they may be judged: a complete one whose result has not arrived yet still counts as running.
+
+        Returns them, and whether any is waited for. Once the grace is over the pods are listed; what is not
+        there then is missing for good.
+        """
+        awaited = [
+            job
+            for job in jobs
+            if job.state is JobState.SUCCEEDED
+            and (job.pod is None or not job.pod.ended)
+            and job.job.batch not in run.status.batches.published
+        ]
+        if not awaited:
+            return jobs, False
+        clock = time.monotonic()
+        young = {
+            job.job.uid for job in awaited if clock - self._unclear.setdefault(job.job.uid, clock) < POD_GRACE_SECONDS
+        }
+        if len(young) < len(awaited):
+            await self._list_live(run)
+            jobs = self._store.views(run.metadata.uid)
+        return [replace(job, state=JobState.RUNNING) if job.job.uid in young else job for job in jobs], bool(young)
+
+    async def _write(self, key: RunKey, run: IngestRun, status: IngestRunStatus) -> IngestRun | None:
+        """Write the status; None when the run has changed or gone: then nothing was done, and it is read anew."""
+        try:
+            body = await self._cluster.write_status(
+                key, resource_version=run.metadata.resource_version, status=_json(status)
+            )
+        except (Conflict, NotFound):
+            self._must_read.add(key)
+            return None
+        except KubeError:
+            self._must_read.add(key)
+            raise
+        self._store.saw_run(body)
+        return IngestRun.read(body)
+
+    async def _create_all(self, key: RunKey, run: IngestRun, planned: Plan) -> bool:
+        """Create the planned Jobs one after another; False when the pass has to start over."""
+        for create in planned.creates:
+            if self._store.cancel_requested(key):
+                return False
+            if not await self._create(key, run, create):
+                return False
+        return True
+
+    async def _create(self, key: RunKey, run: IngestRun, create: Create) -> bool:
+        uid, start = run.metadata.uid, create.start
+        manifest = job_manifest(run, create, worker=self._worker)
+        name = manifest["metadata"]["name"]
+        try:
+            try:
+                job = await self._cluster.create_job(manifest)
+            except AlreadyExists:
+                job = await self._cluster.get_job(namespace=run.metadata.namespace, name=name)
+                if not adoptable(run, create, job):
+                    self._refuse(
+                        run, "NameTaken", f"a Job {name} exists that is not of this run: delete it", permanent=True
+                    )
+                    return False
+        except QuotaExceeded as error:
+            self._refuse(run, "QuotaExceeded", str(error))
+            return False
+        except Forbidden as error:
+            self._refuse(run, "Forbidden", str(error))
+            return False
+        except Invalid as error:
+            self._refuse(run, "JobRefused", f"batch {start.batch}, {start.step.label}: {error}", permanent=True)
+            return False
+        except NotFound:
+            # The namespace is being deleted, or the adopted Job went meanwhile: look again from the start.
+            self._must_read.add(key)
+            raise
+        self._store.saw_job(read_job(job))
+        logger.info(
+            "job created", run=run.metadata.name, namespace=run.metadata.namespace, uid=uid, batch=start.batch,
+            stage=start.step.label, attempt=start.attempt, job=name,
+        )  # fmt: skip
+        # The first Job after a refusal: there is room again, and the plan may be a larger one.
+        return self._refusals.pop(uid, None) is None
+
+    def _refuse(self, run: IngestRun, reason: str, message: str, *, permanent: bool = False) -> None:
+        """Remember that the server would not take a Job; the next round says so in the status."""
+        now = self._clock()
+        before = self._refusals.get(run.metadata.uid)
+        wait = run.spec.backpressure.retry_seconds * random.uniform(0.9, 1.1)  # noqa: S311  (jitter, no secret)
+        self._refusals[run.metadata.uid] = Refusal(
+            reason=reason,
+            message=message,
+            since=before.since if before and before.reason == reason else now,
+            retry_at=now + timedelta(seconds=wait),
+            permanent=permanent,
+        )
+
+    async def _delete_all(self, run: IngestRun, planned: Plan) -> None:
+        meta = run.metadata
+        for job in planned.deletes:
+            await self._cluster.delete_job(namespace=meta.namespace, name=job.name, uid=job.uid)
+            self._store.lost_job(run_uid=meta.uid, job_uid=job.uid)
+            logger.info(
+                "job deleted before it started", run=meta.name, namespace=meta.namespace, uid=meta.uid,
+                batch=job.batch, job=job.name,
+            )  # fmt: skip
+        if planned.delete_blocks:
+            blocks = ",".join(str(block) for block in planned.delete_blocks)
+            selector = f"{names.LABEL_RUN_UID}={meta.uid},{names.LABEL_BLOCK} in ({blocks})"
+            await self._cluster.delete_jobs(namespace=meta.namespace, selector=selector)
+            for spent in self._store.views(meta.uid):
+                if names.block_of(spent.job.batch) in planned.delete_blocks:
+                    self._store.lost_job(run_uid=meta.uid, job_uid=spent.job.uid)
+
+    def _next_look(self, run: IngestRun, planned: Plan, *, unclear: bool) -> float | None:
+        phase, uid = run.status.phase, run.metadata.uid
+        if phase is not None and phase.ended and planned.requeue_at is None:
+            self._refusals.pop(uid, None)
+            self._skipped.pop(uid, None)
+            self._store.close(uid)
+            return None
+        delay = None
+        if planned.requeue_at is not None:
+            delay = max(0.0, (planned.requeue_at - self._clock()).total_seconds())
+        if unclear:
+            delay = min(POD_GRACE_SECONDS, delay if delay is not None else POD_GRACE_SECONDS)
+        return delay
+
+    def forget(self, key: RunKey) -> None:
+        """Drop all that is kept of a run that is gone."""
+        body = self._store.run(key)
+        if body is not None:
+            uid = body["metadata"]["uid"]
+            self._refusals.pop(uid, None)
+            self._skipped.pop(uid, None)
+        self._store.forget(key)
+
+    async def _tell(self, run: IngestRun, told: list[Announcement]) -> None:
+        for announcement in told:
+            try:
+                await self._cluster.create_event(
+                    event_body(run, announcement, now=self._clock(), instance=self._instance)
+                )
+            except KubeError as error:
+                logger.warning(
+                    "an Event could not be posted", run=run.metadata.name, reason=announcement.reason, error=str(error)
+                )
+
+    def _log_skips(self, key: RunKey, run: IngestRun, planned: Plan, trigger: str) -> None:
+        """One line for everything that a cancel has kept from starting, each once."""
+        known = self._skipped.setdefault(run.metadata.uid, set()) if planned.skips else set()
+        for skip in planned.skips:
+            identity = (skip.batch, skip.stage, skip.attempt)
+            if identity in known:
+                continue
+            known.add(identity)
+            logger.info(
+                CANCELLED_LINE, run=key.name, namespace=key.namespace, uid=run.metadata.uid, batch=skip.batch,
+                stage=skip.stage, attempt=skip.attempt, trigger=trigger,
+            )  # fmt: skip
+
+    def _log_phase(self, key: RunKey, before: IngestRunStatus, run: IngestRun) -> None:
+        phase = run.status.phase
+        if phase is before.phase or phase is None:
+            return
+        said = run.status.condition("Succeeded")
+        log = logger.warning if phase is Phase.FAILED else logger.info
+        log(
+            f"ingest run {phase.value.lower()}", run=key.name, namespace=key.namespace, uid=run.metadata.uid,
+            why=said.message if said else "", published=run.status.records.published,
+        )  # fmt: skip
+
+
+def _json(status: IngestRunStatus) -> dict[str, Any]:
+    return status.model_dump(mode="json", by_alias=True, exclude_none=True)

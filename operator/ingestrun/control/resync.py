@@ -1,0 +1,62 @@
+"""The resync: every few minutes all runs are listed, for what the watches have missed.
+
+kopf does not repeat an `on.event` handler that failed, and a DELETED that fell into a relist is never shown;
+neither may cost a run its progress, or us memory for a run that is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from ingestrun.control.health import Health
+from ingestrun.control.queue import KeyedQueue
+from ingestrun.control.reconciler import Reconciler
+from ingestrun.control.store import Store
+from ingestrun.kube.errors import KubeError
+from ingestrun.kube.protocol import Cluster, RunKey
+
+logger = structlog.get_logger("ingestrun")
+
+
+async def resync_once(cluster: Cluster, store: Store, queue: KeyedQueue[RunKey], reconciler: Reconciler) -> int:
+    """List all runs, ask for a look at each that is not done with, forget those that are gone.
+
+    Returns how many there are.
+
+    Raises KubeError when they could not be listed: then nothing is forgotten.
+    """
+    known = set(store.keys())
+    seen: set[RunKey] = set()
+    for body in await cluster.list_runs():
+        key = store.saw_run(body)
+        seen.add(key)
+        if not store.closed(body["metadata"]["uid"]):
+            store.distrust(body["metadata"]["uid"])
+            queue.add(key, "resync")
+    for key in known - seen:
+        reconciler.forget(key)
+        queue.forget(key)
+    return len(seen)
+
+
+async def resync_forever(
+    cluster: Cluster,
+    store: Store,
+    queue: KeyedQueue[RunKey],
+    reconciler: Reconciler,
+    *,
+    seconds: float,
+    health: Health,
+) -> None:
+    """Resync at once and then every so many seconds, sooner after a failure."""
+    while True:
+        health.beat("resync", within=3 * seconds + 60)
+        try:
+            await resync_once(cluster, store, queue, reconciler)
+            pause = seconds
+        except KubeError as error:
+            logger.warning("resync failed", error=str(error))
+            pause = min(10.0, seconds)
+        await asyncio.sleep(pause)

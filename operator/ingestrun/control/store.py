@@ -1,0 +1,145 @@
+"""What the watches have shown: the newest body of each run, and the facts of its Jobs and pods.
+
+Nothing in here is trusted with a start: every status write carries the resourceVersion that was planned
+from, and an old one is refused. Facts arrive late or not at all; then a pass changes nothing, or is repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ingestrun.engine.facts import JobFacts, JobView, PodFacts, view
+from ingestrun.kube.protocol import Object, RunKey
+
+
+@dataclass(slots=True)
+class _Children:
+    jobs: dict[str, JobFacts] = field(default_factory=dict)
+    pods: dict[str, PodFacts] = field(default_factory=dict)
+    primed: bool = False
+    """Whether the Jobs were listed from the server since this process began: before, none missing means nothing."""
+
+
+class Store:
+    """One process's view of all runs. Not thread-safe: everything happens on one event loop."""
+
+    def __init__(self) -> None:
+        self._runs: dict[RunKey, Object] = {}
+        self._keys: dict[str, RunKey] = {}
+        self._children: dict[str, _Children] = {}
+        self._closed: set[str] = set()
+
+    def run(self, key: RunKey) -> Object | None:
+        """The newest body seen."""
+        return self._runs.get(key)
+
+    def keys(self) -> list[RunKey]:
+        """All runs known."""
+        return list(self._runs)
+
+    def key_of(self, run_uid: str) -> RunKey | None:
+        """Which run has that UID; None for one not seen yet, or gone."""
+        return self._keys.get(run_uid)
+
+    def saw_run(self, body: Object) -> RunKey:
+        """Take a run's body, unless a newer one of the same run is known."""
+        meta = body["metadata"]
+        key = RunKey(namespace=meta["namespace"], name=meta["name"])
+        before = self._runs.get(key)
+        if before is not None:
+            if before["metadata"]["uid"] != meta["uid"]:
+                self.forget(key)
+            elif _version(before) > _version(body):
+                return key
+        self._runs[key] = body
+        self._keys[meta["uid"]] = key
+        return key
+
+    def cancel_requested(self, key: RunKey) -> bool:
+        """Whether the newest body asks for a cancel; also True when the run is gone or being deleted."""
+        body = self._runs.get(key)
+        if body is None or "deletionTimestamp" in body["metadata"]:
+            return True
+        return bool(body["spec"].get("cancel"))
+
+    def forget(self, key: RunKey) -> None:
+        """Drop a run that is gone, and its children's facts."""
+        body = self._runs.pop(key, None)
+        if body is not None:
+            uid = body["metadata"]["uid"]
+            self._keys.pop(uid, None)
+            self._children.pop(uid, None)
+            self._closed.discard(uid)
+
+    def close(self, run_uid: str) -> None:
+        """Keep no facts of this run's children any more: it has ended and is quiet."""
+        self._children.pop(run_uid, None)
+        self._closed.add(run_uid)
+
+    def closed(self, run_uid: str) -> bool:
+        """Whether nothing is left to be done for the run."""
+        return run_uid in self._closed
+
+    def saw_job(self, job: JobFacts) -> None:
+        """Take a Job's facts, unless newer ones are known."""
+        if job.run_uid in self._closed:
+            return
+        jobs = self._of(job.run_uid).jobs
+        before = jobs.get(job.uid)
+        if before is None or _number(job.resource_version) >= _number(before.resource_version):
+            jobs[job.uid] = job
+
+    def lost_job(self, *, run_uid: str, job_uid: str) -> None:
+        """A Job is gone."""
+        self._of(run_uid).jobs.pop(job_uid, None)
+
+    def saw_pod(self, pod: PodFacts) -> None:
+        """Take a pod's facts."""
+        if pod.run_uid not in self._closed:
+            self._of(pod.run_uid).pods[pod.uid] = pod
+
+    def lost_pod(self, *, run_uid: str, pod_uid: str) -> None:
+        """A pod is gone. What it said is kept as long as its Job is: the Job's verdict may still be due."""
+        children = self._of(run_uid)
+        pod = children.pods.get(pod_uid)
+        if pod is not None and (not pod.ended or pod.job_uid not in children.jobs):
+            del children.pods[pod_uid]
+
+    def replace(self, run_uid: str, jobs: Iterable[JobFacts], pods: Iterable[PodFacts]) -> None:
+        """Take a live list in place of what the watches have shown."""
+        children = self._of(run_uid)
+        children.jobs = {job.uid: job for job in jobs}
+        listed = {pod.uid: pod for pod in pods}
+        kept = {uid: pod for uid, pod in children.pods.items() if pod.ended and pod.job_uid in children.jobs}
+        children.pods = kept | listed
+        children.primed = True
+
+    def primed(self, run_uid: str) -> bool:
+        """Whether the run's Jobs have been listed live by this process."""
+        return run_uid in self._children and self._children[run_uid].primed
+
+    def distrust(self, run_uid: str) -> None:
+        """Have the run's Jobs listed live once more at the next pass."""
+        if run_uid in self._children:
+            self._children[run_uid].primed = False
+
+    def views(self, run_uid: str) -> list[JobView]:
+        """The run's Jobs with their pods."""
+        children = self._of(run_uid)
+        by_job: dict[str, list[PodFacts]] = {}
+        for pod in children.pods.values():
+            by_job.setdefault(pod.job_uid, []).append(pod)
+        return [view(job, by_job.get(job.uid, ())) for job in children.jobs.values()]
+
+    def _of(self, run_uid: str) -> _Children:
+        return self._children.setdefault(run_uid, _Children())
+
+
+def _version(body: Object) -> int:
+    return _number(body["metadata"].get("resourceVersion", ""))
+
+
+def _number(resource_version: str) -> int:
+    """The resourceVersions of one resource compare as numbers (KEP-5504); one that is no number counts as newest."""
+    return int(resource_version) if resource_version.isdigit() else 2**63

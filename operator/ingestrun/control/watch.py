@@ -1,0 +1,63 @@
+"""What a watch event does here: it updates the store, and asks for a look at the run. No decision is made."""
+
+from __future__ import annotations
+
+import structlog
+
+from ingestrun.control.queue import KeyedQueue
+from ingestrun.control.reconciler import Reconciler
+from ingestrun.control.store import Store
+from ingestrun.engine.facts import MalformedJobError, read_job, read_pod
+from ingestrun.kube.protocol import Object, RunKey
+
+logger = structlog.get_logger("ingestrun.watch")
+
+
+class Watch:
+    """Takes events in any order, doubled or late; types are the API's (None: from a list)."""
+
+    def __init__(self, store: Store, queue: KeyedQueue[RunKey], reconciler: Reconciler) -> None:
+        self._store = store
+        self._queue = queue
+        self._reconciler = reconciler
+
+    def run(self, event_type: str | None, body: Object) -> None:
+        """A run was added, changed or deleted."""
+        meta = body["metadata"]
+        key = RunKey(namespace=meta["namespace"], name=meta["name"])
+        if event_type != "DELETED":
+            self._queue.add(self._store.saw_run(body), "run")
+            return
+        known = self._store.run(key)
+        if known is not None and known["metadata"]["uid"] == meta["uid"]:
+            self._reconciler.forget(key)
+            self._queue.forget(key)
+
+    def job(self, event_type: str | None, body: Object) -> None:
+        """A Job with our label was added, changed or deleted."""
+        try:
+            job = read_job(body)
+        except MalformedJobError as error:
+            logger.warning("ignoring a Job that is not ours", why=str(error))
+            return
+        if event_type == "DELETED":
+            self._store.lost_job(run_uid=job.run_uid, job_uid=job.uid)
+        else:
+            self._store.saw_job(job)
+        self._look(job.run_uid, "job")
+
+    def pod(self, event_type: str | None, body: Object) -> None:
+        """A pod with our label was added, changed or deleted."""
+        pod = read_pod(body)
+        if pod is None:
+            return
+        if event_type == "DELETED":
+            self._store.lost_pod(run_uid=pod.run_uid, pod_uid=pod.uid)
+        else:
+            self._store.saw_pod(pod)
+        self._look(pod.run_uid, "pod")
+
+    def _look(self, run_uid: str, trigger: str) -> None:
+        key = self._store.key_of(run_uid)
+        if key is not None and not self._store.closed(run_uid):
+            self._queue.add(key, trigger)

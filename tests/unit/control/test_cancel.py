@@ -1,0 +1,299 @@
+"""Cancel, at every point: the strict API server's own history is the judge of what was created when."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import structlog
+from tests.fakes.cluster import Call
+from tests.fakes.world import KEY, World, environment
+
+from ingestrun.kube.errors import Conflict, KubeError, Unavailable
+from ingestrun.kube.protocol import Object
+
+MODES: dict[str, dict[str, Any]] = {
+    "chain": {"batches": {"cursor": {}, "size": 150}},
+    "partitions": {"batches": {"partitions": {"count": 4}}, "parallelism": 2},
+}
+
+
+def retrying(job: Object) -> dict[str, Any]:
+    """One hook fails once, so that a retry is among what a cancel meets."""
+    env = environment(job)
+    first = env["INGEST_STAGE"] == "hook" and env["INGEST_BATCH"] == "1" and env["INGEST_ATTEMPT"] == "0"
+    return {"exit_code": 1} if first else {}
+
+
+async def length_of(mode: str) -> int:
+    """How many calls a run without any cancel takes."""
+    world = World()
+    world.create(**MODES[mode])
+    await world.play(each=retrying)
+    assert world.phase == "Succeeded"
+    return len(world.cluster.history)
+
+
+def at_call(world: World, number: int, stage: str, act: Any) -> None:
+    """Do `act` once, right before or right after call `number` takes effect."""
+
+    async def on_call(call: Call) -> None:
+        if call.index == number and call.stage == stage:
+            world.cluster.on_call = None
+            act()
+
+    world.cluster.on_call = on_call
+
+
+@pytest.mark.parametrize("stage", ["before", "after"])
+@pytest.mark.parametrize("mode", MODES)
+async def test_cancel_around_every_call_starts_nothing_afterwards(mode: str, stage: str) -> None:
+    outcomes = set()
+    for number in range(await length_of(mode)):
+        world = World()
+        world.create(**MODES[mode])
+        refused: list[KubeError] = []
+
+        def cancel(world: World = world, refused: list[KubeError] = refused) -> None:
+            try:
+                world.cancel(cancellation={"reason": "enough"})
+            except KubeError as error:
+                refused.append(error)
+
+        at_call(world, number, stage, cancel)
+        await world.play(each=retrying)
+        outcomes.add(world.phase)
+        assert world.phase == ("Succeeded" if refused else "Cancelled"), number
+        assert world.creates_after_cancelled() == [], number
+        if world.phase == "Cancelled":
+            assert world.condition("Drained")["status"] == "True", number
+            assert_accounted(world)
+    assert outcomes == {"Succeeded", "Cancelled"}
+
+
+def assert_accounted(world: World) -> None:
+    """Every batch that was in flight is told apart: landed all the same, or not; the counters did not move."""
+    status = world.status
+    landed = status["cancellation"]["published"]
+    published = {f"{uid}/{n}" for uid in [world.cluster.run(KEY)["metadata"]["uid"]] for n in _indexes(landed)}
+    counted = {f"{world.cluster.run(KEY)['metadata']['uid']}/{n}" for n in _indexes(status["batches"]["published"])}
+    assert published | counted == set(world.source.published)
+    assert status["records"]["published"] == sum(world.source.published[key] for key in counted)
+    assert status["cancellation"]["reason"] == "enough"
+
+
+def _indexes(text: str) -> set[int]:
+    found: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+@pytest.mark.parametrize("stage", ["before", "after"])
+@pytest.mark.parametrize("mode", MODES)
+async def test_operator_killed_around_every_call_loses_and_doubles_nothing(mode: str, stage: str) -> None:
+    for number in range(await length_of(mode)):
+        world = World()
+        world.create(**MODES[mode])
+
+        def die(world: World = world) -> None:
+            world.restart()
+            raise Killed
+
+        at_call(world, number, stage, die)
+        await play_through_kill(world)
+        assert world.phase == "Succeeded", number
+        assert world.status["records"]["published"] == sum(world.source.published.values()), number
+        names = [call.name for call in world.cluster.calls("create", "jobs") if call.stored]
+        assert len(names) == len(set(names)), number
+
+
+@pytest.mark.parametrize("stage", ["before", "after"])
+@pytest.mark.parametrize("mode", MODES)
+async def test_operator_killed_around_every_call_and_cancelled_while_down(mode: str, stage: str) -> None:
+    for number in range(await length_of(mode)):
+        world = World()
+        world.create(**MODES[mode])
+        created: list[int] = []
+
+        def die(world: World = world, created: list[int] = created) -> None:
+            if world.phase != "Succeeded":
+                world.cancel(cancellation={"reason": "enough"})
+                created.append(len(world.cluster.calls("create", "jobs")))
+            world.restart()
+            raise Killed
+
+        at_call(world, number, stage, die)
+        await play_through_kill(world)
+        if created:
+            assert world.phase == "Cancelled", number
+            assert len(world.cluster.calls("create", "jobs")) == created[0], f"{number}: started before the cancel"
+            assert_accounted(world)
+
+
+class Killed(KubeError):  # noqa: N818
+    """Stands for SIGKILL: the pass ends where it is, and a new process knows nothing of it."""
+
+
+async def play_through_kill(world: World) -> None:
+    await world.play(each=retrying)
+
+
+@pytest.mark.parametrize("verb", ["patch", "create"])
+async def test_answers_lost_after_every_write_change_nothing(verb: str) -> None:
+    resource = {"patch": "ingestruns/status", "create": "jobs"}[verb]
+    world = World()
+    world.create(**MODES["chain"])
+    world.cluster.fail_next(verb, resource, when="after", times=40, match=lambda call: call.index % 3 != 0)
+    await world.play(rounds=400, each=retrying)
+    assert world.phase == "Succeeded"
+    assert world.status["records"]["published"] == 450 == sum(world.source.published.values())
+
+
+async def test_delayed_create_that_lands_after_cancelled_is_swept() -> None:
+    world = World()
+    world.create(**MODES["chain"])
+    world.cluster.fail_next("create", "jobs", Unavailable("time-out"), when="late")
+    await world.step()
+    world.cancel()
+    await world.settle()
+    assert world.phase == "Cancelled"
+    assert world.cluster.deliver_late() == [None]
+    world.now = max(world.due.values())
+    await world.settle()
+    assert world.cluster.jobs() == []
+
+
+async def test_started_pods_finish_and_unstarted_never_start() -> None:
+    world = World()
+    world.create(batches={"partitions": {"count": 3}}, parallelism=3)
+    await world.settle()
+    first, second, third = (job["metadata"]["name"] for job in world.active_jobs())
+    world.cluster.start_pod(first)
+    world.cluster.create_pod(second)
+    world.cancel()
+    await world.settle()
+    assert world.phase == "Cancelled"
+    assert [job["metadata"]["name"] for job in world.cluster.jobs()] == [first]
+    assert third
+    assert world.condition("Drained")["status"] == "False"
+    assert world.status["cancellation"]["inFlight"] == 3
+    world.work(world.active_jobs()[0])
+    await world.settle()
+    assert world.condition("Drained")["status"] == "True"
+    assert world.status["cancellation"]["notPublished"] == "0-2"
+    assert world.status["records"]["fetched"] == 0
+
+
+async def test_cancel_is_one_write_with_everything_in_it() -> None:
+    world = World()
+    world.create()
+    await world.settle()
+    before = len(world.cluster.calls("patch", "ingestruns/status"))
+    world.cluster.user_patch_spec(KEY, {"cancel": True, "cancellation": {"reason": "wrong source"}}, user="ada")
+    seen: list[dict[str, Any]] = []
+    world.cluster.watch(lambda kind, _, obj: seen.append(dict(obj["status"])) if kind == "IngestRun" else None)
+    await world.settle()
+    cancelled = next(status for status in seen if status.get("phase") == "Cancelled")
+    assert len(world.cluster.calls("patch", "ingestruns/status")) >= before + 1
+    assert cancelled["completionTime"]
+    assert cancelled["cancellation"] == {
+        "reason": "wrong source",
+        "requestedBy": "ada",
+        "acceptedAt": cancelled["completionTime"],
+        "inFlight": 1,
+        "published": "",
+        "notPublished": "",
+    }
+    kinds = {c["type"]: (c["status"], c["reason"]) for c in cancelled["conditions"]}
+    assert kinds["Succeeded"] == ("False", "Cancelled")
+    assert kinds["Finished"] == ("True", "Cancelled")
+    assert kinds["Cancelled"] == ("True", "Requested")
+    notes = [event["note"] for event in world.cluster.events() if event["reason"] == "Cancelled"]
+    assert notes == ["cancelled by ada: wrong source"]
+
+
+async def test_cancelled_at_creation_starts_nothing() -> None:
+    world = World()
+    world.create(cancel=True)
+    await world.play()
+    assert world.phase == "Cancelled"
+    assert world.cluster.calls("create", "jobs") == []
+    assert world.condition("Drained")["status"] == "True"
+
+
+@pytest.mark.parametrize("state", ["suspended", "retrying", "publishing"])
+async def test_cancel_from_every_state(state: str) -> None:
+    world = World()
+    world.create(suspend=True if state == "suspended" else None)
+    await world.settle()
+    if state == "retrying":
+        world.work(world.active_jobs()[0], exit_code=1)
+    while state == "publishing" and environment(world.active_jobs()[0])["INGEST_STAGE"] != "publish":
+        world.work(world.active_jobs()[0])
+        await world.settle()
+    await world.settle()
+    created = len(world.cluster.calls("create", "jobs"))
+    world.cancel()
+    await world.play()
+    assert world.phase == "Cancelled"
+    assert len(world.cluster.calls("create", "jobs")) == created
+
+
+async def test_skips_are_logged_once_each_with_batch_and_stage() -> None:
+    world = World()
+    world.create()
+    await world.settle()
+    name = world.active_jobs()[0]["metadata"]["name"]
+    world.cluster.start_pod(name)
+    await world.settle()
+    with structlog.testing.capture_logs() as logs:
+        world.cancel()
+        await world.settle()
+        world.work(world.active_jobs()[0])
+        await world.play()
+    skipped = [(line["batch"], line["stage"]) for line in logs if line["event"] == "ingest run cancelled, skipping"]
+    assert skipped == [(0, "hook check"), (1, "fetch")]
+
+
+async def test_completion_and_cancel_race_by_compare_and_set() -> None:
+    """Whichever status write comes first wins; the other is told, and one end stands."""
+    for cancel_first in (True, False):
+        world = World()
+        world.create(batches={"partitions": {"count": 1}}, hooks=None)
+        await world.settle()
+        world.work(world.active_jobs()[0])
+        await world.settle()
+        publish = world.active_jobs()[0]
+        world.cluster.on_call = None
+        if cancel_first:
+            world.cancel()
+            world.work(publish)
+            await world.play()
+            assert world.phase == "Cancelled"
+            assert world.status["cancellation"]["published"] == "0"
+            assert world.status["records"]["published"] == 0
+        else:
+            world.work(publish)
+            await world.play()
+            assert world.phase == "Succeeded"
+            with pytest.raises(KubeError, match="already Succeeded"):
+                world.cancel()
+        ends = {c.obj["status"].get("phase") for c in world.cluster.changes if c.kind == "IngestRun"}
+        assert len(ends & {"Succeeded", "Cancelled", "Failed"}) == 1
+
+
+async def test_refused_cancel_write_is_taken_again_and_nothing_starts() -> None:
+    world = World()
+    world.create()
+    await world.settle()
+    created = len(world.cluster.calls("create", "jobs"))
+    for error in (Conflict("stale"), Unavailable("500")):
+        world.cluster.fail_next("patch", "ingestruns/status", error)
+    world.cancel()
+    world.work(world.active_jobs()[0], result=json.dumps(world.source.run(world.active_jobs()[0])))
+    await world.play()
+    assert world.phase == "Cancelled"
+    assert len(world.cluster.calls("create", "jobs")) == created
