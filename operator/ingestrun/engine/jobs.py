@@ -157,7 +157,7 @@ def _container(run: IngestRun, create: Create, worker: WorkerImage) -> dict[str,
             *run.spec.pod_template.volume_mounts,
         ],
     }
-    resources = step.settings.resources
+    resources = step.resources
     if resources is not None:
         container["resources"] = resources.model_dump(exclude_defaults=True)
     elif own is None:

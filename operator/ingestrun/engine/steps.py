@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ingestrun.model.contract import Stage
-from ingestrun.model.spec import Container, IngestRunSpec, StageSettings
+from ingestrun.model.spec import Container, IngestRunSpec
+from ingestrun.model.stages import STAGE_SETTINGS, Resources, StageSettings
 from ingestrun.model.worker import SecretKeySelector
 
 DEFAULT_DEADLINE_SECONDS = 3600
@@ -22,7 +23,7 @@ class Step:
     """`fetch`, `publish` or the hook's name."""
     deadline_seconds: int
     retries: int
-    settings: StageSettings
+    resources: Resources | None
     container: Container | None = None
     config: str | None = None
     """JSON for the built-in worker; None with one's own container."""
@@ -41,43 +42,52 @@ class Step:
 
 def steps_of(spec: IngestRunSpec) -> tuple[Step, ...]:
     """The steps of a run, in order. At least two: fetch and publish."""
-    steps = [_step(spec, 0, Stage.FETCH, "fetch", spec.fetch)]
-    for hook in spec.hooks:
-        steps.append(_step(spec, len(steps), Stage.HOOK, hook.name, hook.container, hook))
-    steps.append(_step(spec, len(steps), Stage.PUBLISH, "publish", spec.publish))
+    http = spec.source.http if spec.source is not None else None
+    steps = [
+        _step(
+            spec,
+            stage=Stage.FETCH,
+            name="fetch",
+            container=spec.fetch,
+            built_in=spec.source,
+            authorization=http.authorization if http is not None else None,
+        )
+    ]
+    for index, hook in enumerate(spec.hooks, start=1):
+        steps.append(
+            _step(spec, stage=Stage.HOOK, name=hook.name, container=hook.container, built_in=hook, index=index)
+        )
+    steps.append(
+        _step(spec, stage=Stage.PUBLISH, name="publish", container=spec.publish, built_in=spec.sink, index=len(steps))
+    )
     return tuple(steps)
 
 
 def _step(
     spec: IngestRunSpec,
-    index: int,
+    *,
     stage: Stage,
     name: str,
     container: Container | None,
-    settings: StageSettings | None = None,
+    built_in: StageSettings | None,
+    index: int = 0,
+    authorization: SecretKeySelector | None = None,
 ) -> Step:
-    own = container or settings or StageSettings()
-    outer = settings or own
+    """A step with its settings: of the container, of the hook, source or sink around it, of the run, or ours."""
+    given = [settings for settings in (container, built_in) if settings is not None]
+    retries = next((settings.retries for settings in given if settings.retries is not None), spec.retries)
+    deadlines = [settings.active_deadline_seconds for settings in given if settings.active_deadline_seconds]
     config = None
-    authorization = None
-    if container is None:
-        if stage is Stage.FETCH and spec.source is not None:
-            config = spec.source.model_dump_json(by_alias=True, exclude_none=True)
-            authorization = spec.source.http.authorization if spec.source.http else None
-        elif stage is Stage.PUBLISH and spec.sink is not None:
-            config = spec.sink.model_dump_json(by_alias=True, exclude_none=True)
-        else:
-            config = (
-                settings.model_dump_json(by_alias=True, exclude_none=True, include={"validate_"}) if settings else None
-            )
-    retries = next((value for value in (own.retries, outer.retries) if value is not None), spec.retries)
+    if container is None and built_in is not None:
+        left_out = STAGE_SETTINGS | {"name"}
+        config = built_in.model_dump_json(by_alias=True, exclude_none=True, exclude=set(left_out))
     return Step(
         index=index,
         stage=stage,
         name=name,
-        deadline_seconds=own.active_deadline_seconds or outer.active_deadline_seconds or DEFAULT_DEADLINE_SECONDS,
+        deadline_seconds=next(iter(deadlines), DEFAULT_DEADLINE_SECONDS),
         retries=retries,
-        settings=StageSettings(resources=own.resources or outer.resources),
+        resources=next((settings.resources for settings in given if settings.resources is not None), None),
         container=container,
         config=config,
         authorization=authorization,

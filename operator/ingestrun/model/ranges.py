@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Final
 
-_TEXT: Final = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
+_TEXT: Final = re.compile(r"([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?")
 
 
 class IndexRanges:

@@ -8,15 +8,17 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from ingestrun.model.base import KubeModel
+from ingestrun.model.stages import Seconds, StageSettings
 from ingestrun.model.worker import SecretKeySelector, Sink, Source, Validate, exactly_one
 
 DnsLabel = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
 ObjectName = Annotated[
     str, StringConstraints(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
 ]
-Seconds = Annotated[int, Field(ge=1, le=31_536_000)]
 
 MAX_PARTITIONS = 1_000_000
+MAX_PARALLELISM = 100
+"""Each batch in flight may cut the ranges of the status in two, as each failed one may."""
 MAX_FAILED_BATCHES = 100
 """Every failed batch may cut three ranges of the status in two (35 bytes); this many keep the object below 16 KiB."""
 
@@ -71,21 +73,6 @@ class EnvFromSource(KubeModel):
     def _one(self) -> Self:
         exactly_one(self, "secret_ref", "config_map_ref")
         return self
-
-
-class Resources(KubeModel):
-    """Requests and limits, as a container has them."""
-
-    requests: dict[str, str | int] = {}
-    limits: dict[str, str | int] = {}
-
-
-class StageSettings(KubeModel):
-    """What can be set for any stage, the built-in worker's included."""
-
-    resources: Resources | None = None
-    active_deadline_seconds: Seconds | None = None
-    retries: Annotated[int, Field(ge=0, le=100)] | None = None
 
 
 class Container(StageSettings):
@@ -214,7 +201,7 @@ class IngestRunSpec(KubeModel):
     pod_template: PodTemplate = PodTemplate()
     workspace: Workspace | None = None
     batches: Batches
-    parallelism: Annotated[int, Field(ge=1, le=1000)] = 4
+    parallelism: Annotated[int, Field(ge=1, le=MAX_PARALLELISM)] = 4
     retries: Annotated[int, Field(ge=0, le=100)] = 3
     backoff: Backoff = Backoff()
     on_batch_failure: OnBatchFailure = OnBatchFailure.FAIL_RUN

@@ -11,6 +11,7 @@ from typing import Annotated, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from ingestrun.model.base import KubeModel
+from ingestrun.model.stages import StageSettings
 
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 LongText = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
@@ -114,7 +115,7 @@ class FilesSource(KubeModel):
     null_values: Annotated[list[Annotated[str, StringConstraints(max_length=64)]], Field(max_length=16)] = [""]
 
 
-class Source(KubeModel):
+class Source(StageSettings):
     """What the built-in worker reads; exactly one kind."""
 
     files: FilesSource | None = None
@@ -175,7 +176,7 @@ class ParquetSink(KubeModel):
     path: ShortText
 
 
-class Sink(KubeModel):
+class Sink(StageSettings):
     """Where the built-in worker publishes."""
 
     parquet: ParquetSink

@@ -1,0 +1,231 @@
+"""The status: what is written is read the same, and it stays small however many batches there are."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from ingestrun.model.base import KubeModel
+from ingestrun.model.contract import CURSOR_MAX_CHARS
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARTITIONS
+from ingestrun.model.status import (
+    BatchesStatus,
+    CancellationStatus,
+    Condition,
+    IngestRunStatus,
+    Phase,
+    RecordsStatus,
+    StageFailure,
+)
+
+Model = TypeVar("Model", bound=KubeModel)
+
+CONDITIONS = ("Succeeded", "Finished", "Cancelled", "Drained", "Backpressured", "Reconciling", "Stalled")
+NOW = datetime(2026, 11, 23, 3, 4, 5, tzinfo=UTC)
+
+TIMES = st.datetimes(datetime(2020, 1, 1), datetime(2100, 1, 1)).map(lambda at: at.replace(microsecond=0, tzinfo=UTC))
+RANGES = st.sets(st.integers(0, 10**6), max_size=20).map(IndexRanges)
+COUNTS = st.integers(0, 2**53)
+TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
+
+
+def made(model: type[Model], **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Model]:
+    """Like `st.builds`, which would fill in the aliases as well."""
+    return st.fixed_dictionaries(fields).map(lambda given_fields: model(**given_fields))
+
+
+STATUSES = made(
+    IngestRunStatus,
+    observed_generation=st.integers(-1, 10**6),
+    phase=st.none() | st.sampled_from(Phase),
+    conditions=st.lists(
+        made(
+            Condition,
+            type=st.sampled_from(CONDITIONS),
+            status=st.sampled_from(["True", "False", "Unknown"]),
+            reason=st.just("Because"),
+            message=TEXT,
+            last_transition_time=TIMES,
+            observed_generation=st.none() | st.integers(0, 100),
+        ),
+        max_size=7,
+    ),
+    batches=made(
+        BatchesStatus,
+        claimed=RANGES,
+        fetched=RANGES,
+        published=RANGES,
+        failed=RANGES,
+        active=COUNTS,
+        exhausted=st.booleans(),
+        progress=TEXT,
+    ),
+    records=made(RecordsStatus, fetched=COUNTS, rejected=COUNTS, published=COUNTS),
+    cursor=st.none() | TEXT,
+    failures=st.lists(
+        made(StageFailure, batch=COUNTS, stage=TEXT, attempt=COUNTS, reason=TEXT, message=TEXT, time=TIMES),
+        max_size=3,
+    ),
+    start_time=st.none() | TIMES,
+    completion_time=st.none() | TIMES,
+    last_progress_time=st.none() | TIMES,
+    cancellation=st.none()
+    | made(
+        CancellationStatus,
+        reason=st.none() | TEXT,
+        requested_by=st.none() | TEXT,
+        accepted_at=TIMES,
+        in_flight=COUNTS,
+        drained_at=st.none() | TIMES,
+        published=RANGES,
+        not_published=RANGES,
+    ),
+)
+
+
+def dumped(status: IngestRunStatus) -> str:
+    return status.model_dump_json(by_alias=True, exclude_none=True)
+
+
+@given(STATUSES)
+@settings(deadline=None)
+def test_what_is_written_is_read_the_same(status: IngestRunStatus) -> None:
+    assert IngestRunStatus.model_validate(json.loads(dumped(status))) == status
+    assert IngestRunStatus.model_validate(status.model_dump(mode="json", by_alias=True, exclude_none=True)) == status
+
+
+def test_a_run_that_no_operator_has_seen() -> None:
+    """What the API server puts there at creation, and what an older one may have left out."""
+    assert IngestRunStatus.model_validate({"observedGeneration": -1}) == IngestRunStatus()
+    assert IngestRunStatus.model_validate({}) == IngestRunStatus()
+    assert IngestRunStatus().batches.claimed == IndexRanges()
+
+
+def test_ranges_are_text_and_times_have_whole_seconds() -> None:
+    status = IngestRunStatus(
+        batches=BatchesStatus(claimed=IndexRanges.span(0, 41) | IndexRanges([43])),
+        start_time=NOW + timedelta(microseconds=999_999),
+    )
+
+    told = json.loads(dumped(status))
+
+    assert told["batches"]["claimed"] == "0-41,43"
+    assert told["startTime"] == "2026-11-23T03:04:05Z"
+
+
+def test_a_time_of_another_zone_is_written_in_utc() -> None:
+    status = IngestRunStatus.model_validate({"startTime": "2026-11-23T05:04:05+02:00"})
+
+    assert json.loads(dumped(status))["startTime"] == "2026-11-23T03:04:05Z"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"phase": "Done"},
+        {"batches": {"claimed": "1,0"}},
+        {"batches": {"active": -1}},
+        {"records": {"published": -1}},
+        {
+            "conditions": [
+                {"type": "Finished", "status": "Maybe", "reason": "x", "lastTransitionTime": "2026-11-23T03:04:05Z"}
+            ]
+        },
+        {"conditions": [{"type": "Finished", "status": "True", "reason": "x"}]},
+        {"cancellation": {"reason": "no time"}},
+        {"startTime": "yesterday"},
+    ],
+)
+def test_what_the_schema_refuses_is_refused_here(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        IngestRunStatus.model_validate(changes)
+
+
+def test_a_newer_operators_fields_are_ignored() -> None:
+    status = IngestRunStatus.model_validate({"phase": "Running", "mood": "good", "batches": {"retried": "0-3"}})
+
+    assert status.phase is Phase.RUNNING
+
+
+def test_ended_phases() -> None:
+    assert [phase for phase in Phase if phase.ended] == [Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED]
+
+
+def test_condition_by_type() -> None:
+    condition = Condition(type="Drained", status="True", reason="Drained", last_transition_time=NOW)
+    status = IngestRunStatus(conditions=[condition])
+
+    assert status.condition("Drained") is condition
+    assert status.condition("Finished") is None
+
+
+def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) -> IngestRunStatus:
+    """The longest status: each failed and each unfinished batch is alone, among high and so long indexes."""
+    everything = IndexRanges.span(0, batches - 1)
+    holes = [batches - 2 - 4 * n for n in range(failed + in_flight)]
+    lost, flying = IndexRanges(holes[:failed]), IndexRanges(holes[failed:])
+    return IngestRunStatus(
+        observed_generation=100,
+        phase=Phase.CANCELLED,
+        conditions=[
+            Condition(
+                type=kind,
+                status="Unknown",
+                reason="CompletedWithFailedBatches",
+                message="m" * 512,
+                last_transition_time=NOW,
+                observed_generation=100,
+            )
+            for kind in CONDITIONS
+        ],
+        batches=BatchesStatus(
+            claimed=everything,
+            fetched=everything - lost - flying,
+            published=everything - lost - flying,
+            failed=lost,
+            active=in_flight,
+            progress=f"{batches}/{batches}",
+        ),
+        records=RecordsStatus(fetched=2**53, rejected=2**53, published=2**53),
+        cursor="c" * CURSOR_MAX_CHARS,
+        failures=[
+            StageFailure(
+                batch=batches, stage=f"hook {'h' * 63}", attempt=100, reason="R" * 32, message="m" * 256, time=NOW
+            )
+            for _ in range(5)
+        ],
+        start_time=NOW,
+        completion_time=NOW,
+        last_progress_time=NOW,
+        cancellation=CancellationStatus(
+            reason="r" * 512,
+            requested_by="u" * 128,
+            accepted_at=NOW,
+            in_flight=in_flight,
+            drained_at=NOW,
+            published=IndexRanges(list(flying)[::2]),
+            not_published=IndexRanges(list(flying)[1::2]),
+        ),
+    )
+
+
+@pytest.mark.parametrize("in_flight", [0, 4, 16])
+def test_the_worst_status_leaves_room_in_16_kib(in_flight: int) -> None:
+    """3 KiB for the spec, the metadata and the managed fields; tests/api measures a whole object."""
+    status = worst_status(failed=MAX_FAILED_BATCHES, in_flight=in_flight)
+
+    assert len(status.batches.failed) == MAX_FAILED_BATCHES
+    assert len(dumped(status).encode()) < 13 * 1024
+
+
+def test_a_status_without_failures_is_small_at_a_million_batches() -> None:
+    assert len(dumped(worst_status(failed=0, in_flight=4)).encode()) < 10 * 1024
+    million = BatchesStatus(published=IndexRanges.span(0, 999_999), claimed=IndexRanges.span(0, 999_999))
+    assert len(million.model_dump_json()) < 200
