@@ -1,0 +1,5 @@
+"""`python -m ingestrun.worker`."""
+
+from ingestrun.worker.main import main
+
+main()

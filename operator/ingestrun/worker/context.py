@@ -1,0 +1,125 @@
+"""What the operator told this container: the contract's environment, read once and checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ingestrun.model import contract
+from ingestrun.model.contract import Stage
+from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
+from ingestrun.worker.failure import PermanentError
+
+_MAX_DIGITS = 18
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One attempt at one stage of one batch. `config` is the JSON of the built-in source, hook or sink."""
+
+    stage: Stage
+    batch: int
+    attempt: int
+    hook: str | None
+    key: str
+    config: str
+    cursor: str
+    limit: int | None
+    partitions: int | None
+    input: Path | None
+    output: Path | None
+    rejects: Path | None
+    workspace: Path
+    authorization: str | None
+
+    def need(self, name: str, value: Path | None) -> Path:
+        """A directory that this stage can't do without.
+
+        Raises:
+            PermanentError: the operator did not set it.
+        """
+        if value is None:
+            raise PermanentError(f"{name} is not set, stage {self.stage} needs it")
+        return value
+
+
+def read_context(env: Mapping[str, str]) -> Context:
+    """Read the environment.
+
+    Raises:
+        PermanentError: a variable is missing or not of its form; the text names it.
+    """
+    version = env.get(contract.ENV_CONTRACT, "")
+    if version != contract.VERSION:
+        raise PermanentError(
+            f"{contract.ENV_CONTRACT} is {version!r}, this worker speaks {contract.VERSION}: "
+            "use the worker image that belongs to the operator"
+        )
+    stage = env.get(contract.ENV_STAGE, "")
+    if stage not in list(Stage):
+        raise PermanentError(f"{contract.ENV_STAGE} is {stage!r}, not one of {', '.join(Stage)}")
+    batch = _number(env, contract.ENV_BATCH)
+    attempt = _number(env, contract.ENV_ATTEMPT)
+    limit = _number(env, contract.ENV_LIMIT)
+    partitions = _number(env, contract.ENV_PARTITIONS)
+    if limit == 0 or partitions == 0:
+        raise PermanentError(
+            f"{contract.ENV_LIMIT} and {contract.ENV_PARTITIONS} must be at least 1 where they are set"
+        )
+    if batch is None:
+        raise PermanentError(f"{contract.ENV_BATCH} is not set")
+    return Context(
+        stage=Stage(stage),
+        batch=batch,
+        attempt=attempt or 0,
+        hook=env.get(contract.ENV_HOOK) or None,
+        key=env.get(contract.ENV_IDEMPOTENCY_KEY, ""),
+        config=env.get(contract.ENV_CONFIG, ""),
+        cursor=env.get(contract.ENV_CURSOR, ""),
+        limit=limit,
+        partitions=partitions,
+        input=_path(env, contract.ENV_INPUT),
+        output=_path(env, contract.ENV_OUTPUT),
+        rejects=_path(env, contract.ENV_REJECTS),
+        workspace=Path(env.get(contract.ENV_WORKSPACE) or contract.WORKSPACE_MOUNT),
+        # A Secret made by `echo` ends in a newline.
+        authorization=env.get(ENV_HTTP_AUTHORIZATION, "").strip() or None,
+    )
+
+
+def parse(model: type[M], text: str, what: str) -> M:
+    """Read JSON by a model.
+
+    Raises:
+        PermanentError: it is not of the model; the text says where, without the value, which may be a secret.
+    """
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PermanentError(f"{what} is not valid: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def _number(env: Mapping[str, str], name: str) -> int | None:
+    text = env.get(name, "")
+    if not text:
+        return None
+    if not re.fullmatch(r"[0-9]+", text) or len(text) > _MAX_DIGITS:
+        raise PermanentError(f"{name} is {text[:40]!r}, not a number")
+    return int(text)
+
+
+def _path(env: Mapping[str, str], name: str) -> Path | None:
+    text = env.get(name, "")
+    if not text:
+        return None
+    if not text.startswith("/"):
+        raise PermanentError(f"{name} is {text[:80]!r}, not an absolute path: the built-in worker needs a volume")
+    return Path(text)
