@@ -1,0 +1,122 @@
+"""The demo's flow with exact counts: real pods of the real images, on a real kubelet."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from demo.audit import read_trail
+
+from tests.e2e.cluster import ROOT, SYSTEM, Json, Kubectl, condition, image, phase, wait_for
+
+ROWS = 336_776
+CANCELLED_LINE = "ingest run cancelled, skipping"
+
+
+def flights(namespace: str, name: str, **changes: Any) -> Json:
+    """The demo's run, in the tests' namespace, publishing to a folder of its own."""
+    body: Json = yaml.safe_load((ROOT / "demo/runs/flights.yaml").read_text())
+    body["metadata"] = {"name": name, "namespace": namespace}
+    body["spec"]["source"]["http"]["url"] = f"http://flights.{namespace}/flights"
+    body["spec"]["sink"]["parquet"]["path"] = name
+    body["spec"].update(changes)
+    return body
+
+
+def run_of(kubectl: Kubectl, namespace: str, name: str) -> Json:
+    return kubectl.get("-n", namespace, "ingestrun", name)
+
+
+def ended(kubectl: Kubectl, namespace: str, name: str, *, seconds: float) -> Json:
+    kubectl("-n", namespace, "wait", f"ingestrun/{name}", "--for=condition=Finished", f"--timeout={seconds:g}s")
+    return run_of(kubectl, namespace, name)
+
+
+def published(run: Json) -> int:
+    return int((run.get("status") or {}).get("records", {}).get("published", 0))
+
+
+def has_published(kubectl: Kubectl, namespace: str, name: str, rows: int) -> bool:
+    return published(run_of(kubectl, namespace, name)) > rows
+
+
+def kill_operator(kubectl: Kubectl) -> None:
+    """SIGKILL: a pod deleted with no grace gets no SIGTERM; the Deployment brings another."""
+    kubectl("-n", SYSTEM, "delete", "pods", "--all", "--grace-period=0", "--force")
+
+
+def check_dataset(kubectl: Kubectl, namespace: str, dataset: str, *arguments: str) -> str:
+    """demo/check_dataset.py beside the dataset: DuckDB holds each row against the source's own file."""
+    from demo.__main__ import check_job
+
+    name = f"check-{dataset}"
+    os.environ.setdefault("DEMO_IMAGE", image("DEMO_IMAGE"))
+    job = check_job(name, dataset, arguments)
+    job["metadata"]["namespace"] = namespace
+    kubectl.apply([job])
+
+    def over() -> str | None:
+        status = kubectl.get("-n", namespace, "job", name).get("status") or {}
+        ends = [c["type"] for c in status.get("conditions") or () if c["type"] in ("Complete", "Failed")]
+        return ends[0] if ends else None
+
+    end = wait_for(over, seconds=180, what=f"the check of {dataset}")
+    said = kubectl("-n", namespace, "logs", f"job/{name}")
+    assert end == "Complete", said
+    return said
+
+
+def test_every_row_arrives_once_though_the_operator_is_killed_twice(kubectl: Kubectl, namespace: str) -> None:
+    kubectl.apply([flights(namespace, "killed")])
+    for share in (1, 3):
+        wait_for(
+            partial(has_published, kubectl, namespace, "killed", ROWS * share // 8),
+            seconds=300,
+            what=f"{share}/8 of the rows",
+        )
+        kill_operator(kubectl)
+    run = ended(kubectl, namespace, "killed", seconds=400)
+    assert phase(run) == "Succeeded", condition(run, "Succeeded")
+    assert run["status"]["records"] == {"fetched": ROWS, "rejected": 0, "published": ROWS}
+    said = check_dataset(kubectl, namespace, "killed")
+    assert f"{ROWS:,} rows of {ROWS:,}" in said
+    columns = kubectl("-n", namespace, "get", "ir", "killed").splitlines()
+    assert columns[0].split() == ["NAME", "PHASE", "REASON", "BATCHES", "RECORDS", "AGE"]
+    assert columns[1].split()[:3] == ["killed", "Succeeded", "Completed"]
+
+
+def test_cancel_half_way_starts_nothing_more(kubectl: Kubectl, namespace: str) -> None:
+    kubectl.apply([flights(namespace, "cancelled")])
+    wait_for(lambda: published(run_of(kubectl, namespace, "cancelled")) > ROWS / 3, seconds=300, what="a third")
+    patch = json.dumps({"spec": {"cancel": True, "cancellation": {"reason": "enough"}}})
+    kubectl("-n", namespace, "patch", "ingestrun", "cancelled", "--type", "merge", "-p", patch)
+    run = ended(kubectl, namespace, "cancelled", seconds=30)
+    assert phase(run) == "Cancelled"
+    frozen = run["status"]["records"]
+    kubectl("-n", namespace, "wait", "ingestrun/cancelled", "--for=condition=Drained", "--timeout=180s")
+    run = run_of(kubectl, namespace, "cancelled")
+    assert run["status"]["records"] == frozen
+    assert run["status"]["cancellation"]["reason"] == "enough"
+    uid = run["metadata"]["uid"]
+    log = kubectl("-n", SYSTEM, "logs", "deployment/ingestrun-operator")
+    assert [line for line in log.splitlines() if CANCELLED_LINE in line and uid in line]
+    reasons = {event["reason"] for event in kubectl.get("-n", namespace, "events")["items"]}
+    assert {"Cancelled", "Drained"} <= reasons
+    files = _count(run["status"]["batches"]["published"]) + _count(run["status"]["cancellation"]["published"])
+    check_dataset(kubectl, namespace, "cancelled", "--part", str(files))
+    audit = os.environ.get("INGESTRUN_AUDIT_LOG")
+    if audit:  # a cluster of the user's own (CLUSTER=current) shows us none
+        with Path(audit).open() as lines:
+            trail = read_trail(lines, uid)
+        assert trail.cancelled is not None
+        assert trail.jobs
+        assert trail.created_after == []
+
+
+def _count(ranges: str) -> int:
+    pairs = [part.partition("-") for part in ranges.split(",") if part]
+    return sum(int(last or first) - int(first) + 1 for first, _, last in pairs)
