@@ -17,7 +17,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from ingestrun.kube.errors import (
     AlreadyExists,
@@ -34,7 +34,7 @@ from tests.fakes import selectors, shapes
 from tests.fakes.shapes import Json
 
 T = TypeVar("T")
-Kind = Literal["IngestRun", "Job", "Pod", "Event"]
+Kind = Literal["IngestRun", "Job", "Pod", "Event", "Secret"]
 EventType = Literal["ADDED", "MODIFIED", "DELETED"]
 Watcher = Callable[[Kind, EventType, Object], None]
 
@@ -127,7 +127,7 @@ class FakeCluster(Cluster):
         """Bytes of JSON of the largest run ever stored."""
         self.revision = 0
         self._run_uid_label = run_uid_label
-        self._objects: dict[Kind, dict[tuple[str, str], Json]] = {k: {} for k in ("IngestRun", "Job", "Pod", "Event")}
+        self._objects: dict[Kind, dict[tuple[str, str], Json]] = {kind: {} for kind in get_args(Kind)}
         self._watchers: list[Watcher] = []
         self._late: list[Callable[[], object]] = []
         self._ids = itertools.count(1)
@@ -231,6 +231,28 @@ class FakeCluster(Cluster):
             self._store("Event", stored, "ADDED")
 
         await self._call("create", "events", meta["namespace"], name, body, commit)
+
+    async def get_secret(self, *, namespace: str, name: str) -> Object:
+        def commit() -> Object:
+            return copy.deepcopy(self._find("Secret", namespace, name))
+
+        return await self._call("get", "secrets", namespace, name, None, commit)
+
+    async def replace_secret(self, secret: Object) -> Object:
+        body: Json = copy.deepcopy(dict(secret))
+        json.dumps(body)
+        meta = body["metadata"]
+        namespace, name = meta["namespace"], meta["name"]
+        assert meta["resourceVersion"], "a PUT without a resourceVersion replaces whatever is there"
+
+        def commit() -> Object:
+            found = self._find("Secret", namespace, name)
+            if found["metadata"]["resourceVersion"] != meta["resourceVersion"]:
+                raise Conflict(f'Operation cannot be fulfilled on secrets "{name}": the object has been modified')
+            self._store("Secret", body, "MODIFIED")
+            return copy.deepcopy(self._find("Secret", namespace, name))
+
+        return await self._call("update", "secrets", namespace, name, body, commit)
 
     # Proposed for the Protocol, as in `kube.client`.
 
@@ -360,6 +382,14 @@ class FakeCluster(Cluster):
         self._admit("create", "ingestruns", stored)
         self._store("IngestRun", stored, "ADDED")
         return self.run(RunKey(namespace=meta["namespace"], name=meta["name"]))
+
+    def user_apply_secret(self, name: str, namespace: str = "default", **data: str) -> Json:
+        """`kubectl apply`, or an edit: a Secret with just these data, in base64; without any as the manifest has it."""
+        found = self._objects["Secret"].get((namespace, name))
+        meta = found["metadata"] if found else {"name": name, "namespace": namespace, "uid": self._uid()}
+        body: Json = {"apiVersion": "v1", "kind": "Secret", "metadata": dict(meta), "type": "Opaque"}
+        self._store("Secret", body | ({"data": data} if data else {}), "MODIFIED" if found else "ADDED")
+        return copy.deepcopy(self._find("Secret", namespace, name))
 
     def user_patch_spec(self, key: RunKey, patch: Object, *, user: str | None = None) -> Json:
         """`kubectl patch --type merge`, the CRD's own rule included: Succeeded and Failed refuse a cancel.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ingestrun.engine.facts import JobFacts, JobView, PodFacts, view
 from ingestrun.kube.protocol import Object, RunKey
+from ingestrun.model import names
 
 
 @dataclass(slots=True)
@@ -29,6 +30,7 @@ class Store:
         self._keys: dict[str, RunKey] = {}
         self._children: dict[str, _Children] = {}
         self._closed: set[str] = set()
+        self._below: dict[RunKey, set[RunKey]] = {}
 
     def run(self, key: RunKey) -> Object | None:
         """The newest body seen."""
@@ -54,7 +56,14 @@ class Store:
                 return key
         self._runs[key] = body
         self._keys[meta["uid"]] = key
+        for parent in parents_of(body):
+            self._below.setdefault(parent, set()).add(key)
         return key
+
+    def below(self, key: RunKey) -> list[Object]:
+        """The runs right below this one, as far as they have been seen, in the order of their names."""
+        found = [self._runs[child] for child in sorted(self._below.get(key, ()), key=str) if child in self._runs]
+        return [body for body in found if key in parents_of(body)]
 
     def cancel_requested(self, key: RunKey) -> bool:
         """Whether the newest body asks for a cancel; also True when the run is gone or being deleted."""
@@ -68,6 +77,8 @@ class Store:
         body = self._runs.pop(key, None)
         if body is not None:
             uid = body["metadata"]["uid"]
+            for parent in parents_of(body):
+                self._below.get(parent, set()).discard(key)
             self._keys.pop(uid, None)
             self._children.pop(uid, None)
             self._closed.discard(uid)
@@ -134,6 +145,15 @@ class Store:
 
     def _of(self, run_uid: str) -> _Children:
         return self._children.setdefault(run_uid, _Children())
+
+
+def parents_of(body: Object) -> list[RunKey]:
+    """The runs that this one says are above it: by `spec.parentRef`, and by owner reference. Itself is none."""
+    meta = body["metadata"]
+    named = [(body.get("spec") or {}).get("parentRef") or {}]
+    named += [ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == names.KIND]
+    keys = [RunKey(namespace=meta["namespace"], name=ref["name"]) for ref in named if ref.get("name")]
+    return [key for key in dict.fromkeys(keys) if key.name != meta["name"]]
 
 
 def _version(body: Object) -> int:

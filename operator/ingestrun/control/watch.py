@@ -6,7 +6,7 @@ import structlog
 
 from ingestrun.control.queue import KeyedQueue
 from ingestrun.control.reconciler import Reconciler
-from ingestrun.control.store import Store
+from ingestrun.control.store import Store, parents_of
 from ingestrun.engine.facts import MalformedJobError, read_job, read_pod
 from ingestrun.kube.protocol import Object, RunKey
 
@@ -24,14 +24,27 @@ class Watch:
     def run(self, event_type: str | None, body: Object) -> None:
         """A run was added, changed or deleted."""
         meta = body["metadata"]
-        key = RunKey(namespace=meta["namespace"], name=meta["name"])
+        key = _key(body)
         if event_type != "DELETED":
             self._queue.add(self._store.saw_run(body), "run")
+            self._look_around(key, body)
             return
         known = self._store.run(key)
         if known is not None and known["metadata"]["uid"] == meta["uid"]:
             self._reconciler.forget(key)
             self._queue.forget(key)
+
+    def _look_around(self, key: RunKey, body: Object) -> None:
+        """A cancel goes on to the runs below, and what became of them is told above."""
+        cancellation = (body.get("status") or {}).get("cancellation") or {}
+        if cancellation.get("cascade"):
+            for child in self._store.below(key):
+                self._queue.add(_key(child), "parent")
+        for parent in parents_of(body):
+            above = self._store.run(parent)
+            record = ((above or {}).get("status") or {}).get("cancellation") or {}
+            if above is not None and record.get("cascade") and not self._store.closed(above["metadata"]["uid"]):
+                self._queue.add(parent, "child")
 
     def job(self, event_type: str | None, body: Object) -> None:
         """A Job with our label was added, changed or deleted."""
@@ -61,3 +74,7 @@ class Watch:
         key = self._store.key_of(run_uid)
         if key is not None and not self._store.closed(run_uid):
             self._queue.add(key, trigger)
+
+
+def _key(body: Object) -> RunKey:
+    return RunKey(namespace=body["metadata"]["namespace"], name=body["metadata"]["name"])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from ingestrun.engine import conditions as c
+from ingestrun.model.contract import Stage
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import IngestRunStatus, Phase
 
 NOTE_CHARS: Final = 1000
@@ -22,54 +26,96 @@ class Announcement:
     note: str
 
 
+def normal(reason: str, note: str, *, action: str) -> Announcement:
+    """Something that went as it should."""
+    return Announcement(type="Normal", reason=reason, action=action, note=note[:NOTE_CHARS])
+
+
+def warning(reason: str, note: str, *, action: str) -> Announcement:
+    """Something that somebody may have to look at."""
+    return Announcement(type="Warning", reason=reason, action=action, note=note[:NOTE_CHARS])
+
+
 def announcements(old: IngestRunStatus, new: IngestRunStatus) -> list[Announcement]:
-    """The Events that the step from `old` to `new` deserves, in the order of their weight last."""
-    told: list[Announcement] = []
+    """The Events that the step from `old` to `new` deserves."""
+    return [*_failures(old, new), *_course(old, new), *_end(old, new), *_cancellation(old, new)]
 
-    def tell(reason: str, note: str, *, action: str, warning: bool = False) -> None:
-        told.append(
-            Announcement(type="Warning" if warning else "Normal", reason=reason, action=action, note=note[:NOTE_CHARS])
-        )
 
+def skipped(starts: Iterable[tuple[int, str, int]]) -> list[Announcement]:
+    """All that a cancel kept from starting, as (batch, stage, attempt): two Events at most, however many there are."""
+    by_stage: dict[str, set[int]] = {}
+    for batch, stage, _ in starts:
+        by_stage.setdefault(stage, set()).add(batch)
+    told = []
+    whole = by_stage.pop(Stage.FETCH.value, None)
+    if whole:
+        told.append(normal("BatchSkipped", f"not begun after the cancel: batch {IndexRanges(whole)}", action="Skip"))
+    if by_stage:
+        parts = (f"{stage} of batch {IndexRanges(found)}" for stage, found in sorted(by_stage.items()))
+        told.append(normal("StageSkipped", f"not started after the cancel: {'; '.join(parts)}", action="Skip"))
+    return told
+
+
+def _failures(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Announcement]:
     known = {failure.key for failure in old.failures}
     for failure in new.failures:
         if failure.key not in known:
             place = f"batch {failure.batch}, {failure.stage}, attempt {failure.attempt + 1}"
-            tell("StageFailed", f"{place}: {failure.reason}: {failure.message}", action="Judge", warning=True)
+            yield warning("StageFailed", f"{place}: {failure.reason}: {failure.message}", action="Judge")
     gone = new.batches.failed - old.batches.failed
     if gone:
-        tell("BatchFailed", f"given up: batch {gone}", action="GiveUp", warning=True)
+        yield warning("BatchFailed", f"given up: batch {gone}", action="GiveUp")
+
+
+def _course(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Announcement]:
     if old.start_time is None and new.start_time is not None:
-        tell("Started", "the first batch is claimed", action="Start")
-    for kind, action in ((c.BACKPRESSURED, "Wait"), (c.RECONCILING, "Start")):
-        before, now = old.condition(kind), new.condition(kind)
-        wanted = ("PodNotStarting",) if kind == c.RECONCILING else None
-        if now is None or now.status != "True" or (wanted and now.reason not in wanted):
-            continue
-        if before is None or before.status != "True" or before.reason != now.reason:
-            reason = now.reason if wanted else kind
-            tell(
-                reason,
-                f"{now.reason}: {now.message}" if not wanted else now.message,
-                action=action,
-                warning=True,
-            )
+        yield normal("Started", "the first batch is claimed", action="Start")
+    if _turned(old, new, c.BACKPRESSURED):
+        held = new.condition(c.BACKPRESSURED)
+        yield warning("Backpressured", f"{held.reason}: {held.message}" if held else "", action="Wait")
+    if _turned(old, new, c.RECONCILING, reason="PodNotStarting"):
+        stuck = new.condition(c.RECONCILING)
+        yield warning("PodNotStarting", stuck.message if stuck else "", action="Wait")
     if old.phase is not Phase.SUSPENDED and new.phase is Phase.SUSPENDED:
-        tell("Suspended", "nothing new is started until spec.suspend is cleared", action="Suspend")
+        yield normal("Suspended", "nothing new is started until spec.suspend is cleared", action="Suspend")
     if old.phase is Phase.SUSPENDED and new.phase is Phase.RUNNING:
-        tell("Resumed", "spec.suspend is cleared", action="Resume")
-    if new.phase is not old.phase and new.phase is not None and new.phase.ended:
-        end = new.condition(c.SUCCEEDED)
-        tell(
-            new.phase.value,
-            end.message if end and end.message else new.phase.value,
-            action="Cancel" if new.phase is Phase.CANCELLED else "Finish",
-            warning=new.phase is Phase.FAILED,
-        )
-    before, drained = old.condition(c.DRAINED), new.condition(c.DRAINED)
-    newly_drained = drained and drained.status == "True" and not (before and before.status == "True")
-    if drained and newly_drained and new.cancellation is not None:
-        landed = new.cancellation.published
-        extra = f"; published all the same: batch {landed}" if landed else ""
-        tell("Drained", drained.message + extra, action="Drain")
-    return told
+        yield normal("Resumed", "spec.suspend is cleared", action="Resume")
+
+
+def _end(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Announcement]:
+    if new.phase is old.phase or new.phase is None or not new.phase.ended:
+        return
+    end = new.condition(c.SUCCEEDED)
+    tell = warning if new.phase is Phase.FAILED else normal
+    action = "Cancel" if new.phase is Phase.CANCELLED else "Finish"
+    yield tell(new.phase.value, end.message if end and end.message else new.phase.value, action=action)
+
+
+def _cancellation(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Announcement]:
+    before, now = old.cancellation, new.cancellation
+    if now is None:
+        return
+    if now.policy is CancellationPolicy.TERMINATE and (before is None or before.policy is not now.policy):
+        yield normal("Terminating", "pods that run get SIGTERM", action="Terminate")
+    if _turned(old, new, c.DRAINED, status="False", reason="PodStuckTerminating"):
+        stuck = new.condition(c.DRAINED)
+        yield warning("PodStuckTerminating", stuck.message if stuck else "", action="Drain")
+    if _turned(old, new, c.DRAINED):
+        drained = new.condition(c.DRAINED)
+        landed = f"; published all the same: batch {now.published}" if now.published else ""
+        yield normal("Drained", (drained.message if drained else "") + landed, action="Drain")
+    ended = now.on_cancel.state if now.on_cancel is not None else None
+    if ended in ("Succeeded", "Failed") and (before is None or before.on_cancel != now.on_cancel):
+        tell = normal if ended == "Succeeded" else warning
+        said = now.on_cancel.message if now.on_cancel is not None else ""
+        yield tell(f"OnCancel{ended}", said or "the clean-up has ended well", action="CleanUp")
+
+
+def _turned(
+    old: IngestRunStatus, new: IngestRunStatus, kind: str, *, status: str = "True", reason: str | None = None
+) -> bool:
+    """Whether the condition has got this status (and reason), and had not before."""
+    now, before = new.condition(kind), old.condition(kind)
+    if now is None or now.status != status or (reason is not None and now.reason != reason):
+        return False
+    return before is None or before.status != status or (reason is not None and before.reason != reason)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from ingestrun.engine.announce import Announcement
 from ingestrun.engine.batches import Start
-from ingestrun.engine.facts import JobFacts
-from ingestrun.model.status import IngestRunStatus
+from ingestrun.engine.facts import JobFacts, PodFacts
+from ingestrun.model.spec import CancellationPolicy
+from ingestrun.model.status import IngestRunStatus, Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +26,37 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Live:
-    """That the Jobs handed to the planner were listed from the API server just now, and what else was seen."""
+    """That the Jobs handed to the planner were listed from the API server just now, and the pods with them."""
 
-    pods_running: int
-    """Pods of the run that have not ended, also those whose Job is gone."""
+    pods: tuple[PodFacts, ...]
+    """All pods of the run, also those whose Job is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """A run above this one that is Cancelled with `cascade`: this one has to follow."""
+
+    name: str
+    reason: str | None
+    requested_by: str | None
+    policy: CancellationPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child:
+    """A run right below this one."""
+
+    name: str
+    phase: Phase | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """A pod to end: SIGTERM, and SIGKILL after so many seconds (None: what the pod itself says)."""
+
+    name: str
+    uid: str
+    grace_seconds: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +79,18 @@ class Skip:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to do, in this order: write the status, then create, delete and look again."""
+    """What to do, in this order: write the status, then create, end, delete, announce, and look again."""
 
     status: IngestRunStatus
     creates: tuple[Create, ...] = ()
+    kills: tuple[Kill, ...] = ()
     deletes: tuple[JobFacts, ...] = ()
     delete_blocks: tuple[int, ...] = ()
+    delete_all: bool = False
+    """Delete every Job of the run by one call: of a terminated one, once it is quiet."""
     skips: tuple[Skip, ...] = ()
+    fenced: bool | None = None
+    """Whether the run has to carry the label that the fence selects by; None: as it is."""
+    tell: tuple[Announcement, ...] = ()
+    """Events that do not follow from the change of the status alone."""
     requeue_at: datetime | None = None

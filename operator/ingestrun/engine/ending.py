@@ -1,7 +1,4 @@
-"""How a run ends: succeeded, failed or cancelled; and what is left to do for one that has ended.
-
-Nothing leaves an end: `settle` writes no phase, and each end is one write with everything in it.
-"""
+"""When a run ends by itself, as Succeeded or Failed: one write with everything in it."""
 
 from __future__ import annotations
 
@@ -10,19 +7,18 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from ingestrun.engine import conditions as c
-from ingestrun.engine.accounting import accounted, assess_all, claimable, in_flight, with_
+from ingestrun.engine.accounting import claimable, with_
 from ingestrun.engine.batches import Batch
 from ingestrun.engine.conditions import Claim
-from ingestrun.engine.decisions import Live, Plan, Refusal, Skip
+from ingestrun.engine.decisions import Refusal
 from ingestrun.engine.facts import JobFacts, JobState, JobView
-from ingestrun.engine.saying import counted, no_backpressure, said, sentence
-from ingestrun.engine.steps import steps_of
+from ingestrun.engine.saying import no_backpressure, said, sentence
 from ingestrun.model.contract import Stage
 from ingestrun.model.names import BLOCK_BATCHES, block_of
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import MAX_FAILED_BATCHES, OnBatchFailure
-from ingestrun.model.status import BatchesStatus, CancellationStatus, IngestRunStatus, Phase
+from ingestrun.model.status import BatchesStatus, IngestRunStatus, Phase
 
 DRAIN_RECHECK: Final = timedelta(seconds=15)
 SWEEP_AFTER: Final = timedelta(seconds=60)
@@ -103,109 +99,6 @@ def _failed(run: IngestRun, status: IngestRunStatus, reason: str, message: str, 
         ],
         now=now,
     )
-
-
-def cancel(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> Plan:
-    """The one write that makes a run Cancelled. Counters stay as they were stored: what is in flight is told apart."""
-    reason = run.spec.cancellation.reason
-    who = run.metadata.cancel_requested_by
-    flight = in_flight(run.status.batches)
-    message = f"cancelled{f' by {who}' if who else ''}{f': {reason}' if reason else ''}"
-    status = with_(
-        run.status,
-        completion_time=now,
-        cancellation=CancellationStatus(reason=reason, requested_by=who, accepted_at=now, in_flight=len(flight)),
-    )
-    status = said(
-        run,
-        status,
-        phase=Phase.CANCELLED,
-        claims=[
-            Claim(type=c.SUCCEEDED, status="False", reason="Cancelled", message=message),
-            Claim(type=c.FINISHED, status="True", reason="Cancelled", message=message),
-            Claim(type=c.CANCELLED, status="True", reason="Requested", message=message),
-            Claim(
-                type=c.DRAINED,
-                status="False",
-                reason="Draining",
-                message=counted(len(flight), "batch in flight", "batches in flight"),
-            ),
-            Claim(type=c.RECONCILING, status="True", reason="Draining"),
-            *no_backpressure(run.status),
-        ],
-        now=now,
-    )
-    return Plan(status=status, deletes=unstarted(jobs), skips=skips_of(run, jobs, now=now), requeue_at=now)
-
-
-def settle(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, live: Live | None) -> Plan:
-    """What is left for an ended run: let started pods end, delete what has not started, say when all is quiet."""
-    status = run.status
-    skips = skips_of(run, jobs, now=now) if status.phase is Phase.CANCELLED else ()
-    drained = status.condition(c.DRAINED)
-    if drained is not None and drained.status == "True":
-        sweep_at = (status.completion_time or now) + SWEEP_AFTER
-        late = tuple(job.job for job in jobs if live is not None and not job.state.finished and not job.job.deleting)
-        return Plan(
-            status=status,
-            deletes=late,
-            delete_blocks=spent_blocks(status.batches, jobs),
-            skips=skips,
-            requeue_at=sweep_at if now < sweep_at else None,
-        )
-
-    deletes = unstarted(jobs)
-    if live is None:
-        return Plan(status=status, deletes=deletes, skips=skips, requeue_at=now)
-    running = sum(1 for job in jobs if not job.state.finished)
-    if running or live.pods_running:
-        left = max(running, live.pods_running)
-        claims = [
-            Claim(
-                type=c.DRAINED,
-                status="False",
-                reason="Draining",
-                message=counted(left, "pod has", "pods have") + " not ended",
-            )
-        ]
-        return Plan(
-            status=said(run, status, phase=None, claims=claims, now=now),
-            deletes=deletes,
-            skips=skips,
-            requeue_at=now + DRAIN_RECHECK,
-        )
-
-    claims = [
-        Claim(type=c.DRAINED, status="True", reason="Drained", message="no pod of this run is left running"),
-        Claim(type=c.RECONCILING, status="False", reason="Finished"),
-    ]
-    if status.cancellation is not None:
-        publish = steps_of(run.spec)[-1].index
-        landed = IndexRanges(
-            job.job.batch for job in jobs if job.job.step == publish and job.state is JobState.SUCCEEDED
-        )
-        flight = in_flight(status.batches)
-        missed = flight - landed
-        status = with_(
-            status,
-            cancellation=with_(status.cancellation, drained_at=now, published=flight - missed, not_published=missed),
-        )
-    return Plan(
-        status=said(run, status, phase=None, claims=claims, now=now),
-        skips=skips,
-        requeue_at=(status.completion_time or now) + SWEEP_AFTER,
-    )
-
-
-def skips_of(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> tuple[Skip, ...]:
-    """What would be started for this run now, or as soon as a retry is due, if it had not been cancelled."""
-    batches = assess_all(run, jobs, now=now)
-    starts = [batch.start for batch in batches if batch.start is not None]
-    skips = [Skip(batch=start.batch, stage=start.step.label, attempt=start.attempt) for start in starts]
-    status = accounted(run.status, batches, chained=run.spec.batches.cursor is not None, now=now)
-    if claimable(run.spec, status.batches, status.records) and len(batches) < run.spec.parallelism:
-        skips.append(Skip(batch=status.batches.claimed.first_gap, stage=Stage.FETCH.value, attempt=0))
-    return tuple(skips)
 
 
 def deadline_of(run: IngestRun, status: IngestRunStatus) -> datetime | None:

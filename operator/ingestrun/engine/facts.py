@@ -90,6 +90,9 @@ class PodFacts:
     message: str | None
     """The termination message: the stage's result, or the last lines of its log."""
     obstacle: Obstacle | None
+    deleting_until: datetime | None = None
+    """When the grace of its deletion ends; None while nobody has deleted it."""
+    node: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +171,8 @@ def read_pod(pod: Mapping[str, Any]) -> PodFacts | None:
         reason=_pod_reason(status, terminated),
         message=terminated.get("message") or _short(status.get("message")),
         obstacle=_obstacle(meta, spec, status, state) if phase == "Pending" else None,
+        deleting_until=_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
+        node=spec.get("nodeName"),
     )
 
 

@@ -33,6 +33,13 @@ def judge(ended: JobView) -> StageResult | Failure:
             result = parse_result(pod.message)
         except ResultError as error:
             return Failure(reason="ResultInvalid", message=str(error))
+        if result.outcome is Outcome.CANCELLED:
+            # A run that is cancelled is past judging its attempts: whoever asks here has one that is not.
+            words = f": {result.message}" if result.message else ""
+            return Failure(
+                reason="WorkerCancelled",
+                message=f"the container stopped for a cancel that this run does not have{words}"[:MESSAGE_CHARS],
+            )
         if result.outcome is not Outcome.DONE:
             return Failure(
                 reason="ResultInvalid",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ingestrun.engine.decisions import Create
@@ -12,6 +12,7 @@ from ingestrun.model import contract as k
 from ingestrun.model import names
 from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
+from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
 
 WORKER_RESOURCES: Final = {"requests": {"cpu": "100m", "memory": "192Mi"}, "limits": {"memory": "1Gi"}}
@@ -27,7 +28,21 @@ class WorkerImage:
     pull_policy: str = "IfNotPresent"
 
 
-def job_manifest(run: IngestRun, create: Create, *, worker: WorkerImage) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancellationCheck:
+    """Where the Job's pod may ask whether its run is cancelled, and the token that lets it."""
+
+    url: str
+    token: str = field(repr=False)
+
+
+CheckFor = Callable[[IngestRun, int], CancellationCheck | None]
+"""What a Job of this run with this deadline (seconds) is told about the check; None: nothing."""
+
+
+def job_manifest(
+    run: IngestRun, create: Create, *, worker: WorkerImage, check: CancellationCheck | None = None
+) -> dict[str, Any]:
     """The Job to create.
 
     `backoffLimit: 0` and `restartPolicy: Never`: retries are the planner's, so that none happens behind a
@@ -48,7 +63,7 @@ def job_manifest(run: IngestRun, create: Create, *, worker: WorkerImage) -> dict
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(run, create, worker)],
+        "containers": [_container(run, create, worker, check)],
         "volumes": [{"name": "tmp", "emptyDir": {}}, *_workspace_volume(run), *template.volumes],
     }
     for key, value in (
@@ -107,9 +122,10 @@ def job_labels(run: IngestRun, create: Create) -> dict[str, str]:
         names.LABEL_STAGE: start.step.stage.value,
         names.LABEL_STEP: str(start.step.index),
         names.LABEL_ATTEMPT: str(start.attempt),
-        names.LABEL_BLOCK: str(names.block_of(start.batch)),
         "app.kubernetes.io/managed-by": "ingestrun-operator",
     }
+    if start.step.stage is not Stage.ON_CANCEL:
+        labels[names.LABEL_BLOCK] = str(names.block_of(start.batch))
     if _LABEL_VALUE.fullmatch(run.metadata.name):
         labels[names.LABEL_RUN] = run.metadata.name
     return labels
@@ -138,12 +154,12 @@ def adoptable(run: IngestRun, create: Create, found: Mapping[str, Any]) -> bool:
     return ours and owned
 
 
-def _container(run: IngestRun, create: Create, worker: WorkerImage) -> dict[str, Any]:
+def _container(run: IngestRun, create: Create, worker: WorkerImage, check: CancellationCheck | None) -> dict[str, Any]:
     step, own = create.start.step, create.start.step.container
     container: dict[str, Any] = {
         "name": step.stage.value,
         "image": own.image if own else worker.name,
-        "env": _environment(run, create),
+        "env": _environment(run, create, check),
         "terminationMessagePath": k.TERMINATION_LOG,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
@@ -176,7 +192,7 @@ def _container(run: IngestRun, create: Create, worker: WorkerImage) -> dict[str,
     return container
 
 
-def _environment(run: IngestRun, create: Create) -> list[dict[str, Any]]:
+def _environment(run: IngestRun, create: Create, check: CancellationCheck | None) -> list[dict[str, Any]]:
     start, step, meta = create.start, create.start.step, run.metadata
     told: dict[str, str | None] = {
         k.ENV_CONTRACT: k.VERSION,
@@ -192,6 +208,11 @@ def _environment(run: IngestRun, create: Create) -> list[dict[str, Any]]:
         k.ENV_IDEMPOTENCY_KEY: f"{meta.uid}/{start.batch}",
         k.ENV_CONFIG: step.config,
     }
+    # The clean-up runs because of the cancel: there is nothing for it to ask.
+    if check is not None and step.stage is not Stage.ON_CANCEL:
+        told |= {k.ENV_CANCELLATION_URL: check.url, k.ENV_CANCELLATION_TOKEN: check.token}
+    if step.stage is Stage.ON_CANCEL:
+        told |= _cancel_told(run)
     partitions = run.spec.batches.partitions
     if step.stage is Stage.FETCH and partitions is not None:
         told[k.ENV_PARTITIONS] = str(partitions.total)
@@ -199,7 +220,7 @@ def _environment(run: IngestRun, create: Create) -> list[dict[str, Any]]:
         told[k.ENV_WORKSPACE] = k.WORKSPACE_MOUNT
         if start.input_attempt is not None:
             told[k.ENV_INPUT] = _directory(run, start.batch, step.index - 1, start.input_attempt)
-        if step.stage is not Stage.PUBLISH:
+        if step.stage in (Stage.FETCH, Stage.HOOK):
             told[k.ENV_OUTPUT] = _directory(run, start.batch, step.index, start.attempt)
         if step.stage is Stage.HOOK:
             told[k.ENV_REJECTS] = (
@@ -213,6 +234,20 @@ def _environment(run: IngestRun, create: Create) -> list[dict[str, Any]]:
     if step.container is not None:
         env += [variable.model_dump(by_alias=True, exclude_none=True) for variable in step.container.env]
     return env
+
+
+def _cancel_told(run: IngestRun) -> dict[str, str | None]:
+    record = run.status.cancellation
+    if record is None:
+        return {}
+    return {
+        k.ENV_BATCH: None,
+        k.ENV_IDEMPOTENCY_KEY: f"{run.metadata.uid}/on-cancel",
+        k.ENV_CANCEL_REASON: record.reason or "",
+        k.ENV_CANCEL_POLICY: (record.policy or CancellationPolicy.DRAIN).value,
+        k.ENV_CANCEL_REQUESTED_BY: record.requested_by or "",
+        k.ENV_PUBLISHED: str(run.status.batches.published | record.published),
+    }
 
 
 def _directory(run: IngestRun, batch: int, step: int, attempt: int) -> str:

@@ -12,13 +12,15 @@ from datetime import datetime
 from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import accounted, assess_all, claimable, cursor_of, fetch_limit, in_flight, with_
 from ingestrun.engine.batches import START_GRACE, Start
+from ingestrun.engine.cancelling import cancel
 from ingestrun.engine.capacity import held_back
 from ingestrun.engine.conditions import Claim
-from ingestrun.engine.decisions import Create, Live, Plan, Refusal
-from ingestrun.engine.ending import cancel, deadline_of, end_of, settle, spent_blocks, unstarted
+from ingestrun.engine.decisions import Child, Create, Live, Parent, Plan, Refusal
+from ingestrun.engine.ending import deadline_of, end_of, spent_blocks, unstarted
 from ingestrun.engine.facts import JobView
 from ingestrun.engine.saying import activity, said
-from ingestrun.engine.steps import steps_of
+from ingestrun.engine.settling import settle
+from ingestrun.engine.steps import ON_CANCEL_STEP, steps_of
 from ingestrun.model.contract import Stage
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
@@ -32,19 +34,24 @@ def plan(
     now: datetime,
     refusal: Refusal | None = None,
     live: Live | None = None,
+    parent: Parent | None = None,
+    children: Sequence[Child] = (),
 ) -> Plan:
     """Decide for one run.
 
     `jobs` are all that are known of the run. An ended run that is not drained is judged only by `live` ones:
-    without them nothing is said about the drain.
+    without them nothing is said about the drain. `parent` is a run above that is Cancelled with `cascade`;
+    `children` are the runs right below, of interest once this one is Cancelled itself.
     """
+    stages = [job for job in jobs if job.job.step != ON_CANCEL_STEP]
     if run.status.phase is not None and run.status.phase.ended:
-        return settle(run, jobs, now=now, live=live)
+        clean_up = next((job for job in jobs if job.job.step == ON_CANCEL_STEP), None)
+        return settle(run, stages, clean_up, now=now, live=live, parent=parent, children=children)
     if run.metadata.deletion_timestamp is not None:
         return Plan(status=run.status)
-    if run.spec.cancel:
-        return cancel(run, jobs, now=now)
-    return advance(run, jobs, now=now, refusal=refusal)
+    if run.spec.cancel or parent is not None:
+        return cancel(run, stages, now=now, parent=parent)
+    return advance(run, stages, now=now, refusal=refusal)
 
 
 def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: Refusal | None) -> Plan:

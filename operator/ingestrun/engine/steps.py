@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from ingestrun.model.contract import Stage
 from ingestrun.model.spec import Container, IngestRunSpec
@@ -38,6 +39,27 @@ class Step:
     def job_part(self) -> str:
         """The step as the name of its Job has it; the index keeps a hook named `publish` apart."""
         return f"h{self.index}-{self.name}" if self.stage is Stage.HOOK else self.name
+
+
+ON_CANCEL_STEP: Final = 1000
+"""Beyond any stage of a batch: the clean-up's place, so that nobody takes it for one."""
+ON_CANCEL_DEADLINE_SECONDS: Final = 300
+
+
+def on_cancel_step(spec: IngestRunSpec) -> Step | None:
+    """The clean-up after a cancel; None where the run has none. It is tried once."""
+    container = spec.on_cancel
+    if container is None:
+        return None
+    return Step(
+        index=ON_CANCEL_STEP,
+        stage=Stage.ON_CANCEL,
+        name="on-cancel",
+        deadline_seconds=container.active_deadline_seconds or ON_CANCEL_DEADLINE_SECONDS,
+        retries=0,
+        resources=container.resources,
+        container=container,
+    )
 
 
 def steps_of(spec: IngestRunSpec) -> tuple[Step, ...]:

@@ -69,5 +69,23 @@ class Cluster(Protocol):
     async def delete_jobs(self, *, namespace: str, selector: str) -> None:
         """Delete all Jobs that match the label selector, and their pods, by one call."""
 
+    async def patch_run(self, key: RunKey, *, patch: Object) -> Object:
+        """Merge `patch` into the run's metadata. Without a precondition, so for what is right whatever else changed.
+
+        Raises NotFound, Invalid, Unknown.
+        """
+
+    async def delete_pod(self, *, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> None:
+        """Delete this very pod, with that grace. Gone already is done. Raises Conflict when another has its name."""
+
     async def create_event(self, event: Object) -> None:
         """Post an events.k8s.io/v1 Event."""
+
+    async def get_secret(self, *, namespace: str, name: str) -> Object:
+        """Read a Secret. RBAC grants the one of the check's key alone. Raises NotFound, Forbidden."""
+
+    async def replace_secret(self, secret: Object) -> Object:
+        """Store a Secret over the one that was read, if nobody has changed it since; returns it as stored.
+
+        Raises Conflict when it has changed, NotFound when it is gone, Unknown when the answer was lost.
+        """

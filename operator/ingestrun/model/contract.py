@@ -39,12 +39,24 @@ ENV_OUTPUT: Final = "INGEST_OUTPUT"
 """A directory for what this stage hands on; of this attempt alone, not yet existing. Unset for publish."""
 ENV_REJECTS: Final = "INGEST_REJECTS"
 """A directory for rows put in quarantine, each with its reason; of this attempt alone. Set for hooks."""
+ENV_CANCEL_REASON: Final = "INGEST_CANCEL_REASON"
+"""Clean-up only, as the next three: `spec.cancellation.reason`; empty where none was given."""
+ENV_CANCEL_POLICY: Final = "INGEST_CANCEL_POLICY"
+"""`Drain` or `Terminate`."""
+ENV_CANCEL_REQUESTED_BY: Final = "INGEST_CANCEL_REQUESTED_BY"
+"""Who asked for the cancel, as the status has it."""
+ENV_PUBLISHED: Final = "INGEST_PUBLISHED"
+"""The batches that are published, as index ranges ("0-41,43"); those that landed after the cancel included."""
 ENV_WORKSPACE: Final = "INGEST_WORKSPACE"
 """Where the workspace volume is mounted; unset where the run has none."""
 ENV_CONFIG: Final = "INGEST_CONFIG"
 """JSON: the configuration of the built-in source, hook or sink. Unset for one's own images."""
 ENV_IDEMPOTENCY_KEY: Final = "INGEST_IDEMPOTENCY_KEY"
 """`<run uid>/<batch>`: the same for every attempt. Publishing twice under one key leaves one result."""
+ENV_CANCELLATION_URL: Final = "INGEST_CANCELLATION_URL"
+"""Where to ask whether this run is cancelled: GET, answered in JSON. Unset where the operator offers no check."""
+ENV_CANCELLATION_TOKEN: Final = "INGEST_CANCELLATION_TOKEN"  # noqa: S105  (the variable's name)
+"""The bearer token of that question; it answers for this run alone, until some time after the Job's deadline."""
 
 EXIT_DONE: Final = 0
 EXIT_PERMANENT: Final = 65
@@ -59,18 +71,24 @@ CURSOR_MAX_CHARS: Final = 512
 
 
 class Stage(StrEnum):
-    """The three kinds of stage that a batch passes, in order; hooks may be none or several."""
+    """The three kinds of stage that a batch passes, in order, hooks may be none or several; and the clean-up."""
 
     FETCH = "fetch"
     HOOK = "hook"
     PUBLISH = "publish"
+    ON_CANCEL = "on-cancel"
+    """No stage of a batch: the clean-up after a cancel."""
 
 
 class Outcome(StrEnum):
-    """What a container says of itself. Only `done` together with exit code 0 is a success."""
+    """What a container says of itself. Only `done` together with exit code 0 is a success.
+
+    `cancelled` (exit code 0): it asked, was told that its run is cancelled, and stopped with nothing handed on.
+    """
 
     DONE = "done"
     FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
 class ResultError(ValueError):

@@ -23,6 +23,9 @@ LABEL_BLOCK: Final = f"{GROUP}/block"
 
 BLOCK_BATCHES: Final = 32
 
+LABEL_CANCELLED: Final = f"{GROUP}/cancelled"
+"""On a run, `true`: from its cancel until its Jobs were listed for the last time. The fence selects by it."""
+
 ANNOTATION_REQUESTED_BY: Final = f"{GROUP}/cancel-requested-by"
 
 _HASH_CHARS: Final = 10

@@ -22,6 +22,7 @@ class Metadata(KubeModel):
     generation: int = 1
     creation_timestamp: datetime
     deletion_timestamp: datetime | None = None
+    labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
     managed_fields: list[dict[str, Any]] = []
 

@@ -181,10 +181,26 @@ class Backpressure(KubeModel):
     retry_seconds: Annotated[int, Field(ge=1, le=3600)] = 60
 
 
+class CancellationPolicy(StrEnum):
+    """What becomes of pods that have started when their run is cancelled."""
+
+    DRAIN = "Drain"
+    TERMINATE = "Terminate"
+
+
 class Cancellation(KubeModel):
-    """What a cancel is to say."""
+    """How a cancel is to be done, and what it says. Unset is `Drain`: what has started may finish."""
 
     reason: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+    policy: CancellationPolicy | None = None
+    grace_period_seconds: Annotated[int, Field(ge=0, le=86_400)] | None = None
+    cascade: bool = False
+
+
+class ParentReference(KubeModel):
+    """The run that started this one, in the same namespace."""
+
+    name: ObjectName
 
 
 class IngestRunSpec(KubeModel):
@@ -208,6 +224,8 @@ class IngestRunSpec(KubeModel):
     max_failed_batches: Annotated[int, Field(ge=1, le=MAX_FAILED_BATCHES)] | None = None
     backpressure: Backpressure = Backpressure()
     active_deadline_seconds: Seconds | None = None
+    parent_ref: ParentReference | None = None
+    on_cancel: Container | None = None
 
     @model_validator(mode="after")
     def _each_stage_once(self) -> Self:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from ingestrun.model.base import KubeModel
 from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.spec import CancellationPolicy
 
 
 class Phase(StrEnum):
@@ -94,6 +95,22 @@ class StageFailure(KubeModel):
         return (self.batch, self.stage, self.attempt)
 
 
+class ChildrenStatus(KubeModel):
+    """What a cascading cancel found right below it."""
+
+    cancelled: Count = 0
+    ended_before: Count = 0
+    ended_before_names: list[str] = []
+    waiting: Count = 0
+
+
+class OnCancelStatus(KubeModel):
+    """The clean-up Job: `Claimed` before it is created, `Running` once it has been seen, then how it ended."""
+
+    state: Literal["Claimed", "Running", "Succeeded", "Failed"]
+    message: str = ""
+
+
 class CancellationStatus(KubeModel):
     """A cancel's own record: why, when, and what became of the batches that were in flight."""
 
@@ -101,11 +118,17 @@ class CancellationStatus(KubeModel):
 
     reason: str | None = None
     requested_by: str | None = None
+    policy: CancellationPolicy | None = None
+    cascade: bool = False
+    parent: str | None = None
     accepted_at: Time
     in_flight: Count = 0
     drained_at: Time | None = None
     published: Ranges = IndexRanges()
     not_published: Ranges = IndexRanges()
+    unknown: Ranges = IndexRanges()
+    children: ChildrenStatus | None = None
+    on_cancel: OnCancelStatus | None = None
 
 
 class IngestRunStatus(KubeModel):

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import structlog
 from tests.fakes.cluster import Call
-from tests.fakes.world import KEY, World, environment
+from tests.fakes.world import KEY, World, environment, manifest
 
-from ingestrun.kube.errors import Conflict, KubeError, Unavailable
-from ingestrun.kube.protocol import Object
+from ingestrun.kube.errors import Conflict, Forbidden, KubeError, Unavailable
+from ingestrun.kube.protocol import Object, RunKey
+from ingestrun.model.names import LABEL_RUN_UID as RUN_UID
+from ingestrun.model.names import LABEL_STAGE as STAGE
 
 MODES: dict[str, dict[str, Any]] = {
     "chain": {"batches": {"cursor": {}, "size": 150}},
@@ -202,10 +204,13 @@ async def test_cancel_is_one_write_with_everything_in_it() -> None:
     assert cancelled["cancellation"] == {
         "reason": "wrong source",
         "requestedBy": "ada",
+        "policy": "Drain",
+        "cascade": False,
         "acceptedAt": cancelled["completionTime"],
         "inFlight": 1,
         "published": "",
         "notPublished": "",
+        "unknown": "",
     }
     kinds = {c["type"]: (c["status"], c["reason"]) for c in cancelled["conditions"]}
     assert kinds["Succeeded"] == ("False", "Cancelled")
@@ -297,3 +302,266 @@ async def test_refused_cancel_write_is_taken_again_and_nothing_starts() -> None:
     await world.play()
     assert world.phase == "Cancelled"
     assert len(world.cluster.calls("create", "jobs")) == created
+
+
+async def running(world: World, **spec: Any) -> list[str]:
+    """Three partitions with their first pods running; the names of the Jobs."""
+    world.create(batches={"partitions": {"count": 3}}, parallelism=3, **spec)
+    await world.settle()
+    names = [job["metadata"]["name"] for job in world.active_jobs()]
+    for name in names:
+        world.cluster.start_pod(name)
+    await world.settle()
+    return names
+
+
+async def test_terminate_ends_running_pods_with_the_grace_asked_for() -> None:
+    world = World()
+    await running(world)
+    world.cluster.pods_linger = True
+    world.cancel(cancellation={"policy": "Terminate", "gracePeriodSeconds": 5})
+    await world.settle()
+    kills = world.cluster.calls("delete", "pods")
+    assert [(call.body or {})["gracePeriodSeconds"] for call in kills] == [5, 5, 5]
+    assert world.condition("Drained")["status"] == "False"
+    for job in world.active_jobs():
+        world.cluster.finish_job(job["metadata"]["name"], exit_code=143)
+    await world.settle()
+    assert world.condition("Drained")["status"] == "True"
+    assert world.status["cancellation"]["policy"] == "Terminate"
+    assert world.status["cancellation"]["notPublished"] == "0-2"
+    assert world.cluster.jobs() == []
+    assert len(world.cluster.calls("delete", "pods")) == 3
+
+
+async def test_drain_can_be_turned_into_terminate_and_not_back() -> None:
+    world = World()
+    await running(world)
+    world.cluster.pods_linger = True
+    world.cancel()
+    await world.settle()
+    assert world.cluster.calls("delete", "pods") == []
+    world.cluster.user_patch_spec(KEY, {"cancellation": {"policy": "Terminate"}})
+    await world.settle()
+    assert len(world.cluster.calls("delete", "pods")) == 3
+    world.cluster.user_patch_spec(KEY, {"cancel": None, "cancellation": None})
+    await world.settle()
+    assert world.status["cancellation"]["policy"] == "Terminate"
+    reasons = [event["reason"] for event in world.cluster.events()]
+    assert reasons.count("Terminating") == 1
+
+
+async def test_pod_that_does_not_end_is_named() -> None:
+    world = World()
+    (first, *_) = await running(world)
+    world.cluster.pods_linger = True
+    world.cancel(cancellation={"policy": "Terminate", "gracePeriodSeconds": 1})
+    await world.settle()
+    for job in world.active_jobs():
+        if job["metadata"]["name"] != first:
+            world.cluster.finish_job(job["metadata"]["name"], exit_code=143)
+    await world.settle()
+    for _ in range(20):
+        world.now = min(world.due.values())
+        await world.settle()
+    assert world.condition("Drained")["reason"] == "PodStuckTerminating"
+    assert first in world.condition("Drained")["message"]
+    assert [event["reason"] for event in world.cluster.events()].count("PodStuckTerminating") == 1
+
+
+async def test_cancelling_again_changes_nothing_and_clearing_is_answered() -> None:
+    world = World()
+    world.create()
+    await world.settle()
+    world.cancel(cancellation={"reason": "first"})
+    await world.play()
+    before = world.status
+    world.cancel(cancellation={"reason": "second"})
+    await world.play()
+    assert world.status["cancellation"] == before["cancellation"]
+    assert world.status["batches"] == before["batches"]
+    world.cluster.user_patch_spec(KEY, {"cancel": None})
+    await world.play()
+    assert world.phase == "Cancelled"
+    cleared = [event for event in world.cluster.events() if event["reason"] == "CancelCleared"]
+    assert [(event["type"], "final" in event["note"]) for event in cleared] == [("Warning", True)]
+    assert world.status["observedGeneration"] == world.cluster.run(KEY)["metadata"]["generation"]
+
+
+def child(name: str, **more: Any) -> dict[str, Any]:
+    body = manifest(**more)
+    body["metadata"]["name"] = name
+    return body
+
+
+async def test_cascade_cancels_the_whole_tree_and_leaves_ended_runs_alone() -> None:
+    world = World()
+    world.create(batches={"partitions": {"count": 1}}, hooks=None)
+    parent = world.cluster.run(KEY)
+    owned = child("owned")
+    owned["metadata"]["ownerReferences"] = [
+        {
+            "apiVersion": "ingestrun.dev/v1alpha1",
+            "kind": "IngestRun",
+            "name": KEY.name,
+            "uid": parent["metadata"]["uid"],
+        }
+    ]
+    for body in (
+        child("direct", parentRef={"name": KEY.name}),
+        child("below", parentRef={"name": "direct"}),
+        child("ended", parentRef={"name": KEY.name}, activeDeadlineSeconds=1),
+        child("stranger", parentRef={"name": "nobody"}),
+        owned,
+    ):
+        world.cluster.user_create_run(body)
+    await world.settle()
+    world.now = world.due[RunKey(namespace="default", name="ended")]
+    await world.settle()
+    world.cluster.user_patch_spec(
+        KEY, {"cancel": True, "cancellation": {"cascade": True, "reason": "storm"}}, user="ada"
+    )
+    await world.settle()
+
+    def of(name: str) -> dict[str, Any]:
+        status: dict[str, Any] = world.cluster.run(RunKey(namespace="default", name=name))["status"]
+        return status
+
+    assert {name: of(name)["phase"] for name in ("direct", "below", "ended", "stranger", "owned")} == {
+        "direct": "Cancelled",
+        "below": "Cancelled",
+        "ended": "Failed",
+        "stranger": "Running",
+        "owned": "Cancelled",
+    }
+    assert of("direct")["cancellation"]["parent"] == KEY.name
+    assert of("direct")["cancellation"]["requestedBy"] == "ada"
+    assert of("direct")["cancellation"]["reason"] == "flights was cancelled: storm"
+    assert of("below")["cancellation"]["parent"] == "direct"
+    assert of(KEY.name)["cancellation"]["children"] == {
+        "cancelled": 2,
+        "endedBefore": 1,
+        "endedBeforeNames": ["ended"],
+        "waiting": 0,
+    }
+
+
+async def test_child_created_after_a_cascading_cancel_starts_nothing() -> None:
+    world = World()
+    world.create()
+    await world.settle()
+    world.cancel(cancellation={"cascade": True})
+    await world.play()
+    late = world.cluster.user_create_run(child("late", parentRef={"name": KEY.name}))
+    world.restart()
+    await world.settle()
+    assert world.cluster.run(RunKey(namespace="default", name="late"))["status"]["phase"] == "Cancelled"
+    assert [job for job in world.cluster.jobs() if job["metadata"]["labels"][RUN_UID] == late["metadata"]["uid"]] == []
+
+
+async def test_cycles_are_survived() -> None:
+    world = World()
+    world.create(parentRef={"name": "other"})
+    world.cluster.user_create_run(child("other", parentRef={"name": KEY.name}))
+    await world.settle()
+    world.cancel(cancellation={"cascade": True})
+    await world.play()
+    assert world.phase == "Cancelled"
+    assert world.cluster.run(RunKey(namespace="default", name="other"))["status"]["phase"] == "Cancelled"
+
+
+CLEAN_UP = {"image": "example/clean:1"}
+
+
+@pytest.mark.parametrize(("how", "state"), [({"exit_code": 0}, "Succeeded"), ({"exit_code": 3}, "Failed")])
+async def test_clean_up_runs_once_after_the_drain_and_its_end_is_shown(how: dict[str, Any], state: str) -> None:
+    world = World()
+    (first, *_) = await running(world, onCancel=CLEAN_UP)
+    world.cluster.user_patch_spec(KEY, {"cancel": True, "cancellation": {"reason": "storm"}}, user="ada")
+    await world.settle()
+    assert all(job["metadata"]["labels"][STAGE] == "fetch" for job in world.active_jobs())
+    for job in world.active_jobs():
+        world.work(job)
+    await world.settle()
+    assert world.condition("Drained")["status"] == "True"
+    (job,) = world.active_jobs()
+    assert job["metadata"]["labels"][STAGE] == "on-cancel"
+    told = environment(job)
+    assert told["INGEST_CANCEL_REASON"] == "storm"
+    assert told["INGEST_CANCEL_POLICY"] == "Drain"
+    assert told["INGEST_CANCEL_REQUESTED_BY"] == "ada"
+    assert told["INGEST_PUBLISHED"] == ""
+    assert first
+    world.work(job, **how)
+    await world.play()
+    assert world.status["cancellation"]["onCancel"]["state"] == state
+    assert world.phase == "Cancelled"
+    clean_ups = [call for call in world.cluster.calls("create", "jobs") if "on-cancel" in call.name]
+    assert len(clean_ups) == 1
+    assert [event["reason"] for event in world.cluster.events()].count(f"OnCancel{state}") == 1
+
+
+@pytest.mark.parametrize("stage", ["before", "after"])
+async def test_clean_up_runs_once_though_the_operator_is_killed_around_every_call(stage: str) -> None:
+    for number in range(60):
+        world = World()
+        world.create(batches={"partitions": {"count": 1}}, hooks=None, onCancel=CLEAN_UP)
+        await world.settle()
+        world.cancel()
+        killed: list[bool] = []
+
+        def die(world: World = world, killed: list[bool] = killed) -> None:
+            killed.append(True)
+            world.restart()
+            raise Killed
+
+        at_call(world, len(world.cluster.history) + number, stage, die)
+        await world.play()
+        assert world.status["cancellation"]["onCancel"]["state"] == "Succeeded", number
+        stored = [call for call in world.cluster.calls("create", "jobs") if "on-cancel" in call.name and call.stored]
+        assert len(stored) == 1, number
+        if not killed:
+            assert number > 5
+            return
+    raise AssertionError("the run never ended")
+
+
+async def test_fence_is_armed_with_the_cancel_and_taken_down_after_the_last_sweep() -> None:
+    world = World()
+    world.cluster.fence = True
+    world.create()
+    await world.settle()
+    world.cluster.fail_next("create", "jobs", Unavailable("time-out"), when="late")
+    world.work(world.active_jobs()[0])
+    await world.step()
+    world.cancel()
+    await world.settle()
+    assert world.cluster.run(KEY)["metadata"]["labels"]["ingestrun.dev/cancelled"] == "true"
+    (answer,) = world.cluster.deliver_late()
+    assert isinstance(answer, Forbidden)
+    await world.play()
+    assert "ingestrun.dev/cancelled" not in world.cluster.run(KEY)["metadata"].get("labels", {})
+    assert world.creates_after_cancelled() == []
+
+
+async def test_fence_that_cannot_be_armed_does_not_hold_up_the_cancel() -> None:
+    world = World()
+    world.create()
+    await world.settle()
+    world.cluster.fail_next("patch", "ingestruns", Forbidden("no"), times=9)
+    world.cancel()
+    await world.settle()
+    assert world.phase == "Cancelled"
+
+
+async def test_what_was_skipped_is_two_events_at_most() -> None:
+    world = World()
+    names = await running(world)
+    world.cancel()
+    await world.settle()
+    for name in names:
+        world.work(world.cluster.job(name))
+    await world.play()
+    notes = {event["reason"]: event["note"] for event in world.cluster.events()}
+    assert notes["StageSkipped"] == "not started after the cancel: hook check of batch 0-2"
+    assert [event["reason"] for event in world.cluster.events()].count("StageSkipped") == 1

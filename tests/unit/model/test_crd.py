@@ -77,6 +77,7 @@ CRD_ALONE: Final[tuple[tuple[str, str], ...]] = (
     ("status.batches.failed", "pattern"),
     ("status.cancellation.published", "pattern"),
     ("status.cancellation.notPublished", "pattern"),
+    ("status.cancellation.unknown", "pattern"),
 )
 """Where the CRD is stricter than the models: (path, keyword). Never the other way round: the operator must be
 able to read whatever the API server accepts."""
@@ -376,6 +377,7 @@ def test_a_useless_exception_is_reported() -> None:
     del command["fetch"]["properties"]["command"]["maxItems"]
     del command["publish"]["properties"]["command"]["maxItems"]
     del command["hooks"]["items"]["properties"]["container"]["properties"]["command"]["maxItems"]
+    del command["onCancel"]["properties"]["command"]["maxItems"]
 
     found = differences(model_schema(), changed)
 
@@ -441,7 +443,8 @@ def test_every_rule_says_what_to_do() -> None:
 def test_only_what_may_change_is_not_fixed() -> None:
     """A new field of the spec has to be put on one of the two sides."""
     spec = crd_schema()["properties"]["spec"]
-    rules = [rule for rule in spec["x-kubernetes-validations"] if "oldSelf" in rule["rule"]]
+    transitions = [rule for rule in spec["x-kubernetes-validations"] if "oldSelf" in rule["rule"]]
+    rules = [rule for rule in transitions if rule["fieldPath"].count(".") == 1]
     fixed = {rule["fieldPath"].removeprefix(".") for rule in rules}
 
     assert spec["properties"].keys() - fixed == {

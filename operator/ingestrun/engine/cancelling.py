@@ -1,0 +1,86 @@
+"""The cancel itself: the one write that makes a run Cancelled, and what it keeps from being started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from ingestrun.engine import conditions as c
+from ingestrun.engine.accounting import accounted, assess_all, claimable, in_flight, with_
+from ingestrun.engine.conditions import Claim
+from ingestrun.engine.decisions import Parent, Plan, Skip
+from ingestrun.engine.ending import unstarted
+from ingestrun.engine.facts import JobView
+from ingestrun.engine.saying import counted, no_backpressure, said
+from ingestrun.model.contract import Stage
+from ingestrun.model.run import IngestRun
+from ingestrun.model.spec import CancellationPolicy
+from ingestrun.model.status import CancellationStatus, Phase
+
+
+def cancel(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, parent: Parent | None) -> Plan:
+    """Make the run Cancelled, by its own `spec.cancel` or because a run above it is.
+
+    Counters stay as they were stored: what was in flight is told apart, under `status.cancellation`.
+    """
+    wanted = run.spec.cancellation
+    by_parent = parent if not run.spec.cancel else None
+    reason = wanted.reason
+    who = run.metadata.cancel_requested_by if run.spec.cancel else None
+    if by_parent is not None:
+        reason = f"{by_parent.name} was cancelled" + (f": {by_parent.reason}" if by_parent.reason else "")
+        who = by_parent.requested_by
+    flight = in_flight(run.status.batches)
+    message = f"cancelled{f' by {who}' if who else ''}{f': {reason}' if reason else ''}"
+    status = with_(
+        run.status,
+        completion_time=now,
+        cancellation=CancellationStatus(
+            reason=reason,
+            requested_by=who,
+            policy=policy_of(run, parent),
+            cascade=wanted.cascade or by_parent is not None,
+            parent=by_parent.name if by_parent is not None else None,
+            accepted_at=now,
+            in_flight=len(flight),
+        ),
+    )
+    flying = counted(len(flight), "batch in flight", "batches in flight")
+    status = said(
+        run,
+        status,
+        phase=Phase.CANCELLED,
+        claims=[
+            Claim(type=c.SUCCEEDED, status="False", reason="Cancelled", message=message),
+            Claim(type=c.FINISHED, status="True", reason="Cancelled", message=message),
+            Claim(
+                type=c.CANCELLED,
+                status="True",
+                reason="Requested" if by_parent is None else "ParentCancelled",
+                message=message,
+            ),
+            Claim(type=c.DRAINED, status="False", reason="Draining", message=flying),
+            Claim(type=c.RECONCILING, status="True", reason="Draining"),
+            *no_backpressure(run.status),
+        ],
+        now=now,
+    )
+    return Plan(status=status, deletes=unstarted(jobs), skips=skips_of(run, jobs, now=now), fenced=True, requeue_at=now)
+
+
+def policy_of(run: IngestRun, parent: Parent | None) -> CancellationPolicy:
+    """What becomes of started pods. Terminate holds once it was asked for: here, above, or as the status has it."""
+    stored = run.status.cancellation.policy if run.status.cancellation is not None else None
+    asked = (stored, run.spec.cancellation.policy, parent.policy if parent is not None else None)
+    return CancellationPolicy.TERMINATE if CancellationPolicy.TERMINATE in asked else CancellationPolicy.DRAIN
+
+
+def skips_of(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> tuple[Skip, ...]:
+    """What would be started for this run now, or as soon as a retry is due, if it had not been cancelled."""
+    batches = assess_all(run, jobs, now=now)
+    starts = [batch.start for batch in batches if batch.start is not None]
+    skips = [Skip(batch=start.batch, stage=start.step.label, attempt=start.attempt) for start in starts]
+    status = accounted(run.status, batches, chained=run.spec.batches.cursor is not None, now=now)
+    if claimable(run.spec, status.batches, status.records) and len(batches) < run.spec.parallelism:
+        skips.append(Skip(batch=status.batches.claimed.first_gap, stage=Stage.FETCH.value, attempt=0))
+    return tuple(skips)

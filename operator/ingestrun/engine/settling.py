@@ -1,0 +1,244 @@
+"""What is left for a run that has ended: the drain, the clean-up, the last sweep. Nothing here writes a phase.
+
+Drain: what has started may finish, what has not never starts. Terminate: what has started gets SIGTERM. Either
+way `Drained` is said only from a live list of Jobs and pods, and once more a minute later the Jobs are listed,
+for a create that was under way when the run ended and landed late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from ingestrun.engine import conditions as c
+from ingestrun.engine.accounting import in_flight, with_
+from ingestrun.engine.announce import Announcement, warning
+from ingestrun.engine.batches import Start
+from ingestrun.engine.cancelling import policy_of, skips_of
+from ingestrun.engine.conditions import Claim
+from ingestrun.engine.decisions import Child, Create, Kill, Live, Parent, Plan
+from ingestrun.engine.ending import spent_blocks, unstarted
+from ingestrun.engine.facts import JobState, JobView, PodFacts
+from ingestrun.engine.failure import Failure, judge
+from ingestrun.engine.saying import counted, said
+from ingestrun.engine.steps import on_cancel_step, steps_of
+from ingestrun.model.contract import StageResult
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.run import IngestRun
+from ingestrun.model.spec import CancellationPolicy
+from ingestrun.model.status import CancellationStatus, ChildrenStatus, IngestRunStatus, OnCancelStatus, Phase
+
+DRAIN_RECHECK: Final = timedelta(seconds=15)
+SWEEP_AFTER: Final = timedelta(seconds=60)
+"""When an ended run's Jobs are listed once more: longer than any request that was under way can take to land."""
+STUCK_AFTER: Final = timedelta(seconds=60)
+"""How long after the end of its grace a pod that still exists is called stuck."""
+NAMED_CHILDREN: Final = 20
+
+
+def settle(
+    run: IngestRun,
+    jobs: Sequence[JobView],
+    clean_up: JobView | None,
+    *,
+    now: datetime,
+    live: Live | None,
+    parent: Parent | None,
+    children: Sequence[Child],
+) -> Plan:
+    """Decide for an ended run. `clean_up` is the Job of `spec.onCancel`; the others are in `jobs`."""
+    status = _followed(run, parent=parent, children=children, now=now)
+    tell = _cleared(run)
+    skips = skips_of(run, jobs, now=now) if status.phase is Phase.CANCELLED else ()
+    drained = status.condition(c.DRAINED)
+    if drained is None or drained.status != "True":
+        done = _drain(run, status, jobs, now=now, live=live)
+    else:
+        done = _after_drain(run, status, jobs, clean_up, now=now, live=live)
+    return Plan(
+        status=done.status,
+        creates=done.creates,
+        kills=done.kills,
+        deletes=done.deletes,
+        delete_blocks=done.delete_blocks,
+        delete_all=done.delete_all,
+        skips=skips,
+        fenced=done.fenced,
+        tell=tell,
+        requeue_at=done.requeue_at,
+    )
+
+
+def _drain(
+    run: IngestRun, status: IngestRunStatus, jobs: Sequence[JobView], *, now: datetime, live: Live | None
+) -> Plan:
+    deletes = unstarted(jobs)
+    if live is None:
+        return Plan(status=status, deletes=deletes, requeue_at=now)
+    waiting = {job.job.uid for job in jobs if job.state is JobState.WAITING}
+    pods = [pod for pod in live.pods if not pod.ended]
+    terminate = status.cancellation is not None and status.cancellation.policy is CancellationPolicy.TERMINATE
+    unfinished = sum(1 for job in jobs if not job.state.finished)
+    if not unfinished and not pods:
+        return Plan(
+            status=_quiet(run, status, jobs, now=now),
+            delete_all=terminate and bool(jobs),
+            requeue_at=now,
+        )
+    stuck = [pod for pod in pods if pod.deleting_until is not None and now >= pod.deleting_until + STUCK_AFTER]
+    reason, message = "Draining", counted(max(unfinished, len(pods)), "pod has", "pods have") + " not ended"
+    if stuck:
+        reason, message = "PodStuckTerminating", _stuck(stuck)
+    return Plan(
+        status=said(
+            run,
+            status,
+            phase=None,
+            claims=[Claim(type=c.DRAINED, status="False", reason=reason, message=message)],
+            now=now,
+        ),
+        kills=tuple(
+            Kill(name=pod.name, uid=pod.uid, grace_seconds=run.spec.cancellation.grace_period_seconds)
+            for pod in pods
+            if terminate and pod.deleting_until is None and pod.job_uid not in waiting
+        ),
+        deletes=deletes,
+        requeue_at=now + DRAIN_RECHECK,
+    )
+
+
+def _after_drain(
+    run: IngestRun,
+    status: IngestRunStatus,
+    jobs: Sequence[JobView],
+    clean_up: JobView | None,
+    *,
+    now: datetime,
+    live: Live | None,
+) -> Plan:
+    status, creates = _cleaned(run, status, clean_up, now=now)
+    sweep_at = (status.completion_time or now) + SWEEP_AFTER
+    late = tuple(job.job for job in jobs if live is not None and not job.state.finished and not job.job.deleting)
+    cleaning = status.cancellation is not None and _cleaning(status.cancellation)
+    over = now >= sweep_at
+    return Plan(
+        status=status,
+        creates=creates,
+        deletes=late,
+        delete_blocks=spent_blocks(status.batches, jobs),
+        fenced=False if over and live is not None and not late else None,
+        requeue_at=sweep_at if not over else now + DRAIN_RECHECK if cleaning or late else None,
+    )
+
+
+def _quiet(run: IngestRun, status: IngestRunStatus, jobs: Sequence[JobView], *, now: datetime) -> IngestRunStatus:
+    """Drained: what was in flight is told apart, batch by batch."""
+    claims = [
+        Claim(type=c.DRAINED, status="True", reason="Drained", message="no pod of this run is left running"),
+        Claim(type=c.RECONCILING, status="False", reason="Finished"),
+    ]
+    if status.cancellation is not None:
+        publish = steps_of(run.spec)[-1].index
+        ended = {
+            job.job.batch: judge(job) for job in jobs if job.job.step == publish and job.state is JobState.SUCCEEDED
+        }
+        flight = in_flight(status.batches)
+        landed = IndexRanges(batch for batch, verdict in ended.items() if isinstance(verdict, StageResult))
+        lost = IndexRanges(
+            batch
+            for batch, verdict in ended.items()
+            if isinstance(verdict, Failure) and verdict.reason == "ResultMissing"
+        )
+        status = with_(
+            status,
+            cancellation=with_(
+                status.cancellation,
+                drained_at=now,
+                published=flight - (flight - landed),
+                unknown=flight - (flight - lost),
+                not_published=flight - landed - lost,
+            ),
+        )
+    return said(run, status, phase=None, claims=claims, now=now)
+
+
+def _cleaned(
+    run: IngestRun, status: IngestRunStatus, job: JobView | None, *, now: datetime
+) -> tuple[IngestRunStatus, tuple[Create, ...]]:
+    """The clean-up, one step on. It is claimed before it is created, and never created again once it was seen."""
+    record = status.cancellation
+    step = on_cancel_step(run.spec)
+    if record is None or step is None:
+        return status, ()
+    create = Create(start=Start(batch=0, step=step, attempt=0, input_attempt=None))
+    before = record.on_cancel
+    creates: tuple[Create, ...] = ()
+    if before is None:
+        after, creates = OnCancelStatus(state="Claimed"), (create,)
+    elif before.state == "Claimed" and job is None:
+        return status, (create,)
+    elif before.state in ("Succeeded", "Failed"):
+        return status, ()
+    elif job is None:
+        after = OnCancelStatus(state="Failed", message="its Job is gone, and its result with it")
+    elif not job.state.finished:
+        after = OnCancelStatus(state="Running")
+    elif job.state is JobState.SUCCEEDED:
+        # Its exit code says it all: nothing is handed on, so no result is asked for.
+        after = OnCancelStatus(state="Succeeded")
+    else:
+        verdict = judge(job)
+        why = f"{verdict.reason}: {verdict.message}" if isinstance(verdict, Failure) else ""
+        after = OnCancelStatus(state="Failed", message=why)
+    status = with_(status, cancellation=with_(record, on_cancel=after))
+    return said(run, status, phase=None, claims=(), now=now), creates
+
+
+def _cleaning(record: CancellationStatus) -> bool:
+    return record.on_cancel is not None and record.on_cancel.state in ("Claimed", "Running")
+
+
+def _followed(run: IngestRun, *, parent: Parent | None, children: Sequence[Child], now: datetime) -> IngestRunStatus:
+    """The status with what may still change in it: the policy, once, to Terminate; what the runs below have come to."""
+    record = run.status.cancellation
+    status = run.status
+    if record is not None:
+        status = with_(
+            status,
+            cancellation=with_(record, policy=policy_of(run, parent), children=_children(record, children)),
+        )
+    return said(run, status, phase=None, claims=(), now=now)
+
+
+def _children(record: CancellationStatus, children: Sequence[Child]) -> ChildrenStatus | None:
+    if not record.cascade or not children:
+        return record.children
+    ended = sorted(child.name for child in children if child.phase in (Phase.SUCCEEDED, Phase.FAILED))
+    cancelled = sum(1 for child in children if child.phase is Phase.CANCELLED)
+    return ChildrenStatus(
+        cancelled=cancelled,
+        ended_before=len(ended),
+        ended_before_names=ended[:NAMED_CHILDREN],
+        waiting=len(children) - cancelled - len(ended),
+    )
+
+
+def _cleared(run: IngestRun) -> tuple[Announcement, ...]:
+    """The answer to a `spec.cancel` that was taken back; once, as the write notes the generation."""
+    record, status = run.status.cancellation, run.status
+    if record is None or record.parent is not None or run.spec.cancel:
+        return ()
+    if status.observed_generation == run.metadata.generation:
+        return ()
+    note = "spec.cancel was cleared, which changes nothing: a cancel is final. To go on, create a new run"
+    return (warning("CancelCleared", note, action="Ignore"),)
+
+
+def _stuck(pods: Sequence[PodFacts]) -> str:
+    first = pods[0]
+    more = f" and {len(pods) - 1} more" if len(pods) > 1 else ""
+    return (
+        f"pod {first.name} on node {first.node or '?'}{more} should have ended and has not: look at the node; "
+        "if it is gone for good, delete the pod with --grace-period=0 --force"
+    )
