@@ -1,0 +1,54 @@
+# `make demo` and `make test` are all one needs to begin with; `make help` lists the rest.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := operator tests devcluster images demo
+
+.DEFAULT_GOAL := help
+
+include mk/cluster.mk mk/images.mk mk/demo.mk
+
+.PHONY: help test lint format types test-unit test-api test-e2e clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST) | sort
+
+test: deps $(VENV)/.installed ## All tests: lint, types, unit, api, e2e
+	@$(MAKE) lint types test-unit
+	@$(MAKE) cluster-up NODES=$(or $(NODES),both)
+	@$(MAKE) images
+	@$(MAKE) test-api test-e2e
+
+# What the lock file says, by hash. The project itself is run from the checkout.
+$(VENV)/.installed: requirements/dev.lock
+	@python3 -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.lock
+	@$(BIN)/python -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "ingestrun.pth").write_text(sys.argv[1] + "\n")' "$(CURDIR)/operator"
+	@touch $@
+
+lint: $(VENV)/.installed ## Style and lint
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/ruff check $(SOURCES)
+
+format: $(VENV)/.installed ## Put the style right
+	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --fix $(SOURCES)
+
+types: $(VENV)/.installed ## mypy, strict
+	@$(BIN)/mypy $(SOURCES)
+
+test-unit: $(VENV)/.installed ## Tests that need no cluster
+	@$(BIN)/pytest tests/unit
+
+test-api: $(VENV)/.installed ## Tests against a real API server and simulated nodes
+	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest tests/api
+
+test-e2e: $(VENV)/.installed ## Tests of the deployed operator and the real images
+	@eval "$$($(DEVCLUSTER) env)" && set -a && . build/images.env && set +a && $(BIN)/pytest tests/e2e
+
+clean: ## Remove what was built here; the caches and the cluster stay
+	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)

@@ -1,0 +1,1 @@
+"""The demo: real data through the operator, in a real cluster. `make demo`."""

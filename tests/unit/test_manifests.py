@@ -1,0 +1,207 @@
+"""The manifests: rights no wider and no narrower than the calls, pods that pass `restricted`, overlays that fit."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import yaml
+from demo.__main__ import check_job
+
+from ingestrun.control import tokens
+from ingestrun.control.handlers import registry
+from ingestrun.control.settings import Settings
+from ingestrun.kube.client import KubernetesCluster
+from ingestrun.kube.connection import Connection
+from ingestrun.kube.protocol import Cluster, RunKey
+
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / "manifests" / "base"
+NAME, NAMESPACE = "ingestrun-operator", "ingestrun-system"
+GROUPS = {
+    "ingestruns": "ingestrun.dev",
+    "ingestruns/status": "ingestrun.dev",
+    "jobs": "batch",
+    "pods": "",
+    "events": "events.k8s.io",
+    "secrets": "",
+}
+CHECK_KEY = "ingestrun-operator-check-key"
+OWN_SECRET = {("", "secrets", "get"), ("", "secrets", "update")}
+"""In the operator's own namespace, of that one name."""
+
+Right = tuple[str, str, str]
+"""An API group, a resource, a verb."""
+
+JOB = {"metadata": {"namespace": "n", "name": "j"}}
+KEY = RunKey(namespace="n", name="r")
+CALLS: dict[str, Callable[[Cluster], Coroutine[Any, Any, object]]] = {
+    "get_run": lambda c: c.get_run(KEY),
+    "list_runs": lambda c: c.list_runs(),
+    "write_status": lambda c: c.write_status(KEY, resource_version="1", status={}),
+    "list_jobs": lambda c: c.list_jobs(namespace="n", run_uid="u"),
+    "list_pods": lambda c: c.list_pods(namespace="n", run_uid="u"),
+    "create_job": lambda c: c.create_job(JOB),
+    "get_job": lambda c: c.get_job(namespace="n", name="j"),
+    "delete_job": lambda c: c.delete_job(namespace="n", name="j", uid="u"),
+    "delete_jobs": lambda c: c.delete_jobs(namespace="n", selector="a=b"),
+    "patch_run": lambda c: c.patch_run(KEY, patch={}),
+    "delete_pod": lambda c: c.delete_pod(namespace="n", name="p", uid="u"),
+    "get_secret": lambda c: c.get_secret(namespace="n", name=CHECK_KEY),
+    "replace_secret": lambda c: c.replace_secret(
+        {"metadata": {"namespace": "n", "name": CHECK_KEY, "resourceVersion": "1"}}
+    ),
+    "create_event": lambda c: c.create_event({"metadata": {"namespace": "n"}}),
+}
+
+
+def documents(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob("*.yaml")):
+        if path.name != "kustomization.yaml":
+            yield from (document for document in yaml.safe_load_all(path.read_text()) if document)
+
+
+def one(folder: Path, kind: str, name: str = NAME) -> dict[str, Any]:
+    (found,) = [d for d in documents(folder) if d["kind"] == kind and d["metadata"]["name"] == name]
+    return found
+
+
+def rights(role: dict[str, Any]) -> set[Right]:
+    return {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+class NoServer:
+    """Answers every request with an empty object."""
+
+    async def request(self, *_: object, **__: object) -> object:
+        return {}
+
+
+async def used_rights() -> set[Right]:
+    """What the operator's own calls and kopf's watches need, as RBAC names it."""
+    used: set[Right] = set()
+    cluster = KubernetesCluster(
+        cast(Connection, NoServer()), on_call=lambda verb, resource, *_: used.add((GROUPS[resource], resource, verb))
+    )
+    for call in CALLS.values():
+        await call(cluster)
+    for handler in registry(cast(Any, None))._watching.get_all_handlers():
+        assert handler.selector is not None
+        resource = handler.selector.plural or handler.selector.any_name
+        assert isinstance(resource, str)
+        used |= {(GROUPS[resource], resource, verb) for verb in ("list", "watch")}
+    return used
+
+
+def test_every_call_of_the_protocol_is_counted() -> None:
+    calls = {name for name, _ in inspect.getmembers(Cluster, inspect.isfunction) if not name.startswith("_")}
+    assert calls == set(CALLS)
+
+
+async def test_the_cluster_role_is_what_the_calls_need_and_no_more() -> None:
+    assert rights(one(BASE, "ClusterRole")) == await used_rights() - OWN_SECRET
+
+
+def test_the_lease_and_one_secret_are_the_only_rights_in_its_own_namespace() -> None:
+    role = one(BASE, "Role")
+    assert role["metadata"]["namespace"] == NAMESPACE
+    leases = {("coordination.k8s.io", "leases", verb) for verb in ("create", "get", "update")}
+    assert rights(role) == leases | OWN_SECRET
+    for rule in role["rules"]:
+        assert rule["verbs"] == ["create"] or rule["resourceNames"] in ([NAME], [CHECK_KEY])
+        assert ("secrets" in rule["resources"]) == (rule.get("resourceNames") == [CHECK_KEY])
+
+
+def test_no_role_has_a_wildcard_other_secrets_or_pods_to_create() -> None:
+    for role in (d for d in documents(BASE) if d["kind"] in ("Role", "ClusterRole")):
+        for group, resource, verb in rights(role) - OWN_SECRET:
+            assert "*" not in (group, resource, verb)
+            assert resource not in ("secrets", "roles", "clusterroles", "pods/exec", "serviceaccounts/token")
+            assert (resource, verb) != ("pods", "create")
+            assert verb not in ("escalate", "bind", "impersonate")
+
+
+@pytest.mark.parametrize("kind", ["RoleBinding", "ClusterRoleBinding"])
+def test_the_bindings_are_of_the_operators_account(kind: str) -> None:
+    binding = one(BASE, kind)
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": NAME, "namespace": NAMESPACE}]
+    assert binding["roleRef"]["kind"] == kind.removesuffix("Binding")
+    assert binding["roleRef"]["name"] == NAME
+
+
+def pod_specs() -> Iterator[tuple[str, dict[str, Any]]]:
+    workloads = [one(BASE, "Deployment"), one(ROOT / "demo" / "cluster", "Deployment", "flights")]
+    for workload in [*workloads, check_job("check", "flights", [], image="demo:1")]:
+        yield workload["metadata"]["name"], workload["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(("name", "pod"), list(pod_specs()))
+def test_the_pods_pass_restricted_with_a_read_only_root(name: str, pod: dict[str, Any]) -> None:
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    assert all({"hostPath"}.isdisjoint(volume) for volume in pod.get("volumes", []))
+    assert name == NAME or pod["automountServiceAccountToken"] is False
+    for container in pod["containers"]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["resources"]["requests"].keys() == {"cpu", "memory"}
+        assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [(BASE, NAMESPACE), (ROOT / "demo" / "cluster", "ingest-demo")], ids=["operator", "demo"]
+)
+def test_the_namespaces_enforce_restricted(folder: Path, name: str) -> None:
+    labels = one(folder, "Namespace", name)["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_the_deployment_is_as_the_overlays_of_make_images_expect() -> None:
+    (container,) = one(BASE, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["image"].rpartition(":")[0] == "ingestrun/operator"
+    assert container["env"][0]["name"] == "INGESTRUN_WORKER_IMAGE"
+    assert "command" not in container
+
+
+def test_the_cancellation_check_is_found_where_the_pods_are_told() -> None:
+    pod = one(BASE, "Deployment")["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    service = one(BASE, "Service")
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    (port,) = service["spec"]["ports"]
+    ports = {entry["name"]: entry["containerPort"] for entry in container["ports"]}
+    assert ports[port["targetPort"]] == Settings.model_fields["api_port"].default
+    env = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert env["INGESTRUN_API_URL"] == f"http://{NAME}.$(INGESTRUN_LEASE_NAMESPACE).svc:{port['port']}"
+    names = [entry["name"] for entry in container["env"]]
+    assert names.index("INGESTRUN_LEASE_NAMESPACE") < names.index("INGESTRUN_API_URL"), "expanded from those before"
+
+
+def test_the_checks_key_comes_without_data() -> None:
+    """With data every installation would have the same key; and applying the manifests again would put it back."""
+    secret = one(BASE, "Secret", tokens.SECRET_NAME)
+    assert secret["metadata"]["namespace"] == NAMESPACE
+    assert not {"data", "stringData", "immutable"} & secret.keys()
+    assert tokens.SECRET_NAME == CHECK_KEY
+
+
+def test_every_manifest_is_part_of_its_kustomization() -> None:
+    for folder in (BASE, ROOT / "demo" / "cluster", ROOT / "crds"):
+        listed = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+        assert {name for name in listed if "/" not in name} == {
+            path.name for path in folder.glob("*.yaml") if path.name != "kustomization.yaml"
+        }
