@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,10 @@ START_SECONDS: Final = 60
 class OperatorProcess:
     """One replica that watches one namespace; its log lines are read from a file."""
 
-    def __init__(self, *, kubeconfig: Path, context: str, namespace: str, log: Path) -> None:
+    def __init__(
+        self, *, kubeconfig: Path, context: str, namespace: str, log: Path, settings: Mapping[str, str] | None = None
+    ) -> None:
+        """`settings`: environment variables on top of these here."""
         self.log = log
         self._arguments = [
             *(sys.executable, "-m", "ingestrun.control.main", "run", "--dev"),
@@ -31,14 +35,18 @@ class OperatorProcess:
             "INGESTRUN_HEALTH_PORT": "0",
             "INGESTRUN_LOG_FORMAT": "json",
             "INGESTRUN_WORKER_IMAGE": "example/worker:1",
+            **(settings or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start it, and wait until it leads."""
+    def start(self, *, elect: bool = False, leads: bool = True) -> None:
+        """Start it, with `elect` as a candidate for the lease, and wait until it leads if it is to."""
         leading = len(self.lines("leading"))
         with self.log.open("ab") as out:
-            self._process = subprocess.Popen(self._arguments, env=self._environment, stderr=out, stdout=out)
+            arguments = [*self._arguments, *(["--lease"] if elect else [])]
+            self._process = subprocess.Popen(arguments, env=self._environment, stderr=out, stdout=out)
+        if not leads:
+            return
         deadline = time.monotonic() + START_SECONDS
         while len(self.lines("leading")) == leading:
             assert self._process.poll() is None, f"the operator ended: {self.log.read_text()[-3000:]}"

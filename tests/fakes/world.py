@@ -87,7 +87,8 @@ class World:
         self.source = Source()
         self.due: dict[RunKey, datetime] = {}
         self.asked: dict[RunKey, str] = {}
-        self.logged: list[dict[str, Any]] = []
+        self.deaf: set[str] = set()
+        """Kinds whose watch has fallen silent."""
         self.start()
         self.cluster.watch(self._changed)
 
@@ -123,6 +124,8 @@ class World:
         self.due.pop(key, None)
 
     def _changed(self, kind: str, event_type: str, body: Object) -> None:
+        if kind in self.deaf:
+            return
         if kind == "IngestRun":
             self.watch.run(event_type, body)
         elif kind == "Job":

@@ -13,6 +13,7 @@ import kopf
 import structlog
 from kubernetes.aio.client import Configuration
 
+from ingestrun.control.api import Api
 from ingestrun.control.handlers import operator_settings, registry
 from ingestrun.control.health import Health
 from ingestrun.control.queue import KeyedQueue
@@ -20,8 +21,9 @@ from ingestrun.control.reconciler import Reconciler
 from ingestrun.control.resync import resync_forever
 from ingestrun.control.settings import Settings, instance_name
 from ingestrun.control.store import Store
+from ingestrun.control.tokens import CheckKey
 from ingestrun.control.watch import Watch
-from ingestrun.engine.jobs import WorkerImage
+from ingestrun.engine.jobs import CheckFor, WorkerImage
 from ingestrun.kube.client import KubernetesCluster
 from ingestrun.kube.connection import Connection, load_configuration
 from ingestrun.kube.lease import LeaseLost, run_as_leader
@@ -60,11 +62,13 @@ async def run(settings: Settings, access: Access, *, elect: bool) -> int:
     calls, lease = await access.connect(), await access.connect()
     cluster = KubernetesCluster(calls, namespaces=settings.namespace_list or None)
     runner = await health.serve(settings.health_port) if settings.health_port else None
+    ending = contextlib.AsyncExitStack()
+    api = await _serve_api(settings, access, ending)
 
     async def lead() -> None:
         health.role = "leading"
         logger.info("leading", instance=instance_name())
-        await _operate(settings, access, cluster, health)
+        await _operate(settings, access, cluster, health, check=api.check_for if api else None)
 
     main: Callable[[], Awaitable[None]] = lead
     if elect:
@@ -90,18 +94,36 @@ async def run(settings: Settings, access: Access, *, elect: bool) -> int:
     finally:
         if runner is not None:
             await runner.cleanup()
+        await ending.aclose()
         await calls.close()
         await lease.close()
     return 0
 
 
-async def _operate(settings: Settings, access: Access, cluster: KubernetesCluster, health: Health) -> None:
+async def _serve_api(settings: Settings, access: Access, ending: contextlib.AsyncExitStack) -> Api | None:
+    """Answer the cancellation check, on a connection that the lease does not guard: a standby answers too."""
+    if not (settings.api_url and settings.api_port):
+        return None
+    connection = await access.connect()
+    ending.push_async_callback(connection.close)
+    cluster = KubernetesCluster(connection)
+    key = CheckKey(cluster, namespace=settings.lease_namespace, alone=not access.in_cluster)
+    api = Api(cluster, key, url=settings.api_url)
+    ending.push_async_callback(api.close)
+    await api.serve(settings.api_port)
+    return api
+
+
+async def _operate(
+    settings: Settings, access: Access, cluster: KubernetesCluster, health: Health, *, check: CheckFor | None
+) -> None:
     store = Store()
     reconciler = Reconciler(
         cluster,
         store,
         worker=WorkerImage(name=settings.worker_image, pull_policy=settings.worker_pull_policy),
         instance=instance_name(),
+        check=check,
     )
     queue: KeyedQueue[RunKey] = KeyedQueue(reconciler.reconcile, concurrency=settings.concurrency)
     handlers = registry(Watch(store, queue, reconciler))

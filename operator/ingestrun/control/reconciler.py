@@ -24,11 +24,11 @@ from typing import Any, Final
 import structlog
 
 from ingestrun.control.events import event_body
-from ingestrun.control.store import Store
-from ingestrun.engine.announce import Announcement, announcements
-from ingestrun.engine.decisions import Create, Live, Plan, Refusal
+from ingestrun.control.store import Store, parents_of
+from ingestrun.engine.announce import Announcement, announcements, skipped
+from ingestrun.engine.decisions import Child, Create, Live, Parent, Plan, Refusal
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
-from ingestrun.engine.jobs import WorkerImage, adoptable, job_manifest
+from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest
 from ingestrun.engine.plan import plan
 from ingestrun.kube.errors import (
     AlreadyExists,
@@ -42,6 +42,7 @@ from ingestrun.kube.errors import (
 from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model import names
 from ingestrun.model.run import IngestRun
+from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import IngestRunStatus, Phase
 
 logger = structlog.get_logger("ingestrun")
@@ -70,12 +71,14 @@ class Reconciler:
         *,
         worker: WorkerImage,
         instance: str,
+        check: CheckFor | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._cluster = cluster
         self._store = store
         self._worker = worker
         self._instance = instance
+        self._check = check
         self._clock = clock
         self._refusals: dict[str, Refusal] = {}
         self._unclear: dict[str, float] = {}
@@ -97,7 +100,7 @@ class Reconciler:
             except ValueError as error:
                 logger.error("the run cannot be read: it was stored under another CRD", run=str(key), error=str(error))
                 return None
-            if self._store.closed(run.metadata.uid):
+            if self._store.closed(run.metadata.uid) and run.metadata.generation == run.status.observed_generation:
                 return None
             outcome = await self._round(key, run, trigger)
             if not isinstance(outcome, _Again):
@@ -117,11 +120,21 @@ class Reconciler:
         uid = run.metadata.uid
         ended = run.status.phase is not None and run.status.phase.ended
         live = None
-        if ended or not self._store.primed(uid):
+        primed = self._store.primed(uid)
+        if ended or not primed:
             live = await self._list_live(run)
         jobs, unclear = await self._judgeable(run, self._store.views(uid))
-        now = self._clock()
-        planned = plan(run, jobs, now=now, refusal=self._refusals.get(uid), live=live if ended else None)
+        planned = plan(
+            run,
+            jobs,
+            now=self._clock(),
+            refusal=self._refusals.get(uid),
+            live=live if ended else None,
+            parent=await self._cancelled_parent(key, ask=not primed),
+            children=self._children(key) if ended else (),
+        )
+        if planned.fenced is not None and await self._fence(key, run, wanted=planned.fenced):
+            return _Again()
         if ended:
             self._log_skips(key, run, planned, trigger)
 
@@ -131,7 +144,10 @@ class Reconciler:
             if written is None:
                 return _Again()
             run_now = written
-            await self._tell(run_now, announcements(stored, run_now.status))
+            told = [*announcements(stored, run_now.status), *planned.tell]
+            if any(announcement.reason == "Drained" for announcement in told):
+                told += skipped(self._skipped.get(uid, ()))
+            await self._tell(run_now, told)
             self._log_phase(key, stored, run_now)
         elif planned.creates:
             fresh = await self._cluster.get_run(key)
@@ -162,7 +178,57 @@ class Reconciler:
             if pod is not None:
                 pods.append(pod)
         self._store.replace(meta.uid, jobs, pods)
-        return Live(pods_running=sum(1 for pod in pods if not pod.ended))
+        return Live(pods=tuple(pods))
+
+    async def _cancelled_parent(self, key: RunKey, *, ask: bool) -> Parent | None:
+        """A run above this one that is Cancelled with `cascade`, if there is one.
+
+        With `ask`, the server is asked rather than the cache: a run created after its parent's cancel must not
+        start anything because the news are still on their way. A parent that does not exist is none.
+        """
+        body = self._store.run(key)
+        for above in parents_of(body) if body is not None else ():
+            if ask:
+                try:
+                    self._store.saw_run(await self._cluster.get_run(above))
+                except NotFound:
+                    continue
+            found = self._store.run(above)
+            status = IngestRunStatus.model_validate((found or {}).get("status") or {})
+            record = status.cancellation
+            if status.phase is Phase.CANCELLED and record is not None and record.cascade:
+                return Parent(
+                    name=above.name,
+                    reason=record.reason,
+                    requested_by=record.requested_by,
+                    policy=record.policy or CancellationPolicy.DRAIN,
+                )
+        return None
+
+    def _children(self, key: RunKey) -> list[Child]:
+        found = []
+        for body in self._store.below(key):
+            phase = (body.get("status") or {}).get("phase")
+            found.append(Child(name=body["metadata"]["name"], phase=Phase(phase) if phase else None))
+        return found
+
+    async def _fence(self, key: RunKey, run: IngestRun, *, wanted: bool) -> bool:
+        """Put the label on that the fence selects by, or take it off; whether the run has changed by it.
+
+        The fence is a second lock: that it can't be set never holds up a cancel.
+        """
+        if (run.metadata.labels.get(names.LABEL_CANCELLED) == "true") == wanted:
+            return False
+        try:
+            patch = {"metadata": {"labels": {names.LABEL_CANCELLED: "true" if wanted else None}}}
+            self._store.saw_run(await self._cluster.patch_run(key, patch=patch))
+        except NotFound:
+            self._must_read.add(key)
+            return True
+        except KubeError as error:
+            logger.warning("the label of the fence could not be set", run=str(key), wanted=wanted, error=str(error))
+            return False
+        return wanted
 
     async def _judgeable(self, run: IngestRun, jobs: list[JobView]) -> tuple[list[JobView], bool]:
         """The Jobs as they may be judged: a complete one whose result has not arrived yet still counts as running.
@@ -205,8 +271,9 @@ class Reconciler:
 
     async def _create_all(self, key: RunKey, run: IngestRun, planned: Plan) -> bool:
         """Create the planned Jobs one after another; False when the pass has to start over."""
+        cancelled = run.status.phase is Phase.CANCELLED  # then the one create that is planned is the clean-up's
         for create in planned.creates:
-            if self._store.cancel_requested(key):
+            if not cancelled and (self._store.cancel_requested(key) or await self._cancelled_parent(key, ask=False)):
                 return False
             if not await self._create(key, run, create):
                 return False
@@ -214,7 +281,8 @@ class Reconciler:
 
     async def _create(self, key: RunKey, run: IngestRun, create: Create) -> bool:
         uid, start = run.metadata.uid, create.start
-        manifest = job_manifest(run, create, worker=self._worker)
+        check = self._check(run, start.step.deadline_seconds) if self._check is not None else None
+        manifest = job_manifest(run, create, worker=self._worker, check=check)
         name = manifest["metadata"]["name"]
         try:
             try:
@@ -262,6 +330,11 @@ class Reconciler:
 
     async def _delete_all(self, run: IngestRun, planned: Plan) -> None:
         meta = run.metadata
+        for pod in planned.kills:
+            await self._cluster.delete_pod(
+                namespace=meta.namespace, name=pod.name, uid=pod.uid, grace_seconds=pod.grace_seconds
+            )
+            logger.info("pod told to end", run=meta.name, namespace=meta.namespace, uid=meta.uid, pod=pod.name)
         for job in planned.deletes:
             await self._cluster.delete_job(namespace=meta.namespace, name=job.name, uid=job.uid)
             self._store.lost_job(run_uid=meta.uid, job_uid=job.uid)
@@ -269,7 +342,10 @@ class Reconciler:
                 "job deleted before it started", run=meta.name, namespace=meta.namespace, uid=meta.uid,
                 batch=job.batch, job=job.name,
             )  # fmt: skip
-        if planned.delete_blocks:
+        if planned.delete_all:
+            selector = f"{names.LABEL_RUN_UID}={meta.uid}"
+            await self._cluster.delete_jobs(namespace=meta.namespace, selector=selector)
+        elif planned.delete_blocks:
             blocks = ",".join(str(block) for block in planned.delete_blocks)
             selector = f"{names.LABEL_RUN_UID}={meta.uid},{names.LABEL_BLOCK} in ({blocks})"
             await self._cluster.delete_jobs(namespace=meta.namespace, selector=selector)

@@ -27,6 +27,10 @@ class Settings(BaseSettings):
     lease_namespace: str = "ingestrun-system"
     health_port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """Where /healthz and /readyz answer; 0: nowhere."""
+    api_url: Annotated[str, Field(pattern=r"^(https?://[^/?#@\s]+(/[^?#@\s]*)?)?$")] = ""
+    """Where pods reach the cancellation check: http://ingestrun-operator.ingestrun-system.svc:8090; empty: no check."""
+    api_port: Annotated[int, Field(ge=0, le=65535)] = 8090
+    """Where the cancellation check answers, if `api_url` is set; 0: nowhere."""
     log_format: LogFormat | None = None
     """Unset: `json`, with --dev `console`."""
     log_level: LogLevel = "info"

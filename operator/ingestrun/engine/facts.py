@@ -177,9 +177,16 @@ def read_pod(pod: Mapping[str, Any]) -> PodFacts | None:
 
 
 def view(job: JobFacts, pods: Sequence[PodFacts]) -> JobView:
-    """Put a Job and its pod together. With several pods (never made by us: backoffLimit is 0) the ended one counts."""
+    """Put a Job and its pod together. With several pods (never made by us: backoffLimit is 0) the ended one counts.
+
+    A pod that has ended with exit code 0 is the Job's success: the Job controller says so a second or two later,
+    and the next stage need not wait for that. It holds even if the Job then meets its deadline, so that what was
+    built on it is not judged anew.
+    """
     pod = max(pods, key=lambda pod: (pod.ended, pod.started), default=None)
-    if job.finished is not None:
+    if pod is not None and pod.ended and pod.exit_code == 0:
+        state = JobState.SUCCEEDED
+    elif job.finished is not None:
         state = job.finished
     elif pod is not None and pod.started:
         state = JobState.RUNNING

@@ -116,6 +116,17 @@ class KubernetesCluster(Cluster):
         path = f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
         await self._call("create", "events", "POST", path, body=event)
 
+    async def get_secret(self, *, namespace: str, name: str) -> Object:
+        return await self._call("get", "secrets", "GET", _secret_path(namespace, name))
+
+    async def replace_secret(self, secret: Object) -> Object:
+        meta = secret["metadata"]
+        if not meta.get("resourceVersion"):
+            # Without one the server replaces whatever is there.
+            raise ValueError("replace_secret needs the resourceVersion of the Secret that was read")
+        path = _secret_path(meta["namespace"], meta["name"])
+        return await self._call("update", "secrets", "PUT", path, body=secret)
+
     # Proposed for the Protocol; see DESIGN on the label, on cascade and Replace, on the TTL, and on Drain.
 
     async def patch_run(self, key: RunKey, *, patch: Object) -> Object:
@@ -248,6 +259,10 @@ def _part(text: str) -> str:
 
 def _run_path(key: RunKey) -> str:
     return f"/apis/{GROUP}/{VERSION}/namespaces/{_part(key.namespace)}/{PLURAL}/{_part(key.name)}"
+
+
+def _secret_path(namespace: str, name: str) -> str:
+    return f"/api/v1/namespaces/{_part(namespace)}/secrets/{_part(name)}"
 
 
 def _jobs_path(namespace: str, name: str | None = None) -> str:

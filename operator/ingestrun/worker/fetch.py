@@ -32,9 +32,11 @@ def fetch(context: Context, stop: Stop) -> StageResult:
     """
     source = parse(Source, context.config, "the source")
     output = context.need(contract.ENV_OUTPUT, context.output)
-    reader = _open(source, context, stop)
     limit = None if context.partitions else context.limit
-    with new_output(output, stop) as spool:
+    stop.progress(0, limit)
+    stop.check()
+    reader = _open(source, context, stop)
+    with new_output(output, stop, limit) as spool:
         cursor = reader.read(limit, spool)
         if limit is not None and spool.rows > limit:
             raise AssertionError(f"{spool.rows} records read, {limit} allowed")

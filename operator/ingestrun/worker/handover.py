@@ -101,8 +101,9 @@ class Spool:
     begun, and at the end the parts are written again under the schema that holds for all.
     """
 
-    def __init__(self, directory: Path, stop: Stop) -> None:
+    def __init__(self, directory: Path, stop: Stop, limit: int | None = None) -> None:
         self.rows = 0
+        self._limit = limit
         self._directory = directory
         self._stop = stop
         self._schema = pa.schema([])
@@ -118,8 +119,9 @@ class Spool:
         Raises:
             PermanentError: a column's types can't go together.
         """
-        self._stop.check()
         self.rows += table.num_rows
+        self._stop.progress(self.rows, self._limit)
+        self._stop.check()
         self._held.append(table)
         self._held_rows += table.num_rows
         self._held_bytes += table.nbytes
@@ -189,10 +191,13 @@ class Spool:
 
 
 @contextmanager
-def new_output(final: Path, stop: Stop) -> Iterator[Spool]:
-    """A spool for a stage's output directory, which appears when the block ends without an exception."""
+def new_output(final: Path, stop: Stop, limit: int | None = None) -> Iterator[Spool]:
+    """A spool for a stage's output directory, which appears when the block ends without an exception.
+
+    `limit`: how many rows there will be at most, where that is known.
+    """
     with new_directory(final) as directory:
-        spool = Spool(directory, stop)
+        spool = Spool(directory, stop, limit)
         try:
             yield spool
             spool.finish()

@@ -6,9 +6,10 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
-from ingestrun.worker.stopping import EXIT_STOPPED, Stop, Stopped
+from ingestrun.worker.stopping import EXIT_STOPPED, Cancelled, Stop, Stopped
 
 if TYPE_CHECKING:
     from ingestrun.model.contract import StageResult
@@ -28,7 +29,10 @@ def main() -> None:
 
 
 def run(env: Mapping[str, str], stop: Stop) -> int:
-    """Do the stage, leave its result, and return the exit code: 0, 65 for permanent, 143 for SIGTERM, else 1."""
+    """Do the stage, leave its result, and return the exit code: 0, 65 for permanent, 143 for SIGTERM, else 1.
+
+    A cancelled run is 0 as well: the Job is complete, and its result says that it is nobody's failure.
+    """
     from ingestrun.model import contract
     from ingestrun.worker import faults, report
     from ingestrun.worker.failure import explain
@@ -43,6 +47,9 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
         result, code = _do_stage(env, stop), contract.EXIT_DONE
     except Stopped:
         result, code = report.failed("stopped by SIGTERM, nothing published"), EXIT_STOPPED
+    except Cancelled as cancelled:
+        stop.ignore()
+        result, code = report.cancelled(str(cancelled), read=cancelled.rows), contract.EXIT_DONE
     except Exception as error:
         stop.ignore()
         failure = explain(error)
@@ -52,7 +59,7 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
         code = contract.EXIT_PERMANENT if failure.permanent else 1
     stop.ignore()
     text: str | None = contract.render_result(result)
-    if code == contract.EXIT_DONE and (swapped := faults.at_end(fault)) is not None:
+    if result.outcome is contract.Outcome.DONE and (swapped := faults.at_end(fault)) is not None:
         code, text = swapped
     if text is not None:
         report.leave(env, text)
@@ -61,12 +68,17 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
 
 
 def _do_stage(env: Mapping[str, str], stop: Stop) -> StageResult:
+    from ingestrun.model import contract
     from ingestrun.model.contract import RESULT_MAX_BYTES, Stage, render_result
     from ingestrun.worker import report
     from ingestrun.worker.context import read_context
     from ingestrun.worker.failure import PermanentError
 
     context = read_context(env)
+    if env.get(contract.ENV_CANCELLATION_URL):
+        from ingestrun.worker.cancellation import CancellationCheck
+
+        stop.ask(CancellationCheck.of(env, partial(report.log, env)))
     report.log(env, "stage starts")
     if not context.config:
         raise PermanentError("INGEST_CONFIG is not set: the built-in worker needs a source, a hook or a sink")

@@ -42,15 +42,18 @@ def publish(context: Context, stop: Stop) -> StageResult:
         WorkerError: the input or the workspace failed; then nothing is published.
     """
     sink = parse(Sink, context.config, "the sink").parquet
-    source = Input(context.need(contract.ENV_INPUT, context.input))
     target = _directory(context.workspace, sink.path) / _file_name(context.key)
     manifest = target.relative_to(context.workspace).as_posix()
+    if not target.exists():  # what an earlier attempt has published is published, cancelled or not
+        stop.check()
+    source = Input(context.need(contract.ENV_INPUT, context.input))
     if len(manifest) > _MANIFEST_CHARS:
         raise PermanentError(f"the sink's path is too long: {len(manifest)} characters with the file's name")
     if not target.exists() and source.rows:
         with _temporary(target) as temporary:
             _write(source, temporary, context.key, stop)
             _audit(temporary, source.rows, context.key)
+            stop.progress(source.rows, source.rows)
             stop.last_call()
             _commit(temporary, target)
     if source.rows or target.exists():
@@ -104,9 +107,12 @@ def _temporary(target: Path) -> Iterator[Path]:
 
 def _write(source: Input, path: Path, key: str, stop: Stop) -> None:
     with ParquetFile(path, source.schema, {META_KEY: key, META_ROWS: str(source.rows)}) as out:
+        rows = 0
         for table in source.tables():
+            stop.progress(rows, source.rows)
             stop.check()
             out.write(table)
+            rows += table.num_rows
 
 
 def _audit(path: Path, rows: int, key: str) -> None:

@@ -33,6 +33,11 @@ def failed(message: str, *, read: int = 0, rejected: int = 0) -> StageResult:
     return StageResult(v=contract.VERSION, outcome=Outcome.FAILED, read=read, rejected=rejected, message=short)
 
 
+def cancelled(message: str, *, read: int) -> StageResult:
+    """The result of a stage that stopped because its run is cancelled: nothing was handed on, and nobody failed."""
+    return StageResult(v=contract.VERSION, outcome=Outcome.CANCELLED, read=read, message=message)
+
+
 def log(env: Mapping[str, str], event: str, **fields: object) -> None:
     """Write one JSON line to stdout, with the names of the run, the batch and the stage."""
     identity = {name: env[variable] for name, variable in _IDENTITY.items() if env.get(variable)}

@@ -31,6 +31,7 @@ def validate(rules: Validate, context: Context, stop: Stop) -> StageResult:
             quarantine is kept then, the output is not.
         WorkerError: the input or the workspace failed.
     """
+    stop.check()
     source = Input(context.need(contract.ENV_INPUT, context.input))
     output = context.need(contract.ENV_OUTPUT, context.output)
     rejects = context.need(contract.ENV_REJECTS, context.rejects)
@@ -42,6 +43,7 @@ def validate(rules: Validate, context: Context, stop: Stop) -> StageResult:
             good = files.enter_context(ParquetFile(directory / DATA_FILE, check.schema))
             bad: ParquetFile | None = None
             for table in source.tables():
+                stop.progress(read, source.rows)
                 stop.check()
                 kept, refused = check.divide(table)
                 good.write(kept)
@@ -52,6 +54,7 @@ def validate(rules: Validate, context: Context, stop: Stop) -> StageResult:
                     stamp = pa.array([context.batch] * refused.num_rows, pa.int64())
                     bad.write(refused.append_column(BATCH, stamp))
                 read, written, rejected = read + table.num_rows, written + kept.num_rows, rejected + refused.num_rows
+        stop.progress(read, source.rows)
         if read != source.rows or read != written + rejected:
             raise AssertionError(f"{source.rows} rows came in, {read} were read, {written} kept, {rejected} rejected")
         if rules.max_rejected is not None and rejected > rules.max_rejected:

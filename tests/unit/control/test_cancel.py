@@ -565,3 +565,19 @@ async def test_what_was_skipped_is_two_events_at_most() -> None:
     notes = {event["reason"]: event["note"] for event in world.cluster.events()}
     assert notes["StageSkipped"] == "not started after the cancel: hook check of batch 0-2"
     assert [event["reason"] for event in world.cluster.events()].count("StageSkipped") == 1
+
+
+async def test_cancel_that_the_watch_has_not_shown_is_seen_by_the_read_before_a_create() -> None:
+    """A hook's end starts a publish without a status write: then the run is read from the server, not the cache."""
+    world = World()
+    world.create(batches={"cursor": {}, "size": 1000})
+    for _ in range(2):
+        await world.settle()
+        world.work(world.active_jobs()[0])
+    world.deaf.add("IngestRun")
+    world.cancel()
+    assert not world.store.cancel_requested(KEY)
+    created = len(world.cluster.calls("create", "jobs"))
+    await world.settle()
+    assert world.phase == "Cancelled"
+    assert len(world.cluster.calls("create", "jobs")) == created == 2

@@ -71,6 +71,12 @@ def test_only_exit_0_with_a_valid_done_is_a_success() -> None:
         (job(JobState.SUCCEEDED, pod=pod(message="{")), "ResultInvalid", False, "not valid under contract v1"),
         (job(JobState.SUCCEEDED, pod=pod(message='{"v":"v9","outcome":"done"}')), "ResultInvalid", False, "v:"),
         (job(JobState.SUCCEEDED, pod=pod(message='{"v":"v1","outcome":"failed"}')), "ResultInvalid", False, "'failed'"),
+        (
+            job(JobState.SUCCEEDED, pod=pod(message='{"v":"v1","outcome":"cancelled","message":"after 3 rows"}')),
+            "WorkerCancelled",
+            False,
+            "a cancel that this run does not have: after 3 rows",
+        ),
         (job(JobState.FAILED, pod=pod(exit_code=1, reason="Error")), "Error", False, "exit code 1"),
         (
             job(JobState.FAILED, pod=pod(exit_code=1, message='{"v":"v1","outcome":"failed","message":"404"}')),

@@ -162,6 +162,20 @@ async def test_a_status_write_is_a_merge_patch_with_the_precondition() -> None:
     assert body == {"metadata": {"resourceVersion": "7"}, "status": {"phase": "Running", "cursor": None}}
 
 
+async def test_a_secret_is_replaced_only_as_it_was_read() -> None:
+    read = {"kind": "Secret", "metadata": {"namespace": "ops", "name": "key", "resourceVersion": "7"}}
+    async with loopback(answers(200, read)) as server:
+        cluster = KubernetesCluster(await server.connection())
+        found = await cluster.get_secret(namespace="ops", name="key")
+        await cluster.replace_secret({**found, "data": {"key": "eA=="}})
+        with pytest.raises(ValueError, match="resourceVersion"):
+            await cluster.replace_secret({"metadata": {"namespace": "ops", "name": "key"}, "data": {}})
+        await cluster.close()
+    seen = [(method, urlsplit(path).path, body) for method, path, _, body in server.seen]
+    path = "/api/v1/namespaces/ops/secrets/key"
+    assert seen == [("GET", path, None), ("PUT", path, {**read, "data": {"key": "eA=="}})]
+
+
 async def test_deletes_carry_their_preconditions_and_gone_is_done() -> None:
     codes = iter([200, 404, 409, 200, 409])
 

@@ -285,3 +285,20 @@ def test_label_selectors(selector: str, labels: dict[str, str], chosen: bool) ->
 def test_a_wrong_selector_is_refused() -> None:
     with pytest.raises(ValueError, match="unable to parse"):
         selectors.parse("a in b")
+
+
+async def test_a_secret_is_replaced_only_by_whoever_has_read_it_last() -> None:
+    cluster = FakeCluster()
+    with pytest.raises(errors.NotFound):
+        await cluster.get_secret(namespace="default", name="key")
+    cluster.user_apply_secret("key")
+    first = await cluster.get_secret(namespace="default", name="key")
+    assert "data" not in first
+    stored = await cluster.replace_secret({**first, "data": {"key": "YQ=="}})
+    assert stored["data"] == {"key": "YQ=="}
+    with pytest.raises(errors.Conflict):
+        await cluster.replace_secret({**first, "data": {"key": "Yg=="}})
+    with pytest.raises(AssertionError):
+        await cluster.replace_secret({"metadata": {"name": "key", "namespace": "default", "resourceVersion": ""}})
+    cluster.user_apply_secret("key", key="Yw==")
+    assert (await cluster.get_secret(namespace="default", name="key"))["data"] == {"key": "Yw=="}
