@@ -6,22 +6,22 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := operator tests devcluster images demo
+SOURCES := operator tests devcluster images demo bench
 
 .DEFAULT_GOAL := help
 
-include mk/cluster.mk mk/images.mk mk/demo.mk
+include mk/cluster.mk mk/images.mk mk/demo.mk mk/proof.mk
 
 .PHONY: help test lint format types test-unit test-api test-e2e clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST) | sort
 
-test: deps $(VENV)/.installed ## All tests: lint, types, unit, api, e2e
+test: deps $(VENV)/.installed ## All tests: lint, types, unit, api, races, e2e
 	@$(MAKE) lint types test-unit
 	@$(MAKE) cluster-up NODES=$(or $(NODES),both)
 	@$(MAKE) images
-	@$(MAKE) test-api test-e2e
+	@$(MAKE) test-api test-race test-e2e
 
 # What the lock file says, by hash. The project itself is run from the checkout.
 $(VENV)/.installed: requirements/dev.lock
@@ -42,7 +42,7 @@ types: $(VENV)/.installed ## mypy, strict
 	@$(BIN)/mypy $(SOURCES)
 
 test-unit: $(VENV)/.installed ## Tests that need no cluster
-	@$(BIN)/pytest tests/unit
+	@$(BIN)/pytest -q -n auto tests/unit
 
 test-api: $(VENV)/.installed ## Tests against a real API server and simulated nodes
 	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest tests/api

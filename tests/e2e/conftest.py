@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import SYSTEM, Json, Kubectl, wait_for
+from tests.e2e.runs import without_image
 
 NAMESPACE = "ingest-e2e"
 
@@ -71,6 +72,7 @@ def namespace(kubectl: Kubectl, operator: None) -> Iterator[str]:
         else:
             found["metadata"]["namespace"] = NAMESPACE
     kubectl.apply(objects)
+    kubectl.apply([without_image(NAMESPACE)])
     kubectl("-n", NAMESPACE, "rollout", "status", "deployment/flights", "--timeout=180s")
     yield NAMESPACE
     kubectl("delete", "namespace", NAMESPACE, "--wait=false")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Json, Kubectl, condition, phase, wait_for
-from tests.e2e.test_flights import ended, flights, run_of
+from tests.e2e.runs import ended, flights, run_of
 
 
 def with_url(namespace: str, name: str, url: str, **changes: Any) -> Json:
@@ -73,21 +73,14 @@ def test_missing_volume_is_said_at_once_and_cancel_works_from_there(kubectl: Kub
 
 
 def test_missing_image_is_said_then_fails_the_run(kubectl: Kubectl, namespace: str) -> None:
-    body = flights(namespace, "no-image", hooks=[])
-    del body["spec"]["source"]
-    body["spec"]["fetch"] = {"image": "localhost/no-such-image:1", "imagePullPolicy": "Never"}
-    kubectl.apply([body])
-
-    def said() -> bool:
-        found = condition(run_of(kubectl, namespace, "no-image"), "Reconciling")
-        return found.get("reason") == "PodNotStarting" and "localhost/no-such-image:1" in found["message"]
-
-    wait_for(said, seconds=90, what="the run to name the image")
+    """The run of `without_image`, begun with the session."""
     run = ended(kubectl, namespace, "no-image", seconds=240)
     assert phase(run) == "Failed"
     (failure,) = run["status"]["failures"]
     assert (failure["batch"], failure["stage"], failure["reason"]) == (0, "fetch", "ImagePull")
     assert "localhost/no-such-image:1" in failure["message"]
+    (said,) = events(kubectl, namespace, "no-image", "PodNotStarting")
+    assert "localhost/no-such-image:1" in said
 
 
 @pytest.mark.parametrize(

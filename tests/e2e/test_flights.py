@@ -6,38 +6,14 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import yaml
+from demo.__main__ import check_job
 from demo.audit import read_trail
 
-from tests.e2e.cluster import ROOT, SYSTEM, Json, Kubectl, condition, image, phase, wait_for
+from tests.e2e.cluster import SYSTEM, Kubectl, condition, image, phase, wait_for
+from tests.e2e.runs import ROWS, ended, flights, published, run_of
 
-ROWS = 336_776
 CANCELLED_LINE = "ingest run cancelled, skipping"
-
-
-def flights(namespace: str, name: str, **changes: Any) -> Json:
-    """The demo's run, in the tests' namespace, publishing to a folder of its own."""
-    body: Json = yaml.safe_load((ROOT / "demo/runs/flights.yaml").read_text())
-    body["metadata"] = {"name": name, "namespace": namespace}
-    body["spec"]["source"]["http"]["url"] = f"http://flights.{namespace}/flights"
-    body["spec"]["sink"]["parquet"]["path"] = name
-    body["spec"].update(changes)
-    return body
-
-
-def run_of(kubectl: Kubectl, namespace: str, name: str) -> Json:
-    return kubectl.get("-n", namespace, "ingestrun", name)
-
-
-def ended(kubectl: Kubectl, namespace: str, name: str, *, seconds: float) -> Json:
-    kubectl("-n", namespace, "wait", f"ingestrun/{name}", "--for=condition=Finished", f"--timeout={seconds:g}s")
-    return run_of(kubectl, namespace, name)
-
-
-def published(run: Json) -> int:
-    return int((run.get("status") or {}).get("records", {}).get("published", 0))
 
 
 def has_published(kubectl: Kubectl, namespace: str, name: str, rows: int) -> bool:
@@ -51,11 +27,8 @@ def kill_operator(kubectl: Kubectl) -> None:
 
 def check_dataset(kubectl: Kubectl, namespace: str, dataset: str, *arguments: str) -> str:
     """demo/check_dataset.py beside the dataset: DuckDB holds each row against the source's own file."""
-    from demo.__main__ import check_job
-
     name = f"check-{dataset}"
-    os.environ.setdefault("DEMO_IMAGE", image("DEMO_IMAGE"))
-    job = check_job(name, dataset, arguments)
+    job = check_job(name, dataset, arguments, image=image("DEMO_IMAGE"))
     job["metadata"]["namespace"] = namespace
     kubectl.apply([job])
 

@@ -1,0 +1,42 @@
+"""The runs of these tests: the demo's, with changes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import yaml
+
+from tests.e2e.cluster import ROOT, Json, Kubectl
+
+ROWS: Final = 336_776
+
+
+def flights(namespace: str, name: str, **changes: Any) -> Json:
+    """The demo's run, in the tests' namespace, publishing to a folder of its own."""
+    body: Json = yaml.safe_load((ROOT / "demo/runs/flights.yaml").read_text())
+    body["metadata"] = {"name": name, "namespace": namespace}
+    body["spec"]["source"]["http"]["url"] = f"http://flights.{namespace}/flights"
+    body["spec"]["sink"]["parquet"]["path"] = name
+    body["spec"].update(changes)
+    return body
+
+
+def run_of(kubectl: Kubectl, namespace: str, name: str) -> Json:
+    return kubectl.get("-n", namespace, "ingestrun", name)
+
+
+def ended(kubectl: Kubectl, namespace: str, name: str, *, seconds: float) -> Json:
+    kubectl("-n", namespace, "wait", f"ingestrun/{name}", "--for=condition=Finished", f"--timeout={seconds:g}s")
+    return run_of(kubectl, namespace, name)
+
+
+def published(run: Json) -> int:
+    return int((run.get("status") or {}).get("records", {}).get("published", 0))
+
+
+def without_image(namespace: str) -> Json:
+    """A run whose first pod never gets its image. Begun early: the verdict comes after two minutes of grace."""
+    body = flights(namespace, "no-image", hooks=[])
+    del body["spec"]["source"]
+    body["spec"]["fetch"] = {"image": "localhost/no-such-image:1", "imagePullPolicy": "Never"}
+    return body
