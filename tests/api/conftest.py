@@ -208,11 +208,13 @@ def alone(cluster: Cluster) -> Iterator[None]:
             raise
         yield
         return
-    apps.patch_namespaced_deployment_scale(name, namespace, {"spec": {"replicas": 0}})
-    _wait_for(lambda: not cluster.pods(namespace), 60, "the deployed operator to stop")
-    yield
     replicas = before.to_dict()["spec"]["replicas"]
-    apps.patch_namespaced_deployment_scale(name, namespace, {"spec": {"replicas": replicas}})
+    apps.patch_namespaced_deployment_scale(name, namespace, {"spec": {"replicas": 0}})
+    try:
+        _wait_for(lambda: not cluster.pods(namespace), 60, "the deployed operator to stop")
+        yield
+    finally:
+        apps.patch_namespaced_deployment_scale(name, namespace, {"spec": {"replicas": replicas}})
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,7 @@ class World:
             worker=WorkerImage(name="example/worker:1"),
             instance="test",
             clock=lambda: self.now,
+            drain_pause_seconds=0,
         )
         self.watch = Watch(self.store, self, self.reconciler)  # type: ignore[arg-type]
 

@@ -14,6 +14,7 @@ import structlog
 from kubernetes.aio.client import Configuration
 
 from ingestrun.control.api import Api
+from ingestrun.control.background import Background
 from ingestrun.control.handlers import operator_settings, registry
 from ingestrun.control.health import Health
 from ingestrun.control.queue import KeyedQueue
@@ -31,6 +32,8 @@ from ingestrun.kube.protocol import RunKey
 
 logger = structlog.get_logger("ingestrun")
 
+FAREWELL_SECONDS = 3.0
+"""How long a replica that stops goes on posting its last Events."""
 CREDENTIALS_LIFETIME = timedelta(minutes=10)
 """When kopf asks for credentials anew: bound service-account tokens are rotated, and kopf reads a token once."""
 
@@ -118,20 +121,25 @@ async def _operate(
     settings: Settings, access: Access, cluster: KubernetesCluster, health: Health, *, check: CheckFor | None
 ) -> None:
     store = Store()
+    background = Background()
     reconciler = Reconciler(
         cluster,
         store,
         worker=WorkerImage(name=settings.worker_image, pull_policy=settings.worker_pull_policy),
         instance=instance_name(),
         check=check,
+        defer=background.add,
     )
-    queue: KeyedQueue[RunKey] = KeyedQueue(reconciler.reconcile, concurrency=settings.concurrency)
+    queue: KeyedQueue[RunKey] = KeyedQueue(
+        reconciler.reconcile, concurrency=settings.concurrency, urgent=store.cancel_pending
+    )
     handlers = registry(Watch(store, queue, reconciler))
 
     @kopf.on.login(registry=handlers, id="login")
     async def login(**_: object) -> kopf.ConnectionInfo:
         return connection_info(await access.configuration())
 
+    posting = asyncio.create_task(background.run(), name="background")
     resync = asyncio.create_task(
         resync_forever(cluster, store, queue, reconciler, seconds=settings.resync_seconds, health=health),
         name="resync",
@@ -152,8 +160,10 @@ async def _operate(
         for task in (resync, watching):
             task.cancel()
         await queue.close()
+        await background.finish(seconds=FAREWELL_SECONDS)
+        posting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(resync, watching)
+            await asyncio.gather(resync, watching, posting)
 
 
 def connection_info(configuration: Configuration) -> kopf.ConnectionInfo:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -19,6 +20,38 @@ FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 60.0
 
 
+class Slots:
+    """A bounded number of slots; who comes `first` is served before those that wait already, in the order of asking."""
+
+    def __init__(self, number: int) -> None:
+        self._free = number
+        self._waiting: tuple[deque[asyncio.Future[None]], deque[asyncio.Future[None]]] = (deque(), deque())
+
+    async def take(self, *, first: bool) -> None:
+        """Wait for a slot."""
+        if self._free > 0:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting[0 if first else 1].append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give()
+            raise
+
+    def give(self) -> None:
+        """Give a slot back: to whoever is next."""
+        for queue in self._waiting:
+            while queue:
+                turn = queue.popleft()
+                if not turn.done():
+                    turn.set_result(None)
+                    return
+        self._free += 1
+
+
 class KeyedQueue(Generic[K]):
     """Calls `handle(key, trigger)` for each key that was asked for.
 
@@ -26,9 +59,17 @@ class KeyedQueue(Generic[K]):
     looked at again after a delay that doubles from half a second to a minute.
     """
 
-    def __init__(self, handle: Callable[[K, str], Awaitable[float | None]], *, concurrency: int) -> None:
+    def __init__(
+        self,
+        handle: Callable[[K, str], Awaitable[float | None]],
+        *,
+        concurrency: int,
+        urgent: Callable[[K], bool] = lambda _: False,
+    ) -> None:
+        """At most `concurrency` keys are handled side by side; those that are `urgent` do not queue behind others."""
         self._handle = handle
-        self._slots = asyncio.Semaphore(concurrency)
+        self._urgent = urgent
+        self._slots = Slots(concurrency)
         self._running: dict[K, asyncio.Task[None]] = {}
         self._again: dict[K, str] = {}
         self._timers: dict[K, asyncio.TimerHandle] = {}
@@ -89,8 +130,11 @@ class KeyedQueue(Generic[K]):
 
     async def _serve(self, key: K, trigger: str) -> None:
         try:
-            async with self._slots:
+            await self._slots.take(first=self._urgent(key))
+            try:
                 delay = await self._handle(key, trigger)
+            finally:
+                self._slots.give()
             self._errors.pop(key, None)
             if delay is not None:
                 self.add_after(key, delay, "timer")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -26,7 +26,7 @@ import structlog
 from ingestrun.control.events import event_body
 from ingestrun.control.store import Store, parents_of
 from ingestrun.engine.announce import Announcement, announcements, skipped
-from ingestrun.engine.decisions import Child, Create, Live, Parent, Plan, Refusal
+from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
 from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest
 from ingestrun.engine.plan import plan
@@ -52,6 +52,8 @@ CANCELLED_LINE: Final = "ingest run cancelled, skipping"
 
 MAX_ROUNDS: Final = 8
 """How often one pass starts over because the run changed under it, before the queue's backoff takes over."""
+DRAIN_PAUSE_SECONDS: Final = 1.0
+"""Between a cancel and the first look at its drain, and between two such looks."""
 POD_GRACE_SECONDS: Final = 0.5
 """A complete Job whose pod's end has not been seen: the two watches race; after this long the pods are listed."""
 
@@ -73,6 +75,8 @@ class Reconciler:
         instance: str,
         check: CheckFor | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        drain_pause_seconds: float = DRAIN_PAUSE_SECONDS,
+        defer: Callable[[Awaitable[None]], None] | None = None,
     ) -> None:
         self._cluster = cluster
         self._store = store
@@ -83,7 +87,10 @@ class Reconciler:
         self._refusals: dict[str, Refusal] = {}
         self._unclear: dict[str, float] = {}
         self._skipped: dict[str, set[tuple[int, str, int]]] = {}
+        self._defer = defer
         self._must_read: set[RunKey] = set()
+        self._drain_pause = timedelta(seconds=drain_pause_seconds)
+        self._looked: dict[str, datetime] = {}
 
     async def reconcile(self, key: RunKey, trigger: str) -> float | None:
         """Look at one run and do what is due.
@@ -121,6 +128,11 @@ class Reconciler:
         ended = run.status.phase is not None and run.status.phase.ended
         live = None
         primed = self._store.primed(uid)
+        if ended:
+            # A draining run is looked at live, by two lists: not at every event of its pods.
+            wait = self._drain_pause - (self._clock() - self._looked.get(uid, datetime.min.replace(tzinfo=UTC)))
+            if wait.total_seconds() > 0 and run.metadata.generation == run.status.observed_generation:
+                return wait.total_seconds()
         if ended or not primed:
             live = await self._list_live(run)
         jobs, unclear = await self._judgeable(run, self._store.views(uid))
@@ -149,6 +161,9 @@ class Reconciler:
                 told += skipped(self._skipped.get(uid, ()))
             await self._tell(run_now, told)
             self._log_phase(key, stored, run_now)
+            if run_now.status.phase is Phase.CANCELLED and not ended:
+                # The drain can wait a moment; the other runs that were cancelled in this second can't.
+                self._looked[uid] = self._clock()
         elif planned.creates:
             fresh = await self._cluster.get_run(key)
             self._store.saw_run(fresh)
@@ -178,6 +193,7 @@ class Reconciler:
             if pod is not None:
                 pods.append(pod)
         self._store.replace(meta.uid, jobs, pods)
+        self._looked[meta.uid] = self._clock()
         return Live(pods=tuple(pods))
 
     async def _cancelled_parent(self, key: RunKey, *, ask: bool) -> Parent | None:
@@ -335,13 +351,8 @@ class Reconciler:
                 namespace=meta.namespace, name=pod.name, uid=pod.uid, grace_seconds=pod.grace_seconds
             )
             logger.info("pod told to end", run=meta.name, namespace=meta.namespace, uid=meta.uid, pod=pod.name)
-        for job in planned.deletes:
-            await self._cluster.delete_job(namespace=meta.namespace, name=job.name, uid=job.uid)
-            self._store.lost_job(run_uid=meta.uid, job_uid=job.uid)
-            logger.info(
-                "job deleted before it started", run=meta.name, namespace=meta.namespace, uid=meta.uid,
-                batch=job.batch, job=job.name,
-            )  # fmt: skip
+        for delete in planned.deletes:
+            await self._delete(run, delete)
         if planned.delete_all:
             selector = f"{names.LABEL_RUN_UID}={meta.uid}"
             await self._cluster.delete_jobs(namespace=meta.namespace, selector=selector)
@@ -353,11 +364,30 @@ class Reconciler:
                 if names.block_of(spent.job.batch) in planned.delete_blocks:
                     self._store.lost_job(run_uid=meta.uid, job_uid=spent.job.uid)
 
+    async def _delete(self, run: IngestRun, delete: Delete) -> None:
+        """Delete a Job, its pod first: only while the server agrees that it is as it was when it was judged."""
+        meta, job, pod = run.metadata, delete.job, delete.pod
+        if pod is not None and not pod.ended and pod.deleting_until is None:
+            try:
+                await self._cluster.delete_pod(
+                    namespace=meta.namespace, name=pod.name, uid=pod.uid, resource_version=pod.resource_version
+                )
+            except Conflict:
+                self._looked.pop(meta.uid, None)  # it has changed, perhaps started: judged anew at the next look
+                return
+        await self._cluster.delete_job(namespace=meta.namespace, name=job.name, uid=job.uid)
+        self._store.lost_job(run_uid=meta.uid, job_uid=job.uid)
+        logger.info(
+            "job deleted before it started", run=meta.name, namespace=meta.namespace, uid=meta.uid,
+            batch=job.batch, job=job.name,
+        )  # fmt: skip
+
     def _next_look(self, run: IngestRun, planned: Plan, *, unclear: bool) -> float | None:
         phase, uid = run.status.phase, run.metadata.uid
         if phase is not None and phase.ended and planned.requeue_at is None:
             self._refusals.pop(uid, None)
             self._skipped.pop(uid, None)
+            self._looked.pop(uid, None)
             self._store.close(uid)
             return None
         delay = None
@@ -374,9 +404,17 @@ class Reconciler:
             uid = body["metadata"]["uid"]
             self._refusals.pop(uid, None)
             self._skipped.pop(uid, None)
+            self._looked.pop(uid, None)
         self._store.forget(key)
 
     async def _tell(self, run: IngestRun, told: list[Announcement]) -> None:
+        """Post Events: for people, so nothing waits for them where they can be deferred."""
+        if self._defer is not None and told:
+            self._defer(self._post(run, told))
+        else:
+            await self._post(run, told)
+
+    async def _post(self, run: IngestRun, told: list[Announcement]) -> None:
         for announcement in told:
             try:
                 await self._cluster.create_event(

@@ -72,6 +72,13 @@ class Store:
             return True
         return bool(body["spec"].get("cancel"))
 
+    def cancel_pending(self, key: RunKey) -> bool:
+        """Whether the newest body asks for a cancel that has not been applied yet."""
+        body = self._runs.get(key)
+        if body is None or not body["spec"].get("cancel"):
+            return False
+        return (body.get("status") or {}).get("phase") not in ("Succeeded", "Failed", "Cancelled")
+
     def forget(self, key: RunKey) -> None:
         """Drop a run that is gone, and its children's facts."""
         body = self._runs.pop(key, None)

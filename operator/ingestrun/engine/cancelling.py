@@ -9,7 +9,6 @@ from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import accounted, assess_all, claimable, in_flight, with_
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Parent, Plan, Skip
-from ingestrun.engine.ending import unstarted
 from ingestrun.engine.facts import JobView
 from ingestrun.engine.saying import counted, no_backpressure, said
 from ingestrun.model.contract import Stage
@@ -65,7 +64,7 @@ def cancel(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, parent: Pa
         ],
         now=now,
     )
-    return Plan(status=status, deletes=unstarted(jobs), skips=skips_of(run, jobs, now=now), fenced=True, requeue_at=now)
+    return Plan(status=status, skips=skips_of(run, jobs, now=now), fenced=True, requeue_at=now)
 
 
 def policy_of(run: IngestRun, parent: Parent | None) -> CancellationPolicy:

@@ -60,6 +60,14 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Delete:
+    """A Job to delete. With `pod`: only if that pod has not changed since, which is to say has not started."""
+
+    job: JobFacts
+    pod: PodFacts | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Create:
     """A Job to create: the start, and what its fetch is told."""
 
@@ -84,7 +92,7 @@ class Plan:
     status: IngestRunStatus
     creates: tuple[Create, ...] = ()
     kills: tuple[Kill, ...] = ()
-    deletes: tuple[JobFacts, ...] = ()
+    deletes: tuple[Delete, ...] = ()
     delete_blocks: tuple[int, ...] = ()
     delete_all: bool = False
     """Delete every Job of the run by one call: of a terminated one, once it is quiet."""

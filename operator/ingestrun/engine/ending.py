@@ -10,8 +10,8 @@ from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import claimable, with_
 from ingestrun.engine.batches import Batch
 from ingestrun.engine.conditions import Claim
-from ingestrun.engine.decisions import Refusal
-from ingestrun.engine.facts import JobFacts, JobState, JobView
+from ingestrun.engine.decisions import Delete, Refusal
+from ingestrun.engine.facts import JobState, JobView
 from ingestrun.engine.saying import no_backpressure, said, sentence
 from ingestrun.model.contract import Stage
 from ingestrun.model.names import BLOCK_BATCHES, block_of
@@ -108,8 +108,15 @@ def deadline_of(run: IngestRun, status: IngestRunStatus) -> datetime | None:
     return status.start_time + timedelta(seconds=seconds)
 
 
-def unstarted(jobs: Sequence[JobView]) -> tuple[JobFacts, ...]:
-    return tuple(job.job for job in jobs if job.state is JobState.WAITING and not job.job.deleting)
+def unstarted(jobs: Sequence[JobView]) -> tuple[Delete, ...]:
+    """The Jobs whose pods have not started, to be deleted if that is still so.
+
+    To be asked of a live list: what the watches have shown may be a moment old, and a pod that has started since
+    would be ended with its work, or with the only trace of what it has published.
+    """
+    return tuple(
+        Delete(job=job.job, pod=job.pod) for job in jobs if job.state is JobState.WAITING and not job.job.deleting
+    )
 
 
 def spent_blocks(stored: BatchesStatus, jobs: Sequence[JobView]) -> tuple[int, ...]:

@@ -90,6 +90,7 @@ class PodFacts:
     message: str | None
     """The termination message: the stage's result, or the last lines of its log."""
     obstacle: Obstacle | None
+    resource_version: str = ""
     deleting_until: datetime | None = None
     """When the grace of its deletion ends; None while nobody has deleted it."""
     node: str | None = None
@@ -171,6 +172,7 @@ def read_pod(pod: Mapping[str, Any]) -> PodFacts | None:
         reason=_pod_reason(status, terminated),
         message=terminated.get("message") or _short(status.get("message")),
         obstacle=_obstacle(meta, spec, status, state) if phase == "Pending" else None,
+        resource_version=meta.get("resourceVersion", ""),
         deleting_until=_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
         node=spec.get("nodeName"),
     )

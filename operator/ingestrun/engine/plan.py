@@ -15,8 +15,8 @@ from ingestrun.engine.batches import START_GRACE, Start
 from ingestrun.engine.cancelling import cancel
 from ingestrun.engine.capacity import held_back
 from ingestrun.engine.conditions import Claim
-from ingestrun.engine.decisions import Child, Create, Live, Parent, Plan, Refusal
-from ingestrun.engine.ending import deadline_of, end_of, spent_blocks, unstarted
+from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
+from ingestrun.engine.ending import deadline_of, end_of, spent_blocks
 from ingestrun.engine.facts import JobView
 from ingestrun.engine.saying import activity, said
 from ingestrun.engine.settling import settle
@@ -63,7 +63,7 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
 
     end = end_of(run, status, batches, flight, refusal=refusal, now=now)
     if end is not None:
-        return Plan(status=end, deletes=unstarted(jobs), requeue_at=now)
+        return Plan(status=end, requeue_at=now)
 
     stuck = next((batch for batch in flight if batch.obstacle is not None), None)
     held = held_back(flight, refusal, now=now)
@@ -116,7 +116,7 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
         status=said(run, status, phase=phase, claims=claims_made, now=now),
         creates=tuple(creates),
         deletes=tuple(
-            job.job
+            Delete(job=job.job, pod=job.pod)
             for job in jobs
             if not job.state.finished and not job.job.deleting and job.job.batch in status.batches.failed
         ),

@@ -17,7 +17,7 @@ from ingestrun.engine.announce import Announcement, warning
 from ingestrun.engine.batches import Start
 from ingestrun.engine.cancelling import policy_of, skips_of
 from ingestrun.engine.conditions import Claim
-from ingestrun.engine.decisions import Child, Create, Kill, Live, Parent, Plan
+from ingestrun.engine.decisions import Child, Create, Delete, Kill, Live, Parent, Plan
 from ingestrun.engine.ending import spent_blocks, unstarted
 from ingestrun.engine.facts import JobState, JobView, PodFacts
 from ingestrun.engine.failure import Failure, judge
@@ -73,9 +73,8 @@ def settle(
 def _drain(
     run: IngestRun, status: IngestRunStatus, jobs: Sequence[JobView], *, now: datetime, live: Live | None
 ) -> Plan:
-    deletes = unstarted(jobs)
     if live is None:
-        return Plan(status=status, deletes=deletes, requeue_at=now)
+        return Plan(status=status, requeue_at=now)
     waiting = {job.job.uid for job in jobs if job.state is JobState.WAITING}
     pods = [pod for pod in live.pods if not pod.ended]
     terminate = status.cancellation is not None and status.cancellation.policy is CancellationPolicy.TERMINATE
@@ -103,7 +102,7 @@ def _drain(
             for pod in pods
             if terminate and pod.deleting_until is None and pod.job_uid not in waiting
         ),
-        deletes=deletes,
+        deletes=unstarted(jobs),
         requeue_at=now + DRAIN_RECHECK,
     )
 
@@ -119,7 +118,9 @@ def _after_drain(
 ) -> Plan:
     status, creates = _cleaned(run, status, clean_up, now=now)
     sweep_at = (status.completion_time or now) + SWEEP_AFTER
-    late = tuple(job.job for job in jobs if live is not None and not job.state.finished and not job.job.deleting)
+    late = tuple(
+        Delete(job=job.job) for job in jobs if live is not None and not job.state.finished and not job.job.deleting
+    )
     cleaning = status.cancellation is not None and _cleaning(status.cancellation)
     over = now >= sweep_at
     return Plan(

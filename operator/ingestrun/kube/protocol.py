@@ -75,8 +75,19 @@ class Cluster(Protocol):
         Raises NotFound, Invalid, Unknown.
         """
 
-    async def delete_pod(self, *, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> None:
-        """Delete this very pod, with that grace. Gone already is done. Raises Conflict when another has its name."""
+    async def delete_pod(
+        self,
+        *,
+        namespace: str,
+        name: str,
+        uid: str,
+        resource_version: str | None = None,
+        grace_seconds: int | None = None,
+    ) -> None:
+        """Delete this very pod, with that grace; with `resource_version` only if it has not changed since.
+
+        Gone already is done. Raises Conflict when it has changed, or another has its name.
+        """
 
     async def create_event(self, event: Object) -> None:
         """Post an events.k8s.io/v1 Event."""
