@@ -142,7 +142,11 @@ def test_absolute_paths_and_uris(bench: Bench, tmp_path: Path) -> None:
         ("a.jsonl", b'{"x": 1}\n\n{"x": \n', "a.jsonl, line 3: not JSON"),
         ("a.jsonl", b'{"x": 1}\n[1]\n', "a.jsonl, line 2: no JSON object but a list"),
         ("a.jsonl", b'{"x": NaN}\n', "a.jsonl, line 1: not JSON"),
-        ("a.jsonl.gz", gzip.compress(b'{"x": 1}\n' * 99, mtime=0)[:-9], "a.jsonl.gz is not compressed as its name says"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"x": 1}\n' * 99, mtime=0)[:-9],
+            "a.jsonl.gz is not compressed as its name says",
+        ),
         ("a.jsonl.gz", b"plain\n", "a.jsonl.gz is not compressed as its name says"),
         ("a.parquet", b"PAR1 no more", "a.parquet is no Parquet file"),
         ("a.xml", b"<x/>", "a.xml: its name says no format"),
