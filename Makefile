@@ -45,7 +45,7 @@ test-unit: $(VENV)/.installed ## Tests that need no cluster
 	@$(BIN)/pytest -q -n auto tests/unit
 
 test-api: $(VENV)/.installed ## Tests against a real API server and simulated nodes
-	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest tests/api
+	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q -n 3 --dist worksteal tests/api
 
 test-e2e: $(VENV)/.installed ## Tests of the deployed operator and the real images
 	@eval "$$($(DEVCLUSTER) env)" && set -a && . build/images.env && set +a && $(BIN)/pytest tests/e2e

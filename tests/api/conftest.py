@@ -8,7 +8,9 @@ they ran.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import fcntl
 import json
 import os
 import time
@@ -198,23 +200,41 @@ def cluster(kubeconfig: Path) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def alone(cluster: Cluster) -> Iterator[None]:
-    """No deployed operator acts on the tests' runs: one that `make demo` has left is scaled down meanwhile."""
+    """No deployed operator acts on the tests' runs: one that `make demo` has left is scaled down meanwhile.
+
+    Sessions side by side (pytest -n) share a lock; the last one puts back what the first one found.
+    """
     apps = client.AppsV1Api(cluster.api)
     name, namespace = "ingestrun-operator", "ingestrun-system"
-    try:
-        before = apps.read_namespaced_deployment_scale(name, namespace)
-    except client.ApiException as error:
-        if error.status != 404:
-            raise
-        yield
-        return
-    replicas = before.to_dict()["spec"]["replicas"]
-    apps.patch_namespaced_deployment_scale(name, namespace, {"spec": {"replicas": 0}})
-    try:
-        _wait_for(lambda: not cluster.pods(namespace), 60, "the deployed operator to stop")
-        yield
-    finally:
-        apps.patch_namespaced_deployment_scale(name, namespace, {"spec": {"replicas": replicas}})
+    with (cluster.kubeconfig.parent / "scaled-down").open("a+") as found:
+        fcntl.flock(found, fcntl.LOCK_SH)
+        try:
+            replicas = apps.read_namespaced_deployment_scale(name, namespace).to_dict()["spec"]["replicas"]
+        except client.ApiException as error:
+            if error.status != 404:
+                raise
+            yield
+            return
+        if replicas:
+            found.truncate(0)
+            found.write(str(replicas))
+            found.flush()
+        apps.patch_namespaced_deployment_scale(name, namespace, {"spec": {"replicas": 0}})
+        try:
+            _wait_for(lambda: not deployed(cluster, namespace, name), 60, "the deployed operator to stop")
+            yield
+        finally:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.seek(0)
+                before = int(found.read() or 0)
+                apps.patch_namespaced_deployment_scale(name, namespace, {"spec": {"replicas": before}})
+                found.truncate(0)
+
+
+def deployed(cluster: Cluster, namespace: str, name: str) -> list[Any]:
+    """The pods of the deployed operator."""
+    return cluster.pods(namespace, f"app.kubernetes.io/name={name}")
 
 
 @pytest.fixture(scope="session")
@@ -268,7 +288,7 @@ def _wait_for(predicate: Callable[[], T], timeout: float = 30.0, what: str = "it
             if value:
                 return value
             last = value
-        except (AssertionError, client.ApiException) as error:
+        except (AssertionError, KeyError, client.ApiException) as error:
             last = refusal(error) if isinstance(error, client.ApiException) else error
         if time.monotonic() >= deadline:
             pytest.fail(f"waited {timeout:g} s for {what}; last seen: {str(last)[:2000]}")
@@ -279,7 +299,8 @@ def _wait_for(predicate: Callable[[], T], timeout: float = 30.0, what: str = "it
 def wait_for() -> WaitFor:
     """Ask again until the predicate gives something true, and give that back.
 
-    An AssertionError or an answer such as 404 counts as "not yet"; what was seen last is in the failure.
+    An AssertionError, a field that is missing, or an answer such as 404 counts as "not yet"; what was seen last is in
+    the failure.
     """
     return _wait_for
 

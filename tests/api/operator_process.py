@@ -20,13 +20,21 @@ class OperatorProcess:
     """One replica that watches one namespace; its log lines are read from a file."""
 
     def __init__(
-        self, *, kubeconfig: Path, context: str, namespace: str, log: Path, settings: Mapping[str, str] | None = None
+        self,
+        *,
+        kubeconfig: Path,
+        context: str,
+        namespace: str,
+        log: Path,
+        settings: Mapping[str, str] | None = None,
+        elect: bool = False,
     ) -> None:
-        """`settings`: environment variables on top of these here."""
+        """`settings`: environment variables on top of these here. `elect`: with the lease, as deployed."""
         self.log = log
         self._arguments = [
             *(sys.executable, "-m", "ingestrun.control.main", "run", "--dev"),
             *("--kubeconfig", str(kubeconfig), "--context", context),
+            *(["--lease"] if elect else []),
         ]
         self._environment = {
             **os.environ,

@@ -132,6 +132,11 @@ RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
         {"maxFailedBatches": 3},
         "spec.maxFailedBatches: Forbidden: set maxFailedBatches only together with onBatchFailure Continue",
     ),
+    "a clean-up that is retried": (
+        OWN,
+        {"onCancel": {"image": "clean:1", "retries": 1}},
+        "spec.onCancel.retries: Forbidden: leave retries out, because the clean-up is tried once",
+    ),
     "cursor and partitions": (OWN, {"batches": {"partitions": {"count": 1}}}, "set exactly one of cursor"),
     "neither cursor nor partitions": (OWN, {"batches": {"cursor": None}}, "set exactly one of cursor"),
     "limit with partitions": (
@@ -461,7 +466,7 @@ def test_what_the_server_stores_is_what_the_model_reads_without_it(cluster: Clus
     "path",
     [
         "cancelled",
-        "cancellation.policy",
+        "cancellation.force",
         "batches.cursor.step",
         "fetch.securityContext",
         "source.http.method",
@@ -513,6 +518,8 @@ CHANGES: Final[dict[str, tuple[dict[str, Any], str | None]]] = {
     "onBatchFailure": ({"onBatchFailure": "Continue"}, "onBatchFailure"),
     "maxFailedBatches": ({"onBatchFailure": "Continue", "maxFailedBatches": 1}, "maxFailedBatches"),
     "backpressure": ({"backpressure": {"retrySeconds": 61}}, "backpressure"),
+    "a parent": ({"parentRef": {"name": "above"}}, "parentRef"),
+    "a clean-up": ({"onCancel": {"image": "clean:1"}}, "onCancel"),
 }
 
 
