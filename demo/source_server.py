@@ -3,6 +3,7 @@
     GET /flights?page=1&per_page=10000     {"data": [...], "page": 1, "per_page": 10000, "total": 336776}
     GET /flights?offset=0&limit=10000      {"data": [...], "offset": 0, "limit": 10000, "total": 336776}
     GET /healthz
+    GET /                              a line of text, for people (and for what is no JSON)
 
 Both have a Link header with rel="next" as long as there is more. Each record has an `id` beside the CSV's columns: its
 line, from 1. Standard library alone.
@@ -144,6 +145,8 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         if url.path == "/healthz":
             self._send(HTTPStatus.OK, json.dumps({"status": "ok", "total": self.server.table.total}))
+        elif url.path == "/":
+            self._send(HTTPStatus.OK, "Flights of 2013 from New York: GET /flights\n", kind="text/plain; charset=utf-8")
         elif url.path == "/flights":
             try:
                 found = answer(self.server.table, url.query)
@@ -155,10 +158,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._send(HTTPStatus.NOT_FOUND, json.dumps({"error": "there are /flights and /healthz"}))
 
-    def _send(self, status: HTTPStatus, body: str, link: str | None = None) -> None:
+    def _send(self, status: HTTPStatus, body: str, link: str | None = None, *, kind: str = "application/json") -> None:
         data = body.encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         if link:
             self.send_header("Link", link)

@@ -25,7 +25,8 @@ def events(kubectl: Kubectl, namespace: str, name: str, reason: str) -> list[str
     ("name", "url", "retries", "reason", "words"),
     [
         ("no-such-page", "http://flights.{namespace}/nothing-here", 3, "PermanentError", "404"),
-        ("not-json", "http://flights.{namespace}/healthz", 0, "Error", "JSON"),
+        ("not-json", "http://flights.{namespace}/", 0, "Error", "JSON"),
+        ("no-list", "http://flights.{namespace}/healthz", 0, "Error", "no list of records"),
         ("no-such-host", "http://nowhere.{namespace}/flights", 0, "Error", "nowhere"),
     ],
 )

@@ -149,9 +149,15 @@ def test_over_http_the_link_leads_to_the_next_page_and_ends(url: str) -> None:
 def test_over_http_it_is_healthy_and_says_what_is_wrong(url: str) -> None:
     with urllib.request.urlopen(f"{url}/healthz") as response:
         assert json.load(response) == {"status": "ok", "total": 5}
-    for path, status in (("/flights?page=0", 400), ("/", 404)):
+    for path, status in (("/flights?page=0", 400), ("/nothing", 404)):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(url + path)
         assert refused.value.code == status
         assert "error" in json.load(refused.value)
         refused.value.close()
+
+
+def test_the_front_page_is_text(url: str) -> None:
+    with urllib.request.urlopen(f"{url}/") as response:
+        assert response.headers["Content-Type"].startswith("text/plain")
+        assert b"/flights" in response.read()
