@@ -81,9 +81,8 @@ def prepare(console: Console) -> None:
     if console.cluster == "current":
         console.run([sys.executable, "devcluster", "up"], shown="make cluster-up CLUSTER=current")
         console.say("Your own cluster: there will be no audit log to show.")
-    elif console.try_capture([sys.executable, "devcluster", "status"]).startswith("cluster "):
-        console.say("The kind cluster is up.")
     else:
+        # Also where it is up: it says so in a second, and mends a cluster that has gone meanwhile.
         console.run([sys.executable, "devcluster", "up"], shown="make cluster-up")
     console.adopt()
     if console.cluster != "current":
