@@ -6,6 +6,10 @@ DEVCLUSTER := python3 devcluster
 .PHONY: deps cluster-up cluster-down cluster-status cluster-load
 
 deps: ## Install what the development cluster needs on this machine (Debian and Ubuntu, as root)
+	@python3 -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "python3 with venv is missing, which devcluster and the tests are written in: installing it"; \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends python3 python3-venv; } \
+	  || { echo "install python3 (3.11 or newer) with its venv module, then call make again" >&2; exit 1; }; }
 	@$(DEVCLUSTER) deps
 
 cluster-up: ## Create the kind cluster, or adapt it: NODES=real|simulated|both LIMITS=raised|default CLUSTER=kind|current
