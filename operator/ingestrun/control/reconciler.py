@@ -85,7 +85,7 @@ class Reconciler:
         self._check = check
         self._clock = clock
         self._refusals: dict[str, Refusal] = {}
-        self._unclear: dict[str, float] = {}
+        self._unclear: dict[str, dict[str, float]] = {}
         self._skipped: dict[str, set[tuple[int, str, int]]] = {}
         self._defer = defer
         self._must_read: set[RunKey] = set()
@@ -260,11 +260,12 @@ class Reconciler:
             and job.job.batch not in run.status.batches.published
         ]
         if not awaited:
+            self._unclear.pop(run.metadata.uid, None)
             return jobs, False
         clock = time.monotonic()
-        young = {
-            job.job.uid for job in awaited if clock - self._unclear.setdefault(job.job.uid, clock) < POD_GRACE_SECONDS
-        }
+        before = self._unclear.get(run.metadata.uid, {})
+        since = self._unclear[run.metadata.uid] = {job.job.uid: before.get(job.job.uid, clock) for job in awaited}
+        young = {uid for uid, first in since.items() if clock - first < POD_GRACE_SECONDS}
         if len(young) < len(awaited):
             await self._list_live(run)
             jobs = self._store.views(run.metadata.uid)
@@ -333,14 +334,11 @@ class Reconciler:
 
     def _refuse(self, run: IngestRun, reason: str, message: str, *, permanent: bool = False) -> None:
         """Remember that the server would not take a Job; the next round says so in the status."""
-        now = self._clock()
-        before = self._refusals.get(run.metadata.uid)
         wait = run.spec.backpressure.retry_seconds * random.uniform(0.9, 1.1)  # noqa: S311  (jitter, no secret)
         self._refusals[run.metadata.uid] = Refusal(
             reason=reason,
             message=message,
-            since=before.since if before and before.reason == reason else now,
-            retry_at=now + timedelta(seconds=wait),
+            retry_at=self._clock() + timedelta(seconds=wait),
             permanent=permanent,
         )
 
@@ -385,9 +383,7 @@ class Reconciler:
     def _next_look(self, run: IngestRun, planned: Plan, *, unclear: bool) -> float | None:
         phase, uid = run.status.phase, run.metadata.uid
         if phase is not None and phase.ended and planned.requeue_at is None:
-            self._refusals.pop(uid, None)
-            self._skipped.pop(uid, None)
-            self._looked.pop(uid, None)
+            self._drop(uid)
             self._store.close(uid)
             return None
         delay = None
@@ -401,11 +397,12 @@ class Reconciler:
         """Drop all that is kept of a run that is gone."""
         body = self._store.run(key)
         if body is not None:
-            uid = body["metadata"]["uid"]
-            self._refusals.pop(uid, None)
-            self._skipped.pop(uid, None)
-            self._looked.pop(uid, None)
+            self._drop(body["metadata"]["uid"])
         self._store.forget(key)
+
+    def _drop(self, uid: str) -> None:
+        for kept in (self._refusals, self._skipped, self._unclear, self._looked):
+            kept.pop(uid, None)
 
     async def _tell(self, run: IngestRun, told: list[Announcement]) -> None:
         """Post Events: for people, so nothing waits for them where they can be deferred."""

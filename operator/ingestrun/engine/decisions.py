@@ -18,7 +18,6 @@ class Refusal:
 
     reason: str
     message: str
-    since: datetime
     retry_at: datetime
     permanent: bool = False
     """The Job itself is at fault (422): asking again is of no use."""

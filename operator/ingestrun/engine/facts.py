@@ -55,10 +55,7 @@ class JobFacts:
     batch: int
     step: int
     attempt: int
-    created_at: datetime
     deleting: bool
-    active: bool
-    """Whether the Job controller counts a pod as running or as still terminating."""
     finished: JobState | None
     """SUCCEEDED or FAILED once the Job's own condition says so."""
     finished_at: datetime | None
@@ -141,9 +138,7 @@ def read_job(job: Mapping[str, Any]) -> JobFacts:
         batch=batch,
         step=step,
         attempt=attempt,
-        created_at=_time(meta["creationTimestamp"]),
         deleting="deletionTimestamp" in meta,
-        active=bool(status.get("active") or status.get("terminating")),
         finished=finished,
         finished_at=_time(ended.get("lastTransitionTime") or meta["creationTimestamp"]) if ended else None,
         reason=ended.get("reason") if ended else None,
