@@ -154,7 +154,8 @@ class RunHistory:
         last = before[-1] if before else None
         since = last.answered if last else 0
         received, answered = next((w for w in sorted(self.unanswered) if w[0] >= since), (since, since))
-        written = last is not None and last.generation == version.generation
+        # The operator writes labels as well; what leaves the status as it was is no decision of its.
+        written = last is None or _status(last) != _status(version)
         return replace(version, received=received, answered=answered, status_write=written)
 
     @property
@@ -171,6 +172,17 @@ class RunHistory:
     def drained(self) -> Version | None:
         """The version that said Drained first."""
         return next((version for version in self.ordered() if version.condition("Drained")[0] == "True"), None)
+
+
+def _status(version: Version) -> tuple[object, ...]:
+    return (
+        version.phase,
+        version.counters,
+        version.conditions,
+        version.cancellation,
+        version.completed,
+        version.observed_generation,
+    )
 
 
 def indexes(ranges: str) -> set[int]:

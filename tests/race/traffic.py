@@ -183,7 +183,8 @@ class Traffic:
                 repeat = again
             self._later(after, lambda repeat=repeat: self._patch(state, repeat))  # type: ignore[misc]
         if cancel.clear_at_once:
-            self._patch(state, {"cancel": None, "cancellation": None})
+            # Before the operator could see it, more often than not: such a run goes on, to an end of its own.
+            self._patch(state, {"cancel": None, "cancellation": None, "suspend": None})
 
     def _cancellation(self, plan: RunPlan, reason: str) -> Json:
         return {"reason": reason, **({"policy": plan.cancel.policy} if plan.cancel.policy else {})}

@@ -296,6 +296,17 @@ def test_a_write_whose_writer_was_killed_is_known_from_the_watch() -> None:
     assert rules_of(run) == {"job-after-end"}
 
 
+def test_a_label_whose_writer_was_killed_is_no_status_write() -> None:
+    """The fence's label, stored and never answered, between the cancel and the write that obeys it."""
+    run = history()
+    (asked,) = [version for version in run.versions if version.resource_version == 45]
+    run.seen = [replace(asked, resource_version=47, received=0, answered=0, actor="", status_write=False)]
+    run.unanswered = [(4650, 4700)]
+    assert check(run) == []
+    run.seen = [replace(run.seen[0], conditions={**RUNNING, "Reconciling": ("True", "Retrying")})]
+    assert rules_of(run) == {"cancel-ignored"}
+
+
 def test_what_the_summary_counts() -> None:
     run = history()
     assert state_at_cancel(run) == "publish running"
