@@ -21,7 +21,7 @@ BACKPRESSURED: Final = "Backpressured"
 RECONCILING: Final = "Reconciling"
 STALLED: Final = "Stalled"
 
-MESSAGE_CHARS: Final = 512
+MESSAGE_CHARS: Final = 320
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

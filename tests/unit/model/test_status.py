@@ -179,7 +179,7 @@ def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) 
                 type=kind,
                 status="Unknown",
                 reason="CompletedWithFailedBatches",
-                message="m" * 512,
+                message="m" * 320,
                 last_transition_time=NOW,
                 observed_generation=100,
             )
