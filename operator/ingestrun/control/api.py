@@ -17,7 +17,7 @@ from ingestrun.control.tokens import CheckKey, ForeignTokenError, TokenError, is
 from ingestrun.engine.jobs import CancellationCheck
 from ingestrun.kube.errors import KubeError, NotFound
 from ingestrun.kube.protocol import Cluster, Object, RunKey
-from ingestrun.model.run import IngestRun
+from ingestrun.model.run import IngestRun, cancel_requested
 from ingestrun.model.status import Phase
 
 PATH: Final = "/api/v1/namespaces/{namespace}/ingestruns/{name}/cancellation-check"
@@ -126,12 +126,12 @@ class Api:
 def answer(run: Object) -> Mapping[str, Any]:
     """What the check says of a run.
 
-    Cancelled is also one whose cancel stands in the spec and not in the status yet, or that is being deleted:
+    Cancelled is also one whose cancel was asked for and does not stand in the status yet, or that is being deleted:
     what a pod does from here on would be for nothing.
     """
     meta, status = run["metadata"], run.get("status") or {}
     phase = status.get("phase")
-    asked = bool((run.get("spec") or {}).get("cancel")) and not (phase is not None and Phase(phase).ended)
+    asked = cancel_requested(run) and not (phase is not None and Phase(phase).ended)
     return {
         "id": meta["uid"],
         "namespace": meta["namespace"],

@@ -7,7 +7,7 @@ is never shown again. What these handlers miss, the resync makes up for.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import kopf
 
@@ -18,6 +18,23 @@ WATCH_SECONDS: Final = 300
 """How long one watch request lasts; a stream that has died in silence is noticed by its missing bookmarks."""
 
 
+class NoDiffBase(kopf.DiffBaseStorage):
+    """Nothing is remembered, since no handler of ours asks for a diff.
+
+    kopf builds what it would remember for every event all the same: a deep copy of the object, which took a third of
+    its work on one.
+    """
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> NoReturn:
+        raise NotImplementedError("a handler that needs a diff was registered")
+
+
 def operator_settings() -> kopf.OperatorSettings:
     """Set kopf up as we use it: no peering, no scanning, no Events of its own, nothing stored in our objects."""
     settings = kopf.OperatorSettings()
@@ -26,7 +43,7 @@ def operator_settings() -> kopf.OperatorSettings:
     settings.peering.standalone = True
     settings.persistence.finalizer = f"{names.GROUP}/kopf"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=names.GROUP)
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=names.GROUP)
+    settings.persistence.diffbase_storage = NoDiffBase()
     settings.watching.server_timeout = WATCH_SECONDS
     settings.watching.client_timeout = WATCH_SECONDS + 10
     settings.watching.connect_timeout = 30

@@ -121,7 +121,7 @@ async def _operate(
     settings: Settings, access: Access, cluster: KubernetesCluster, health: Health, *, check: CheckFor | None
 ) -> None:
     store = Store()
-    background = Background()
+    background = Background(pressed=lambda: queue.pressed)
     reconciler = Reconciler(
         cluster,
         store,

@@ -27,6 +27,11 @@ class Slots:
         self._free = number
         self._waiting: tuple[deque[asyncio.Future[None]], deque[asyncio.Future[None]]] = (deque(), deque())
 
+    @property
+    def pressed(self) -> bool:
+        """Whether somebody waits who is to be served first."""
+        return bool(self._waiting[0])
+
     async def take(self, *, first: bool) -> None:
         """Wait for a slot."""
         if self._free > 0:
@@ -79,6 +84,11 @@ class KeyedQueue(Generic[K]):
     def __len__(self) -> int:
         """How many keys are being handled or wait for a slot."""
         return len(self._running)
+
+    @property
+    def pressed(self) -> bool:
+        """Whether an urgent key waits for a slot."""
+        return self._slots.pressed
 
     def add(self, key: K, trigger: str) -> None:
         """Ask for a look at the key, now or right after the pass that is under way."""

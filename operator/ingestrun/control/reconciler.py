@@ -6,7 +6,7 @@ The order of effects is what the promises hang on:
    write before its Job is created; a cancel that came in between makes the write conflict.
 2. Jobs are created only after such a write in the same pass, or after a GET that shows the planned version:
    either way the API server, not the cache, has just said that this run is not cancelled.
-3. Between two creates the newest watched `spec.cancel` is looked at, so a cancel never waits behind them.
+3. Between two creates the newest watched request to cancel is looked at, so a cancel never waits behind them.
 
 Passes for one run never overlap (`queue`), and one replica acts (`lease`). So when `phase=Cancelled` is
 written, every create of this run has been answered, or has timed out; a timed-out one is swept (`plan`).
@@ -91,6 +91,8 @@ class Reconciler:
         self._must_read: set[RunKey] = set()
         self._drain_pause = timedelta(seconds=drain_pause_seconds)
         self._looked: dict[str, datetime] = {}
+        self._answered: dict[str, bool] = {}
+        """By UID, whether each create of the run was sent by this process and answered: then none arrives late."""
 
     async def reconcile(self, key: RunKey, trigger: str) -> float | None:
         """Look at one run and do what is due.
@@ -103,7 +105,7 @@ class Reconciler:
             if body is None:
                 return None
             try:
-                run = IngestRun.read(body)
+                run = self._store.parsed(key)
             except ValueError as error:
                 logger.error("the run cannot be read: it was stored under another CRD", run=str(key), error=str(error))
                 return None
@@ -128,6 +130,8 @@ class Reconciler:
         ended = run.status.phase is not None and run.status.phase.ended
         live = None
         primed = self._store.primed(uid)
+        # A claim is stored before its first create is sent: first seen without one, a run has no creates but ours.
+        self._answered.setdefault(uid, not run.status.batches.claimed)
         if ended:
             # A draining run is looked at live, by two lists: not at every event of its pods.
             wait = self._drain_pause - (self._clock() - self._looked.get(uid, datetime.min.replace(tzinfo=UTC)))
@@ -145,7 +149,9 @@ class Reconciler:
             parent=await self._cancelled_parent(key, ask=not primed),
             children=self._children(key) if ended else (),
         )
-        if planned.fenced is not None and await self._fence(key, run, wanted=planned.fenced):
+        in_doubt = not ended and planned.fenced and not self._answered[uid]
+        if in_doubt and await self._fence(key, run, wanted=True):
+            # A create may still arrive: the fence has to stand when Cancelled is stored.
             return _Again()
         if ended:
             self._log_skips(key, run, planned, trigger)
@@ -175,6 +181,8 @@ class Reconciler:
         if not await self._create_all(key, run_now, planned):
             return _Again()
         await self._delete_all(run_now, planned)
+        if ended and planned.fenced is not None:
+            await self._fence(key, run_now, wanted=planned.fenced)
         return self._next_look(run_now, planned, unclear=unclear)
 
     async def _list_live(self, run: IngestRun) -> Live:
@@ -229,7 +237,7 @@ class Reconciler:
         return found
 
     async def _fence(self, key: RunKey, run: IngestRun, *, wanted: bool) -> bool:
-        """Put the label on that the fence selects by, or take it off; whether the run has changed by it.
+        """Put the label on that the fence selects by, or take it off; whether the run has got it by that.
 
         The fence is a second lock: that it can't be set never holds up a cancel.
         """
@@ -284,7 +292,9 @@ class Reconciler:
             self._must_read.add(key)
             raise
         self._store.saw_run(body)
-        return IngestRun.read(body)
+        newest = self._store.parsed(key)
+        same = newest.metadata.resource_version == body["metadata"]["resourceVersion"]
+        return newest if same else IngestRun.read(body)
 
     async def _create_all(self, key: RunKey, run: IngestRun, planned: Plan) -> bool:
         """Create the planned Jobs one after another; False when the pass has to start over."""
@@ -323,6 +333,9 @@ class Reconciler:
         except NotFound:
             # The namespace is being deleted, or the adopted Job went meanwhile: look again from the start.
             self._must_read.add(key)
+            raise
+        except BaseException:
+            self._answered[uid] = False
             raise
         self._store.saw_job(read_job(job))
         logger.info(
@@ -401,7 +414,7 @@ class Reconciler:
         self._store.forget(key)
 
     def _drop(self, uid: str) -> None:
-        for kept in (self._refusals, self._skipped, self._unclear, self._looked):
+        for kept in (self._refusals, self._skipped, self._unclear, self._looked, self._answered):
             kept.pop(uid, None)
 
     async def _tell(self, run: IngestRun, told: list[Announcement]) -> None:

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from ingestrun.engine.facts import JobFacts, JobView, PodFacts, view
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
+from ingestrun.model.run import IngestRun, cancel_requested
+
+PARSED: Final = 500
+"""How many runs are kept as read: what a burst of events is about."""
 
 
 @dataclass(slots=True)
@@ -31,10 +36,21 @@ class Store:
         self._children: dict[str, _Children] = {}
         self._closed: set[str] = set()
         self._below: dict[RunKey, set[RunKey]] = {}
+        self._parsed: dict[RunKey, tuple[Object, IngestRun]] = {}
 
     def run(self, key: RunKey) -> Object | None:
         """The newest body seen."""
         return self._runs.get(key)
+
+    def parsed(self, key: RunKey) -> IngestRun:
+        """The newest body seen, read once however often it is asked for. Raises ValueError as `IngestRun.read` does."""
+        body = self._runs[key]
+        known = self._parsed.get(key)
+        if known is None or known[0] is not body:
+            if len(self._parsed) >= PARSED:
+                self._parsed.clear()
+            known = self._parsed[key] = (body, IngestRun.read(body))
+        return known[1]
 
     def keys(self) -> list[RunKey]:
         """All runs known."""
@@ -45,14 +61,16 @@ class Store:
         return self._keys.get(run_uid)
 
     def saw_run(self, body: Object) -> RunKey:
-        """Take a run's body, unless a newer one of the same run is known."""
+        """Take a run's body, unless it is known already, or a newer one of the same run."""
         meta = body["metadata"]
         key = RunKey(namespace=meta["namespace"], name=meta["name"])
         before = self._runs.get(key)
         if before is not None:
             if before["metadata"]["uid"] != meta["uid"]:
                 self.forget(key)
-            elif _version(before) > _version(body):
+            elif before["metadata"].get("resourceVersion") == meta.get("resourceVersion") or _version(
+                before
+            ) > _version(body):
                 return key
         self._runs[key] = body
         self._keys[meta["uid"]] = key
@@ -70,18 +88,19 @@ class Store:
         body = self._runs.get(key)
         if body is None or "deletionTimestamp" in body["metadata"]:
             return True
-        return bool(body["spec"].get("cancel"))
+        return cancel_requested(body)
 
     def cancel_pending(self, key: RunKey) -> bool:
         """Whether the newest body asks for a cancel that has not been applied yet."""
         body = self._runs.get(key)
-        if body is None or not body["spec"].get("cancel"):
+        if body is None or not cancel_requested(body):
             return False
         return (body.get("status") or {}).get("phase") not in ("Succeeded", "Failed", "Cancelled")
 
     def forget(self, key: RunKey) -> None:
         """Drop a run that is gone, and its children's facts."""
         body = self._runs.pop(key, None)
+        self._parsed.pop(key, None)
         if body is not None:
             uid = body["metadata"]["uid"]
             for parent in parents_of(body):
@@ -163,8 +182,12 @@ def parents_of(body: Object) -> list[RunKey]:
     return [key for key in dict.fromkeys(keys) if key.name != meta["name"]]
 
 
+def _resource_version(body: Object) -> str:
+    return str(body["metadata"].get("resourceVersion", ""))
+
+
 def _version(body: Object) -> int:
-    return _number(body["metadata"].get("resourceVersion", ""))
+    return _number(_resource_version(body))
 
 
 def _number(resource_version: str) -> int:

@@ -7,6 +7,7 @@ from datetime import datetime
 
 from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import accounted, assess_all, claimable, in_flight, with_
+from ingestrun.engine.announce import Announcement, warning
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Parent, Plan, Skip
 from ingestrun.engine.facts import JobView
@@ -18,14 +19,14 @@ from ingestrun.model.status import CancellationStatus, Phase
 
 
 def cancel(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, parent: Parent | None) -> Plan:
-    """Make the run Cancelled, by its own `spec.cancel` or because a run above it is.
+    """Make the run Cancelled, because it asks for it itself or because a run above it is.
 
     Counters stay as they were stored: what was in flight is told apart, under `status.cancellation`.
     """
     wanted = run.spec.cancellation
+    # The label is no request of the run's own where the operator itself has put it on for the parent's.
     by_parent = parent if not run.spec.cancel else None
-    reason = wanted.reason
-    who = run.metadata.cancel_requested_by if run.spec.cancel else None
+    reason, who = wanted.reason, run.metadata.cancel_requested_by
     if by_parent is not None:
         reason = f"{by_parent.name} was cancelled" + (f": {by_parent.reason}" if by_parent.reason else "")
         who = by_parent.requested_by
@@ -64,7 +65,19 @@ def cancel(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, parent: Pa
         ],
         now=now,
     )
-    return Plan(status=status, skips=skips_of(run, jobs, now=now), fenced=True, requeue_at=now)
+    return Plan(
+        status=status,
+        skips=skips_of(run, jobs, now=now),
+        fenced=True,
+        tell=() if by_parent is not None or run.spec.cancel else (cancel_cleared(),),
+        requeue_at=now,
+    )
+
+
+def cancel_cleared() -> Announcement:
+    """The answer to a `spec.cancel` that was taken back."""
+    note = "spec.cancel was cleared, which changes nothing: a cancel is final. To go on, create a new run"
+    return warning("CancelCleared", note, action="Ignore")
 
 
 def policy_of(run: IngestRun, parent: Parent | None) -> CancellationPolicy:

@@ -49,7 +49,7 @@ def plan(
         return settle(run, stages, clean_up, now=now, live=live, parent=parent, children=children)
     if run.metadata.deletion_timestamp is not None:
         return Plan(status=run.status)
-    if run.spec.cancel or parent is not None:
+    if run.cancel_requested or parent is not None:
         return cancel(run, stages, now=now, parent=parent)
     return advance(run, stages, now=now, refusal=refusal)
 

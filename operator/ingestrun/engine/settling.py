@@ -13,9 +13,9 @@ from typing import Final
 
 from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import in_flight, with_
-from ingestrun.engine.announce import Announcement, warning
+from ingestrun.engine.announce import Announcement
 from ingestrun.engine.batches import Start
-from ingestrun.engine.cancelling import policy_of, skips_of
+from ingestrun.engine.cancelling import cancel_cleared, policy_of, skips_of
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Child, Create, Delete, Kill, Live, Parent, Plan
 from ingestrun.engine.ending import spent_blocks, unstarted
@@ -64,7 +64,8 @@ def settle(
         delete_blocks=done.delete_blocks,
         delete_all=done.delete_all,
         skips=skips,
-        fenced=done.fenced,
+        # The cancel itself may have left the arming to here.
+        fenced=done.fenced if done.fenced is not None or status.phase is not Phase.CANCELLED else True,
         tell=tell,
         requeue_at=done.requeue_at,
     )
@@ -232,8 +233,7 @@ def _cleared(run: IngestRun) -> tuple[Announcement, ...]:
         return ()
     if status.observed_generation == run.metadata.generation:
         return ()
-    note = "spec.cancel was cleared, which changes nothing: a cancel is final. To go on, create a new run"
-    return (warning("CancelCleared", note, action="Ignore"),)
+    return (cancel_cleared(),)
 
 
 def _stuck(pods: Sequence[PodFacts]) -> str:

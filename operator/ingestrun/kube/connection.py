@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Final, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from kubernetes.aio.client import ApiClient, Configuration
@@ -58,6 +60,14 @@ def _trace() -> aiohttp.TraceConfig:
     trace = aiohttp.TraceConfig()
     trace.on_request_headers_sent.append(_note_sent)
     return trace
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment (HTTPS_PROXY, NO_PROXY) has for this address, if any."""
+    parts = urlsplit(url)
+    if not parts.hostname or proxy_bypass(parts.hostname):
+        return None
+    return getproxies().get(parts.scheme)
 
 
 def user_agent() -> str:
@@ -150,6 +160,9 @@ class Connection:
 
     def _prepared(self, configuration: Configuration) -> Configuration:
         configuration.trace_configs = [_trace()]
+        # aiohttp would look for a proxy and for ~/.netrc at every single request, on two other threads.
+        configuration.proxy = configuration.proxy or proxy_for(configuration.host)
+        configuration.client_session_kwargs = {"trust_env": False}
         configuration.connection_pool_maxsize = self._concurrency
         configuration.retries = None
         return configuration

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from ingestrun.model.base import KubeModel
-from ingestrun.model.names import ANNOTATION_REQUESTED_BY
+from ingestrun.model.names import ANNOTATION_REQUESTED_BY, LABEL_CANCELLED
 from ingestrun.model.spec import IngestRunSpec
 from ingestrun.model.status import IngestRunStatus
+
+OPERATOR_MANAGER: Final = "ingestrun-operator"
+"""The field manager of the operator's own writes: its user agent up to the slash."""
+
+
+def cancel_requested(body: Mapping[str, Any]) -> bool:
+    """Whether a run, as JSON, asks to be cancelled; see `IngestRun.cancel_requested`."""
+    meta = body["metadata"]
+    spec_asks = bool((body.get("spec") or {}).get("cancel"))
+    return spec_asks or _latched(meta.get("labels") or {}, meta.get("managedFields") or ())
+
+
+def _latched(labels: Mapping[str, str], managed_fields: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the label of a cancel was put on by the API server's admission policy, or by the operator.
+
+    What admission changes has no field manager. A label that somebody has sent has one: it may be copied from a
+    cancelled run, and asks for nothing.
+    """
+    if labels.get(LABEL_CANCELLED) != "true":
+        return False
+    owners = {
+        entry.get("manager")
+        for entry in managed_fields
+        if f"f:{LABEL_CANCELLED}" in entry.get("fieldsV1", {}).get("f:metadata", {}).get("f:labels", {})
+    }
+    return owners <= {OPERATOR_MANAGER}
 
 
 class Metadata(KubeModel):
@@ -47,6 +73,15 @@ class IngestRun(KubeModel):
     metadata: Metadata
     spec: IngestRunSpec
     status: IngestRunStatus = IngestRunStatus()
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether the run asks to be cancelled: by its spec, or by a mark that was left when `cancel` was taken back.
+
+        The mark is the label that the request itself gets from the API server (docs/admission.md). So a request
+        holds that a GitOps tool reverts before the operator has seen it.
+        """
+        return self.spec.cancel or _latched(self.metadata.labels, self.metadata.managed_fields)
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> IngestRun:

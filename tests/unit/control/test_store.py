@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.fakes.world import manifest
+
 from ingestrun.control.store import Store, parents_of
 from ingestrun.kube.protocol import RunKey
 
@@ -50,3 +52,20 @@ def test_nobody_is_above_itself() -> None:
     body = run(1, ownerReferences=[{"kind": "IngestRun", "name": "flights"}, {"kind": "Deployment", "name": "x"}])
     body["spec"]["parentRef"] = {"name": "above"}
     assert parents_of(body) == [RunKey(namespace="default", name="above")]
+
+
+def test_a_run_is_read_once_for_each_version() -> None:
+    store = Store()
+
+    def whole(version: int) -> dict[str, Any]:
+        return manifest() | {
+            "metadata": {**run(version)["metadata"], "creationTimestamp": "2026-11-23T12:00:00Z"},
+            "status": {"observedGeneration": -1},
+        }
+
+    store.saw_run(whole(1))
+    first = store.parsed(KEY)
+    store.saw_run(whole(1))
+    assert store.parsed(KEY) is first, "the watch repeats what a write has answered"
+    store.saw_run(whole(2))
+    assert store.parsed(KEY).metadata.resource_version == "2"
