@@ -349,6 +349,44 @@ def test_late_revert_is_answered_too(
     assert_nothing_started_after_cancelled(audit, namespace, "run")
 
 
+@pytest.mark.parametrize("reverting", ["Flux", "Argo CD, replace"])
+@pytest.mark.parametrize("policies", [True, False], ids=["with the policies", "without"])
+def test_patch_that_a_tool_takes_back_while_the_operator_is_down(
+    policies: bool,
+    reverting: str,
+    cluster: Cluster,
+    namespace: str,
+    operator: OperatorProcess,
+    wait_for: WaitFor,
+    audit: Audit,
+) -> None:
+    """With the policies the request has left its mark, and is applied on the operator's return, before anything is
+    started; without them nothing tells of it any more, and the run goes on."""
+    tool = TOOLS[reverting](cluster, namespace)
+    body = held(cluster, namespace, tool, wait_for)
+    operator.kill()
+    kubectl_patch(cluster, namespace, cancel=True, cancellation={"reason": "storm"})
+    tool(body)
+    assert asked(cluster, namespace) is None
+    release(cluster, namespace)
+    before = created_jobs(audit(namespace))
+    operator.start()
+    if not policies:
+        wait_for(lambda: len(cluster.jobs(namespace)) > 2, 60, "another Job: the cancel is lost")
+        assert warned(cluster, namespace) == []
+        return
+    run = wait_for(drained(cluster, namespace, "run"), 60, "Drained")
+    assert run["status"]["phase"] == "Cancelled"
+    assert created_jobs(audit(namespace)) == before
+    record = run["status"]["cancellation"]
+    assert record["requestedBy"] == cluster.run(namespace, "run")["metadata"]["annotations"][ANNOTATION]
+    assert "reason" not in record, "it went with the revert"
+    (warning,) = wait_for(lambda: warned(cluster, namespace), 20, "the Warning")
+    assert warning.startswith("Warning: spec.cancel was cleared, which changes nothing")
+    assert tool(body), "the next sync has nothing to trip over"
+    assert cluster.run(namespace, "run")["status"]["phase"] == "Cancelled"
+
+
 @pytest.mark.parametrize("written", [False, True], ids=["taken out of Git again", "cancel: false in Git"])
 def test_cancel_cleared_in_git_is_accepted_and_changes_nothing(
     written: bool,

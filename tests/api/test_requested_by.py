@@ -10,6 +10,7 @@ import pytest
 from kubernetes import client
 
 from ingestrun.model import names
+from ingestrun.model.run import IngestRun
 from tests.api.conftest import Cluster, Json, WaitFor, refusal
 from tests.api.test_fence import (
     ANNOTATION,
@@ -169,12 +170,31 @@ def test_name_reaches_the_status_the_event_and_the_log(
         assert line["why"] == "cancelled by alice: wrong source"
 
 
-def test_no_field_manager_owns_the_marks(namespace: str, alice: Cluster) -> None:
-    """Else a tool that undoes a manager's changes, as Flux does with kubectl's, would take them off."""
-    alice.create_run(namespace, spec(), name="run")
-    for entry in alice.cancel(namespace, "run")["metadata"]["managedFields"]:
+@pytest.mark.parametrize("way", ["at creation", *WAYS])
+def test_no_field_manager_owns_the_marks(way: str, namespace: str, alice: Cluster) -> None:
+    """Else a tool that undoes a manager's changes, as Flux does with kubectl's, would take them off. By this the
+    operator tells a mark from a copied label, too: it counts as the request, though `cancel` be taken back."""
+    if way == "at creation":
+        alice.create_run(namespace, spec(cancel=True), name="run")
+    else:
+        alice.create_run(namespace, spec(), name="run")
+        WAYS[way](alice, namespace, "run")
+    run = alice.patch_spec(namespace, "run", cancel=None)
+    assert marked(run) == "true"
+    for entry in run["metadata"]["managedFields"]:
         assert LABEL not in str(entry["fieldsV1"])
         assert ANNOTATION not in str(entry["fieldsV1"])
+    assert IngestRun.read(run).cancel_requested
+
+
+def test_label_set_by_hand_asks_for_nothing(namespace: str, older: str, alice: Cluster, bob: Cluster) -> None:
+    """Neither where it is dropped, nor where it can be set together with a cancel that is then taken back."""
+    bob.create_run(namespace, spec(), name="run", metadata=MARKED["metadata"])
+    assert not IngestRun.read(bob.patch_run(namespace, "run", MARKED)).cancel_requested
+    bob.create_run(older, spec(cancel=True), name="run", metadata=MARKED["metadata"])
+    run = bob.patch_spec(older, "run", cancel=None)
+    assert marked(run) == "true"
+    assert not IngestRun.read(run).cancel_requested
 
 
 # ----------------------------------------------------------------------------------------------- no forging

@@ -21,7 +21,7 @@ CHILD = RunKey(namespace="default", name="below")
 
 def owned(*managers: str) -> list[dict[str, Any]]:
     """The managedFields of a run whose label these managers have sent."""
-    fields = {"f:metadata": {"f:labels": {".": {}, f"f:{LABEL_CANCELLED}": {}}}}
+    fields: dict[str, Any] = {"f:metadata": {"f:labels": {".": {}, f"f:{LABEL_CANCELLED}": {}}}}
     return [{"manager": manager, "operation": "Update", "fieldsV1": fields} for manager in managers]
 
 
@@ -93,8 +93,8 @@ async def test_label_that_came_with_a_copied_manifest_cancels_nothing() -> None:
 )
 def test_whose_label_asks(labels: dict[str, str], managers: list[str], asks: bool) -> None:
     world = World()
-    body = world.create()
-    body["metadata"] |= {"labels": labels, "managedFields": owned(*managers)}
+    body = dict(world.create())
+    body["metadata"] = {**body["metadata"], "labels": labels, "managedFields": owned(*managers)}
     assert IngestRun.read(body).cancel_requested is asks
     assert cancel_requested(body) is asks
     assert answer(body)["cancelled"] is asks
