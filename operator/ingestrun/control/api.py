@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from ingestrun.control.store import parents_of
 from ingestrun.control.tokens import CheckKey, ForeignTokenError, TokenError, issue, verify
 from ingestrun.engine.jobs import CancellationCheck
 from ingestrun.kube.errors import KubeError, NotFound
@@ -103,12 +104,33 @@ class Api:
             return _refused(503, "unavailable", "the run could not be read from the API server: ask again")
         if run["metadata"]["uid"] != uid:
             return _refused(404, "gone", "the run is gone: another has its name now")
-        return web.json_response(answer(run), headers={"Cache-Control": "no-store"})
+        said = answer(run)
+        if not said["cancelled"] and not _ended(run):
+            said = {**said, "cancelled": await self._cancelled_above(run, frozenset({key}))}
+        return web.json_response(said, headers={"Cache-Control": "no-store"})
+
+    async def _cancelled_above(self, run: Object, seen: frozenset[RunKey]) -> bool:
+        """Whether a cascading cancel above is on its way to this run.
+
+        Its own status will say so in a moment; a pod need not work on until then. A run above that is gone or can't
+        be read says nothing. The children of one run share one read of it, as its own pods do.
+        """
+        for above in (key for key in parents_of(run) if key not in seen):
+            try:
+                parent = await self._look(above, "")
+            except KubeError:
+                continue
+            if cancels_below(parent):
+                return True
+            if not _ended(parent) and await self._cancelled_above(parent, seen | {above}):
+                return True
+        return False
 
     async def _look(self, key: RunKey, uid: str) -> Object:
         """Read the run, once for all who ask at the same time or within the next second. Raises KubeError.
 
-        By the UID as well: a run that was deleted and made again is not "gone" to its new pods for a second.
+        By the UID as well: a run that was deleted and made again is not "gone" to its new pods for a second. Without
+        one, whichever run has the name.
         """
         entry = (key, uid)
         task = self._looks.get(entry)
@@ -131,7 +153,7 @@ def answer(run: Object) -> Mapping[str, Any]:
     """
     meta, status = run["metadata"], run.get("status") or {}
     phase = status.get("phase")
-    asked = cancel_requested(run) and not (phase is not None and Phase(phase).ended)
+    asked = cancel_requested(run) and not _ended(run)
     return {
         "id": meta["uid"],
         "namespace": meta["namespace"],
@@ -141,6 +163,19 @@ def answer(run: Object) -> Mapping[str, Any]:
         "completed": phase == Phase.SUCCEEDED,
         "failed": phase == Phase.FAILED,
     }
+
+
+def cancels_below(run: Object) -> bool:
+    """Whether the run is cancelled together with those below it, or is about to be."""
+    record = (run.get("status") or {}).get("cancellation")
+    if _ended(run):
+        return bool((record or {}).get("cascade"))
+    return cancel_requested(run) and bool((run["spec"].get("cancellation") or {}).get("cascade"))
+
+
+def _ended(run: Object) -> bool:
+    phase = (run.get("status") or {}).get("phase")
+    return phase is not None and Phase(phase).ended
 
 
 def _refused(status: int, error: str, message: str) -> web.Response:

@@ -52,7 +52,7 @@ class HttpReader:
         self._pager = pager_of(source, url, params)
         self._position = self._pager.start(cursor)
         self._stop = stop
-        self._client = PageClient(source, url, context.authorization)
+        self._client = PageClient(source, url, context.authorization, stop)
 
     def read(self, limit: int | None, spool: Spool) -> str | None:
         """See `fetch.BatchReader`.
@@ -83,8 +83,8 @@ class HttpReader:
 class PageClient:
     """Gets pages, with a few retries of its own: most of a source's hiccups are over sooner than a new pod runs."""
 
-    def __init__(self, source: HttpSource, base: str, authorization: str | None) -> None:
-        """Make the client; nothing is sent yet.
+    def __init__(self, source: HttpSource, base: str, authorization: str | None, stop: Stop) -> None:
+        """Make the client; nothing is sent yet. `stop` is asked while a wait before another try goes on.
 
         Raises:
             PermanentError: an authorization is configured but not there, or is no header value.
@@ -96,6 +96,7 @@ class PageClient:
         if authorization is not None and not (authorization.isascii() and authorization.isprintable()):
             raise PermanentError(f"{ENV_HTTP_AUTHORIZATION} is no header value: it must be one line of ASCII")
         self._base = base
+        self._stop = stop
         self._authorization = authorization
         self._client = httpx.Client(
             timeout=source.timeout_seconds,
@@ -152,7 +153,7 @@ class PageClient:
                 )
             if left == 0 or waited + wait > WAIT_BUDGET:
                 raise failure
-            time.sleep(wait)
+            self._stop.wait(wait)
             waited += wait
         raise AssertionError("unreachable")
 

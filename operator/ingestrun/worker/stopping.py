@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from ingestrun.worker.cancellation import CancellationCheck
 
+WAIT_SLICE: Final = 2.0
+"""How long a wait goes on without a look: a source may ask for a minute, and a cancel comes meanwhile."""
 EXIT_STOPPED: Final = 128 + signal.SIGTERM
 
 
@@ -75,6 +78,13 @@ class Stop:
         if why is not None:
             of = "" if self._of is None else f" of {self._of}"
             raise Cancelled(f"{why}, stopped after {self._rows}{of} rows", self._rows)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, with a safe point every two seconds and at the end. Raises as `check` does."""
+        while seconds > 0:
+            time.sleep(min(seconds, WAIT_SLICE))
+            seconds -= WAIT_SLICE
+            self.check()
 
     def last_call(self) -> None:
         """The point of no return, right before a commit: SIGTERM is heard here for the last time.

@@ -115,6 +115,59 @@ async def test_a_cancel_that_is_not_applied_yet_counts_and_one_that_came_too_lat
         assert (body["completed"], body["cancelled"]) == (True, False)
 
 
+def above(cluster: FakeCluster, name: str, parent: str | None = None) -> RunKey:
+    body = manifest(**({"parentRef": {"name": parent}} if parent else {}))
+    body["metadata"]["name"] = name
+    cluster.user_create_run(body)
+    return RunKey(namespace="default", name=name)
+
+
+async def test_a_cascading_cancel_above_counts_before_it_has_come_down() -> None:
+    """Of the run above, or of one above that; nothing has been applied yet."""
+    cluster = a_run(parentRef={"name": "branch"})
+    above(cluster, "branch", "root")
+    root = above(cluster, "root", KEY.name)  # a circle, to be survived
+    async with serving(cluster) as asker:
+        token = asker.told().token
+        assert (await asker.ask(token))[1]["cancelled"] is False
+        cluster.user_patch_spec(root, {"cancel": True})
+        assert (await asker.ask(token))[1]["cancelled"] is False, "without cascade it concerns that run alone"
+        cluster.user_patch_spec(root, {"cancellation": {"cascade": True}})
+        assert (await asker.ask(token))[1]["cancelled"] is True
+
+
+@pytest.mark.parametrize(
+    ("status", "cancelled"),
+    [
+        ({"phase": "Cancelled", "cancellation": {"acceptedAt": "2026-11-23T00:00:00Z", "cascade": True}}, True),
+        ({"phase": "Cancelled", "cancellation": {"acceptedAt": "2026-11-23T00:00:00Z", "cascade": False}}, False),
+        ({"phase": "Failed"}, False),
+    ],
+    ids=["with cascade", "without", "failed"],
+)
+async def test_what_has_become_of_the_run_above(status: dict[str, Any], cancelled: bool) -> None:
+    """One that has ended in another way stands between: what is above it does not reach down."""
+    cluster = a_run(parentRef={"name": "branch"})
+    branch = above(cluster, "branch", "root")
+    root = above(cluster, "root")
+    async with serving(cluster) as asker:
+        token = asker.told().token
+        body = cluster.run(branch)
+        cluster._store("IngestRun", {**body, "status": {**body["status"], **status}}, "MODIFIED")
+        cluster.user_patch_spec(root, {"cancel": True, "cancellation": {"cascade": True}})
+        assert (await asker.ask(token))[1]["cancelled"] is cancelled
+
+
+async def test_a_run_above_that_can_not_be_read_says_nothing() -> None:
+    cluster = a_run(parentRef={"name": "gone"})
+    async with serving(cluster) as asker:
+        assert (await asker.ask(asker.told().token))[0] == 200
+        above(cluster, "gone")
+        cluster.fail_next("get", "ingestruns", Unavailable("down"), match=lambda call: call.name == "gone", times=9)
+        status, body = await asker.ask(asker.told().token)
+        assert (status, body["cancelled"]) == (200, False)
+
+
 async def test_a_run_that_is_being_deleted_counts_as_cancelled_and_one_that_is_gone_is_404() -> None:
     cluster = a_run()
     async with serving(cluster) as asker:

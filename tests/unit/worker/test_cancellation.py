@@ -14,6 +14,7 @@ import pytest
 
 from ingestrun.worker import cancellation
 from ingestrun.worker.cancellation import CancellationCheck
+from ingestrun.worker.stopping import Stop
 
 from .support import UID, Answer, Bench, Reply, Request, Site, page
 from .test_main import spawn
@@ -98,6 +99,28 @@ def test_cancelled_between_pages(bench: Bench, site: Site, check: Site) -> None:
     assert_stopped(answer, "the run is cancelled, stopped after 20 of 45 rows", 20)
     assert len(site.requests) == 2
     assert list(bench.dir("fetch").parent.iterdir()) == []
+
+
+def test_cancelled_while_the_source_asks_to_wait(
+    bench: Bench, site: Site, check: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute's Retry-After holds no cancelled pod: it asks every two seconds."""
+    slept: list[float] = []
+    monkeypatch.setattr("ingestrun.worker.stopping.time.sleep", slept.append)
+    site.answer = lambda _request: Reply(429, b"", {"retry-after": "55"})
+    check.answer = lambda _request: says(len(slept) >= 3)
+    answer = bench.run("fetch", http(site), limit=45, **told(check))
+    assert_stopped(answer, "the run is cancelled, stopped after 0 of 45 rows", 0)
+    assert slept == [2, 2, 2]
+    assert len(site.requests) == 1
+
+
+def test_wait_is_as_long_as_it_was_asked_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("ingestrun.worker.stopping.time.sleep", slept.append)
+    for seconds in (0.5, 4, 5.5, 0):
+        Stop().wait(seconds)
+    assert slept == [0.5, 2, 2, 2, 2, 1.5]
 
 
 def test_cancelled_after_the_last_page(bench: Bench, site: Site, check: Site, monkeypatch: pytest.MonkeyPatch) -> None:
