@@ -544,7 +544,9 @@ def test_what_can_be_changed_after_creation(cluster: Cluster, namespace: str, ch
         lambda: cluster.patch_run(namespace, "geo", {"spec": patch}),
         f"spec.{field}: Forbidden: the field is fixed at creation",
     )
-    assert "only cancel, cancellation, suspend, parallelism and activeDeadlineSeconds can be changed" in told
+    assert (
+        "only cancel, cancellation, suspend, parallelism, activeDeadlineSeconds and jobRetention can be changed" in told
+    )
 
 
 # ---------------------------------------------------------------------------------------------- cancel and phases

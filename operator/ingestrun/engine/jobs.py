@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ingestrun.engine.decisions import Create
+from ingestrun.engine.decisions import Create, Spent
 from ingestrun.model import contract as k
 from ingestrun.model import names
 from ingestrun.model.contract import Stage
@@ -124,11 +124,20 @@ def job_labels(run: IngestRun, create: Create) -> dict[str, str]:
         names.LABEL_ATTEMPT: str(start.attempt),
         "app.kubernetes.io/managed-by": "ingestrun-operator",
     }
-    if start.step.stage is not Stage.ON_CANCEL:
-        labels[names.LABEL_BLOCK] = str(names.block_of(start.batch))
     if _LABEL_VALUE.fullmatch(run.metadata.name):
         labels[names.LABEL_RUN] = run.metadata.name
     return labels
+
+
+def spent_selector(run_uid: str, spent: Spent) -> str:
+    """The label selector of the Jobs to delete."""
+    terms = [f"{names.LABEL_RUN_UID}={run_uid}"]
+    if not spent.clean_up:
+        terms.append(f"{names.LABEL_STAGE}!={Stage.ON_CANCEL.value}")
+    for operator, batches in (("in", spent.batches), ("notin", spent.kept)):
+        if batches:
+            terms.append(f"{names.LABEL_BATCH} {operator} ({','.join(map(str, batches))})")
+    return ",".join(terms)
 
 
 def owner_reference(run: IngestRun) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from ingestrun.engine.cancelling import cancel
 from ingestrun.engine.capacity import held_back
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
-from ingestrun.engine.ending import deadline_of, end_of, spent_blocks
+from ingestrun.engine.ending import deadline_of, end_of
 from ingestrun.engine.facts import JobView
+from ingestrun.engine.retention import spent
 from ingestrun.engine.saying import activity, said
 from ingestrun.engine.settling import settle
 from ingestrun.engine.steps import ON_CANCEL_STEP, steps_of
@@ -120,7 +121,7 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
             for job in jobs
             if not job.state.finished and not job.job.deleting and job.job.batch in status.batches.failed
         ),
-        delete_blocks=spent_blocks(old.batches, jobs),
+        spent=spent(run, jobs),
         requeue_at=min(due, default=None),
     )
 

@@ -22,6 +22,9 @@ MAX_PARALLELISM = 100
 MAX_FAILED_BATCHES = 100
 """Every failed batch may cut three ranges of the status in two (35 bytes); this many keep the object below 16 KiB."""
 
+MAX_KEPT_BATCHES = 20
+"""Of how many failed batches the Jobs can be kept: each has up to a Job for every stage and attempt."""
+
 
 class OnBatchFailure(StrEnum):
     """What a batch that has failed for good does to its run."""
@@ -181,6 +184,13 @@ class Backpressure(KubeModel):
     retry_seconds: Annotated[int, Field(ge=1, le=3600)] = 60
 
 
+class JobRetention(KubeModel):
+    """How long child Jobs and their pods stay, once their batch is accounted for."""
+
+    failed_batches: Annotated[int, Field(ge=0, le=MAX_KEPT_BATCHES)] = 3
+    seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
+
+
 class CancellationPolicy(StrEnum):
     """What becomes of pods that have started when their run is cancelled."""
 
@@ -224,6 +234,7 @@ class IngestRunSpec(KubeModel):
     max_failed_batches: Annotated[int, Field(ge=1, le=MAX_FAILED_BATCHES)] | None = None
     backpressure: Backpressure = Backpressure()
     active_deadline_seconds: Seconds | None = None
+    job_retention: JobRetention = JobRetention()
     parent_ref: ParentReference | None = None
     on_cancel: Container | None = None
 

@@ -279,11 +279,3 @@ async def test_foreign_job_under_the_name_is_not_adopted(world: World) -> None:
     create = Create(start=Start(batch=0, step=steps_of(run.spec)[0], attempt=0, input_attempt=None))
     assert uid == run.metadata.uid
     assert not adoptable(run, create, stranger)
-
-
-async def test_spent_jobs_are_deleted_by_block_after_their_accounting(world: World) -> None:
-    world.create(batches={"partitions": {"count": 38}}, parallelism=8)
-    await world.play()
-    assert world.phase == "Succeeded"
-    assert len(world.cluster.calls("deletecollection", "jobs")) == 1
-    assert {int(job["metadata"]["labels"]["ingestrun.dev/batch"]) for job in world.cluster.jobs()} == set(range(32, 38))
