@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from ingestrun.engine.announce import Announcement
@@ -73,7 +73,7 @@ class Spent:
 
     batches: IndexRanges | None
     """Those of these batches; None: of all batches."""
-    kept: IndexRanges = IndexRanges()
+    kept: IndexRanges = field(default_factory=IndexRanges)
     """Without `batches`: but not those of these."""
     clean_up: bool = False
     """That of `spec.onCancel` as well."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ingestrun.engine.decisions import Create, Spent
+from ingestrun.engine.images import image_of
 from ingestrun.model import contract as k
 from ingestrun.model import names
 from ingestrun.model.contract import Stage
@@ -167,7 +168,7 @@ def _container(run: IngestRun, create: Create, worker: WorkerImage, check: Cance
     step, own = create.start.step, create.start.step.container
     container: dict[str, Any] = {
         "name": step.stage.value,
-        "image": own.image if own else worker.name,
+        "image": image_of(run, step, worker=worker.name, worker_policy=worker.pull_policy),
         "env": _environment(run, create, check),
         "terminationMessagePath": k.TERMINATION_LOG,
         "terminationMessagePolicy": "FallbackToLogsOnError",

@@ -75,6 +75,7 @@ CRD_ALONE: Final[tuple[tuple[str, str], ...]] = (
     ("status.batches.fetched", "pattern"),
     ("status.batches.published", "pattern"),
     ("status.batches.failed", "pattern"),
+    ("status.images.*.steps", "pattern"),
     ("status.cancellation.published", "pattern"),
     ("status.cancellation.notPublished", "pattern"),
     ("status.cancellation.unknown", "pattern"),
