@@ -226,6 +226,8 @@ def _environment(run: IngestRun, create: Create, check: CancellationCheck | None
     partitions = run.spec.batches.partitions
     if step.stage is Stage.FETCH and partitions is not None:
         told[k.ENV_PARTITIONS] = str(partitions.total)
+        if partitions.file is not None:
+            told[k.ENV_PARTITION_FILE] = f"{k.WORKSPACE_MOUNT}/{partitions.file}"
     if run.spec.workspace is not None:
         told[k.ENV_WORKSPACE] = k.WORKSPACE_MOUNT
         if start.input_attempt is not None:

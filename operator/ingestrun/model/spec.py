@@ -135,7 +135,7 @@ class CursorBatches(KubeModel):
 
 
 class Partitions(KubeModel):
-    """A list that is known beforehand, or only its length; exactly one."""
+    """A list that is known beforehand, or only its length; exactly one. A long list is a file beside its length."""
 
     count: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] | None = None
     values: (
@@ -145,10 +145,13 @@ class Partitions(KubeModel):
         ]
         | None
     ) = None
+    file: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
         exactly_one(self, "count", "values")
+        if self.file is not None and self.count is None:
+            raise ValueError("file goes together with count")
         return self
 
     @property

@@ -47,6 +47,21 @@ async def test_partitions_run_side_by_side_up_to_parallelism(world: World) -> No
     assert world.status["records"]["published"] == 50
 
 
+async def test_partitions_listed_in_a_file_are_told_where_it_is(world: World) -> None:
+    world.create(
+        batches={"partitions": {"count": 3, "file": "lists/stations.txt"}},
+        workspace={"persistentVolumeClaim": {"claimName": "data"}},
+    )
+    await world.settle()
+    told = [environment(job) for job in world.active_jobs()]
+    assert [env["INGEST_CURSOR"] for env in told] == ["0", "1", "2"]
+    assert {env["INGEST_PARTITION_FILE"] for env in told} == {"/workspace/lists/stations.txt"}
+    world.work(world.active_jobs()[0])
+    await world.settle()
+    (hook,) = [env for env in map(environment, world.active_jobs()) if env["INGEST_STAGE"] == "hook"]
+    assert "INGEST_PARTITION_FILE" not in hook
+
+
 async def test_next_fetch_starts_while_hooks_of_the_batch_before_go_on(world: World) -> None:
     world.create()
     await world.settle()
