@@ -103,6 +103,7 @@ def column(**fields: Any) -> dict[str, Any]:
 
 
 COUNT: Final = {"batches": {"cursor": None, "partitions": {"count": 3}}}
+LIST: Final = {"batches": {"cursor": None, "partitions": {"count": 3, "file": "lists/stations.txt"}}}
 VALUES: Final = {"batches": {"cursor": None, "partitions": {"values": ["a", "b"]}}}
 
 RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
@@ -163,6 +164,51 @@ RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
         OWN,
         {"batches": {"cursor": None, "partitions": {"values": ["a", "b", "a"]}}},
         'spec.batches.partitions.values[2]: Duplicate value: "a"',
+    ),
+    "a partition of two lines": (
+        OWN,
+        {"batches": {"cursor": None, "partitions": {"values": ["a", "b\nc"]}}},
+        "spec.batches.partitions.values[1]: Invalid value: write the partition without control characters",
+    ),
+    "a list without its length": (
+        OWN,
+        LIST | {"batches": {"cursor": None, "partitions": {"values": ["a"], "file": "a.txt"}}},
+        "spec.batches.partitions.file: Forbidden: set file only together with count",
+    ),
+    "a list without workspace": (
+        OWN,
+        LIST,
+        "spec.workspace: Required value: set workspace, because batches.partitions.file is a file in it",
+    ),
+    "a list outside of the workspace": (
+        FILES,
+        {"batches": {"cursor": None, "partitions": {"count": 1, "file": "lists/../../etc/passwd"}}},
+        "spec.batches.partitions.file: Invalid value: give a path inside the workspace",
+    ),
+    "a list with an absolute path": (
+        FILES,
+        {"batches": {"cursor": None, "partitions": {"count": 1, "file": "/workspace/a.txt"}}},
+        "spec.batches.partitions.file: Invalid value: give a path inside the workspace",
+    ),
+    "files by a list without a place": (
+        FILES,
+        LIST,
+        "spec.source.files.path: Invalid value: write {partition} into the path",
+    ),
+    "a cursor with a line break": (
+        OWN,
+        {"batches": {"cursor": {"start": "a\nb"}}},
+        "spec.batches.cursor.start: Invalid value: write the cursor without control characters",
+    ),
+    "a cursor of 10 KiB": (
+        OWN,
+        {"batches": {"cursor": {"start": "c" * 10_240}}},
+        "spec.batches.cursor.start: Too long: may not be more than 512",
+    ),
+    "a limit of 0": (
+        OWN,
+        {"batches": {"limit": 0}},
+        "spec.batches.limit: Invalid value: 0: spec.batches.limit in body should be greater than or equal to 1",
     ),
     "http partitions without a place": (HTTP, COUNT, "spec.source.http: Invalid value: write {partition} into the url"),
     "files with named partitions without a place": (
@@ -371,6 +417,11 @@ AGREED: Final[dict[str, tuple[dict[str, Any], dict[str, Any], bool]]] = {
         True,
     ),
     "the largest partitions": (OWN, {"batches": {"cursor": None, "partitions": {"count": 1_000_000}}}, True),
+    "a list of partitions": (
+        FILES,
+        LIST | {"source": {"files": {"path": "landing/{partition}.csv"}}},
+        True,
+    ),
     "many partitions": (
         OWN,
         {"batches": {"cursor": None, "partitions": {"values": [f"{n:0128}" for n in range(1000)]}}},
@@ -424,6 +475,9 @@ AGREED: Final[dict[str, tuple[dict[str, Any], dict[str, Any], bool]]] = {
     "a long reason": (OWN, {"cancellation": {"reason": "x" * 513}}, False),
     "an unknown batch policy": (OWN, {"onBatchFailure": "Ignore"}, False),
     "a claim's bad name": (HTTP, {"workspace": {"persistentVolumeClaim": {"claimName": "A/b"}}}, False),
+    "no kept batches": (OWN, {"jobRetention": {"failedBatches": 0, "secondsAfterFinished": 0}}, True),
+    "too many kept batches": (OWN, {"jobRetention": {"failedBatches": 21}}, False),
+    "a retention of less than nothing": (OWN, {"jobRetention": {"secondsAfterFinished": -1}}, False),
     "no time": (OWN, {"activeDeadlineSeconds": 0}, False),
     "source and fetch": (HTTP, {"fetch": {"image": "a"}}, False),
     "no source at all": (HTTP, {"source": None}, False),
@@ -494,6 +548,7 @@ CHANGES: Final[dict[str, tuple[dict[str, Any], str | None]]] = {
     "parallelism": ({"parallelism": 9}, None),
     "parallelism to its default": ({"parallelism": None}, None),
     "activeDeadlineSeconds": ({"activeDeadlineSeconds": 60}, None),
+    "jobRetention": ({"jobRetention": {"failedBatches": 0, "secondsAfterFinished": 60}}, None),
     "nothing": ({"retries": 3}, None),
     "another url": ({"source": {"http": {"url": "https://example.com"}}}, "source"),
     "a parameter more": ({"source": {"http": {"params": {"a": "b"}}}}, "source"),
@@ -511,6 +566,7 @@ CHANGES: Final[dict[str, tuple[dict[str, Any], str | None]]] = {
     "no pod template": ({"podTemplate": None}, "podTemplate"),
     "another workspace": ({"workspace": {"persistentVolumeClaim": {"claimName": "b"}}}, "workspace"),
     "partitions in another order": ({"batches": {"partitions": {"values": ["b", "a"]}}}, "batches"),
+    "a list instead": ({"batches": {"partitions": {"values": None, "count": 2, "file": "a"}}}, "batches"),
     "a partition more": ({"batches": {"partitions": {"values": ["a", "b", "c"]}}}, "batches"),
     "a cursor instead": ({"batches": {"partitions": None, "cursor": {}}}, "batches"),
     "retries": ({"retries": 4}, "retries"),
@@ -544,7 +600,9 @@ def test_what_can_be_changed_after_creation(cluster: Cluster, namespace: str, ch
         lambda: cluster.patch_run(namespace, "geo", {"spec": patch}),
         f"spec.{field}: Forbidden: the field is fixed at creation",
     )
-    assert "only cancel, cancellation, suspend, parallelism and activeDeadlineSeconds can be changed" in told
+    assert (
+        "only cancel, cancellation, suspend, parallelism, activeDeadlineSeconds and jobRetention can be changed" in told
+    )
 
 
 # ---------------------------------------------------------------------------------------------- cancel and phases

@@ -114,6 +114,8 @@ class FakeCluster(Cluster):
         """Namespace -> how many Jobs its ResourceQuota admits (count/jobs.batch)."""
         self.fence = False
         """Act as the ValidatingAdmissionPolicy does: no Job for a run that is Cancelled and carries the label."""
+        self.image_ids: dict[str, str] = {}
+        """Image -> the `imageID` that the kubelet tells of a container that starts with it."""
         self.pods_linger = False
         """A running pod whose Job is deleted stays, terminating, until `end_pod`. Off: it goes at once."""
         self.on_call: Callable[[Call], Awaitable[None]] | None = None
@@ -652,6 +654,10 @@ class FakeCluster(Cluster):
         return copy.deepcopy(self._find("Pod", namespace, name))
 
     def _set_pod_status(self, pod: Json, status: Json) -> None:
+        before = {told["name"]: told["imageID"] for told in pod["status"].get("containerStatuses", ())}
+        for told in status.get("containerStatuses", ()):
+            if "waiting" not in told["state"]:
+                told["imageID"] = before.get(told["name"]) or self.image_ids.get(told["image"], "")
         self._store("Pod", {**pod, "status": status}, "MODIFIED")
 
     def _set_job_status(self, job: Json, status: Json) -> None:

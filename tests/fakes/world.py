@@ -85,6 +85,7 @@ class World:
         self.now = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
         self.cluster = FakeCluster(now=lambda: self.now)
         self.source = Source()
+        self.worker = "example/worker:1"
         self.due: dict[RunKey, datetime] = {}
         self.asked: dict[RunKey, str] = {}
         self.deaf: set[str] = set()
@@ -100,7 +101,7 @@ class World:
         self.reconciler = Reconciler(
             self.cluster,
             self.store,
-            worker=WorkerImage(name="example/worker:1"),
+            worker=WorkerImage(name=self.worker),
             instance="test",
             clock=lambda: self.now,
             drain_pause_seconds=0,

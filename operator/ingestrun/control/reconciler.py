@@ -28,7 +28,7 @@ from ingestrun.control.store import Store, parents_of
 from ingestrun.engine.announce import Announcement, announcements, skipped
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
-from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest
+from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest, spent_selector
 from ingestrun.engine.plan import plan
 from ingestrun.kube.errors import (
     AlreadyExists,
@@ -109,8 +109,10 @@ class Reconciler:
             except ValueError as error:
                 logger.error("the run cannot be read: it was stored under another CRD", run=str(key), error=str(error))
                 return None
-            if self._store.closed(run.metadata.uid) and run.metadata.generation == run.status.observed_generation:
-                return None
+            if self._store.closed(run.metadata.uid):
+                if run.metadata.generation == run.status.observed_generation:
+                    return None
+                self._store.reopen(run.metadata.uid)  # what its Jobs may stay for may have changed
             outcome = await self._round(key, run, trigger)
             if not isinstance(outcome, _Again):
                 return outcome
@@ -364,16 +366,11 @@ class Reconciler:
             logger.info("pod told to end", run=meta.name, namespace=meta.namespace, uid=meta.uid, pod=pod.name)
         for delete in planned.deletes:
             await self._delete(run, delete)
-        if planned.delete_all:
-            selector = f"{names.LABEL_RUN_UID}={meta.uid}"
-            await self._cluster.delete_jobs(namespace=meta.namespace, selector=selector)
-        elif planned.delete_blocks:
-            blocks = ",".join(str(block) for block in planned.delete_blocks)
-            selector = f"{names.LABEL_RUN_UID}={meta.uid},{names.LABEL_BLOCK} in ({blocks})"
-            await self._cluster.delete_jobs(namespace=meta.namespace, selector=selector)
-            for spent in self._store.views(meta.uid):
-                if names.block_of(spent.job.batch) in planned.delete_blocks:
-                    self._store.lost_job(run_uid=meta.uid, job_uid=spent.job.uid)
+        if planned.spent is not None:
+            await self._cluster.delete_jobs(namespace=meta.namespace, selector=spent_selector(meta.uid, planned.spent))
+            for job in self._store.views(meta.uid):
+                if job.job.batch in (planned.spent.batches or ()):
+                    self._store.lost_job(run_uid=meta.uid, job_uid=job.job.uid)
 
     async def _delete(self, run: IngestRun, delete: Delete) -> None:
         """Delete a Job, its pod first: only while the server agrees that it is as it was when it was judged."""

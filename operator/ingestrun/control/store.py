@@ -114,6 +114,10 @@ class Store:
         self._children.pop(run_uid, None)
         self._closed.add(run_uid)
 
+    def reopen(self, run_uid: str) -> None:
+        """Keep facts of this run's children again: its spec has changed since it was closed."""
+        self._closed.discard(run_uid)
+
     def closed(self, run_uid: str) -> bool:
         """Whether nothing is left to be done for the run."""
         return run_uid in self._closed

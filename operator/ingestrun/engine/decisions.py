@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from ingestrun.engine.announce import Announcement
 from ingestrun.engine.batches import Start
 from ingestrun.engine.facts import JobFacts, PodFacts
+from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import IngestRunStatus, Phase
 
@@ -67,6 +68,18 @@ class Delete:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """Jobs to delete by one call, with their pods."""
+
+    batches: IndexRanges | None
+    """Those of these batches; None: of all batches."""
+    kept: IndexRanges = field(default_factory=IndexRanges)
+    """Without `batches`: but not those of these."""
+    clean_up: bool = False
+    """That of `spec.onCancel` as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Create:
     """A Job to create: the start, and what its fetch is told."""
 
@@ -92,9 +105,7 @@ class Plan:
     creates: tuple[Create, ...] = ()
     kills: tuple[Kill, ...] = ()
     deletes: tuple[Delete, ...] = ()
-    delete_blocks: tuple[int, ...] = ()
-    delete_all: bool = False
-    """Delete every Job of the run by one call: of a terminated one, once it is quiet."""
+    spent: Spent | None = None
     skips: tuple[Skip, ...] = ()
     fenced: bool | None = None
     """Whether the run has to carry the label that the fence selects by; None: as it is."""

@@ -14,11 +14,9 @@ from ingestrun.engine.decisions import Delete, Refusal
 from ingestrun.engine.facts import JobState, JobView
 from ingestrun.engine.saying import no_backpressure, said, sentence
 from ingestrun.model.contract import Stage
-from ingestrun.model.names import BLOCK_BATCHES, block_of
-from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import MAX_FAILED_BATCHES, OnBatchFailure
-from ingestrun.model.status import BatchesStatus, IngestRunStatus, Phase
+from ingestrun.model.status import IngestRunStatus, Phase
 
 DRAIN_RECHECK: Final = timedelta(seconds=15)
 SWEEP_AFTER: Final = timedelta(seconds=60)
@@ -116,14 +114,4 @@ def unstarted(jobs: Sequence[JobView]) -> tuple[Delete, ...]:
     """
     return tuple(
         Delete(job=job.job, pod=job.pod) for job in jobs if job.state is JobState.WAITING and not job.job.deleting
-    )
-
-
-def spent_blocks(stored: BatchesStatus, jobs: Sequence[JobView]) -> tuple[int, ...]:
-    """Blocks whose batches are all published, as the stored status has it: only then may their Jobs go."""
-    seen = {block_of(job.job.batch) for job in jobs if not job.job.deleting}
-    return tuple(
-        block
-        for block in sorted(seen)
-        if not IndexRanges.span(block * BLOCK_BATCHES, (block + 1) * BLOCK_BATCHES - 1) - stored.published
     )

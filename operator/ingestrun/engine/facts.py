@@ -5,6 +5,7 @@ Facts are small: a run's store holds these, not the objects.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -61,6 +62,8 @@ class JobFacts:
     finished_at: datetime | None
     reason: str | None
     message: str | None
+    image: str | None = None
+    """What its container is to run, as the Job names it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,8 @@ class PodFacts:
     deleting_until: datetime | None = None
     """When the grace of its deletion ends; None while nobody has deleted it."""
     node: str | None = None
+    image_id: str | None = None
+    """What its container really runs, as the kubelet names it; None before it has started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +148,7 @@ def read_job(job: Mapping[str, Any]) -> JobFacts:
         finished_at=_time(ended.get("lastTransitionTime") or meta["creationTimestamp"]) if ended else None,
         reason=ended.get("reason") if ended else None,
         message=_short(ended.get("message")) if ended else None,
+        image=_image(job),
     )
 
 
@@ -170,6 +176,7 @@ def read_pod(pod: Mapping[str, Any]) -> PodFacts | None:
         resource_version=meta.get("resourceVersion", ""),
         deleting_until=_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
         node=spec.get("nodeName"),
+        image_id=sys.intern(container.get("imageID") or "") or None,
     )
 
 
@@ -220,6 +227,12 @@ def _obstacle(
     if waiting.get("reason") in _CONFIG_REASONS:
         return Obstacle(kind="ContainerConfig", message=_short(waiting.get("message")) or "", since=since)
     return None
+
+
+def _image(job: Mapping[str, Any]) -> str | None:
+    containers = job.get("spec", {}).get("template", {}).get("spec", {}).get("containers") or ()
+    image = next((container.get("image") for container in containers), None)
+    return sys.intern(image) if image else None
 
 
 def _time(text: str) -> datetime:

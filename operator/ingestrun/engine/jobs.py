@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ingestrun.engine.decisions import Create
+from ingestrun.engine.decisions import Create, Spent
+from ingestrun.engine.images import image_of
 from ingestrun.model import contract as k
 from ingestrun.model import names
 from ingestrun.model.contract import Stage
@@ -124,11 +125,20 @@ def job_labels(run: IngestRun, create: Create) -> dict[str, str]:
         names.LABEL_ATTEMPT: str(start.attempt),
         "app.kubernetes.io/managed-by": "ingestrun-operator",
     }
-    if start.step.stage is not Stage.ON_CANCEL:
-        labels[names.LABEL_BLOCK] = str(names.block_of(start.batch))
     if _LABEL_VALUE.fullmatch(run.metadata.name):
         labels[names.LABEL_RUN] = run.metadata.name
     return labels
+
+
+def spent_selector(run_uid: str, spent: Spent) -> str:
+    """The label selector of the Jobs to delete."""
+    terms = [f"{names.LABEL_RUN_UID}={run_uid}"]
+    if not spent.clean_up:
+        terms.append(f"{names.LABEL_STAGE}!={Stage.ON_CANCEL.value}")
+    for operator, batches in (("in", spent.batches), ("notin", spent.kept)):
+        if batches:
+            terms.append(f"{names.LABEL_BATCH} {operator} ({','.join(map(str, batches))})")
+    return ",".join(terms)
 
 
 def owner_reference(run: IngestRun) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def _container(run: IngestRun, create: Create, worker: WorkerImage, check: Cance
     step, own = create.start.step, create.start.step.container
     container: dict[str, Any] = {
         "name": step.stage.value,
-        "image": own.image if own else worker.name,
+        "image": image_of(run, step, worker=worker.name, worker_policy=worker.pull_policy),
         "env": _environment(run, create, check),
         "terminationMessagePath": k.TERMINATION_LOG,
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -216,6 +226,8 @@ def _environment(run: IngestRun, create: Create, check: CancellationCheck | None
     partitions = run.spec.batches.partitions
     if step.stage is Stage.FETCH and partitions is not None:
         told[k.ENV_PARTITIONS] = str(partitions.total)
+        if partitions.file is not None:
+            told[k.ENV_PARTITION_FILE] = f"{k.WORKSPACE_MOUNT}/{partitions.file}"
     if run.spec.workspace is not None:
         told[k.ENV_WORKSPACE] = k.WORKSPACE_MOUNT
         if start.input_attempt is not None:

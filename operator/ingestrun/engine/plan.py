@@ -16,8 +16,10 @@ from ingestrun.engine.cancelling import cancel
 from ingestrun.engine.capacity import held_back
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
-from ingestrun.engine.ending import deadline_of, end_of, spent_blocks
+from ingestrun.engine.ending import deadline_of, end_of
 from ingestrun.engine.facts import JobView
+from ingestrun.engine.images import moved, newly_pinned, pinned
+from ingestrun.engine.retention import spent
 from ingestrun.engine.saying import activity, said
 from ingestrun.engine.settling import settle
 from ingestrun.engine.steps import ON_CANCEL_STEP, steps_of
@@ -61,9 +63,12 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
     old_flight = {batch.index: batch for batch in batches}
     flight = [old_flight[index] for index in in_flight(status.batches)]
 
+    pins = pinned(run, jobs)
+    over = (status.batches.published | status.batches.failed) - old.batches.published - old.batches.failed
+    tell = moved(pins, run, (job for job in jobs if job.job.batch in over))
     end = end_of(run, status, batches, flight, refusal=refusal, now=now)
     if end is not None:
-        return Plan(status=end, requeue_at=now)
+        return Plan(status=end, tell=tell, requeue_at=now)
 
     stuck = next((batch for batch in flight if batch.obstacle is not None), None)
     held = held_back(flight, refusal, now=now)
@@ -112,15 +117,21 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
         claims_made.append(Claim(type=c.BACKPRESSURED, status="True", reason=held.reason, message=held.message))
     elif old.condition(c.BACKPRESSURED):
         claims_made.append(Claim(type=c.BACKPRESSURED, status="False", reason="RoomAgain"))
+    status = said(run, status, phase=phase, claims=claims_made, now=now)
+    fresh = newly_pinned(old.images, pins)
+    if fresh and (status != old or any(create.start.step.index in fresh for create in creates)):
+        # Goes along with another write, or with the first Job that is to run it: no write of its own for each pod.
+        status = with_(status, images=pins)
     return Plan(
-        status=said(run, status, phase=phase, claims=claims_made, now=now),
+        status=status,
         creates=tuple(creates),
         deletes=tuple(
             Delete(job=job.job, pod=job.pod)
             for job in jobs
             if not job.state.finished and not job.job.deleting and job.job.batch in status.batches.failed
         ),
-        delete_blocks=spent_blocks(old.batches, jobs),
+        spent=spent(run, jobs),
+        tell=tell,
         requeue_at=min(due, default=None),
     )
 

@@ -18,9 +18,10 @@ from ingestrun.engine.batches import Start
 from ingestrun.engine.cancelling import cancel_cleared, policy_of, skips_of
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Child, Create, Delete, Kill, Live, Parent, Plan
-from ingestrun.engine.ending import spent_blocks, unstarted
+from ingestrun.engine.ending import unstarted
 from ingestrun.engine.facts import JobState, JobView, PodFacts
 from ingestrun.engine.failure import Failure, judge
+from ingestrun.engine.retention import all_go_at, spent_at_end, spent_but_kept
 from ingestrun.engine.saying import counted, said
 from ingestrun.engine.steps import on_cancel_step, steps_of
 from ingestrun.model.contract import StageResult
@@ -61,8 +62,7 @@ def settle(
         creates=done.creates,
         kills=done.kills,
         deletes=done.deletes,
-        delete_blocks=done.delete_blocks,
-        delete_all=done.delete_all,
+        spent=done.spent,
         skips=skips,
         # The cancel itself may have left the arming to here.
         fenced=done.fenced if done.fenced is not None or status.phase is not Phase.CANCELLED else True,
@@ -83,7 +83,7 @@ def _drain(
     if not unfinished and not pods:
         return Plan(
             status=_quiet(run, status, jobs, now=now),
-            delete_all=terminate and bool(jobs),
+            spent=spent_but_kept(run, jobs) if terminate else None,
             requeue_at=now,
         )
     stuck = [pod for pod in pods if pod.deleting_until is not None and now >= pod.deleting_until + STUCK_AFTER]
@@ -124,13 +124,18 @@ def _after_drain(
     )
     cleaning = status.cancellation is not None and _cleaning(status.cancellation)
     over = now >= sweep_at
+    swept = over and live is not None and not late
+    found = (*jobs, *((clean_up,) if clean_up is not None else ()))
+    go_at = all_go_at(run) if found else None
+    if go_at is not None and go_at <= now:
+        go_at = None
     return Plan(
         status=status,
         creates=creates,
         deletes=late,
-        delete_blocks=spent_blocks(status.batches, jobs),
-        fenced=False if over and live is not None and not late else None,
-        requeue_at=sweep_at if not over else now + DRAIN_RECHECK if cleaning or late else None,
+        spent=spent_at_end(run, found, now=now) if swept and not cleaning else None,
+        fenced=False if swept else None,
+        requeue_at=sweep_at if not over else now + DRAIN_RECHECK if cleaning or late else go_at,
     )
 
 

@@ -31,6 +31,11 @@ ENV_CURSOR: Final = "INGEST_CURSOR"
 Partitions: the partition's value, or its index where only a count is given."""
 ENV_PARTITIONS: Final = "INGEST_PARTITIONS"
 """Fetch only, in partition mode: how many partitions there are."""
+ENV_PARTITION_FILE: Final = "INGEST_PARTITION_FILE"
+"""Fetch only, with a list of partitions in a file: that file, one partition a line. The batch's own is the line with
+the number `INGEST_CURSOR`, from 0."""
+PARTITION_MAX_BYTES: Final = 1024
+"""How long a line of that file may be for the built-in worker, without its end."""
 ENV_LIMIT: Final = "INGEST_LIMIT"
 """Fetch only: read at most so many records. Unset: no bound."""
 ENV_INPUT: Final = "INGEST_INPUT"

@@ -18,10 +18,6 @@ LABEL_STAGE: Final = f"{GROUP}/stage"
 LABEL_STEP: Final = f"{GROUP}/step"
 """The stage's place in the batch, from 0 (fetch): tells one hook from another."""
 LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
-LABEL_BLOCK: Final = f"{GROUP}/block"
-"""A number shared by neighbouring batches, so that their Jobs can be deleted by one call."""
-
-BLOCK_BATCHES: Final = 32
 
 LABEL_CANCELLED: Final = f"{GROUP}/cancelled"
 """On a run, `true`: from its cancel until its Jobs were listed for the last time. The fence selects by it."""
@@ -45,8 +41,3 @@ def job_name(*, run_name: str, run_uid: str, batch: int, step_name: str, attempt
         room = 63 - len(digest) - len(tail) - 2
     head = run_name.replace(".", "-")[:room].strip("-")
     return f"{head}-{tail}-{digest}"
-
-
-def block_of(batch: int) -> int:
-    """Which block of batches a batch belongs to."""
-    return batch // BLOCK_BATCHES

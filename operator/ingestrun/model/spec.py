@@ -22,6 +22,9 @@ MAX_PARALLELISM = 100
 MAX_FAILED_BATCHES = 100
 """Every failed batch may cut three ranges of the status in two (35 bytes); this many keep the object below 16 KiB."""
 
+MAX_KEPT_BATCHES = 20
+"""Of how many failed batches the Jobs can be kept: each has up to a Job for every stage and attempt."""
+
 
 class OnBatchFailure(StrEnum):
     """What a batch that has failed for good does to its run."""
@@ -132,7 +135,7 @@ class CursorBatches(KubeModel):
 
 
 class Partitions(KubeModel):
-    """A list that is known beforehand, or only its length; exactly one."""
+    """A list that is known beforehand, or only its length; exactly one. A long list is a file beside its length."""
 
     count: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] | None = None
     values: (
@@ -142,10 +145,13 @@ class Partitions(KubeModel):
         ]
         | None
     ) = None
+    file: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
         exactly_one(self, "count", "values")
+        if self.file is not None and self.count is None:
+            raise ValueError("file goes together with count")
         return self
 
     @property
@@ -179,6 +185,13 @@ class Backpressure(KubeModel):
     """What to do while the cluster has no room: ask again every `retrySeconds`."""
 
     retry_seconds: Annotated[int, Field(ge=1, le=3600)] = 60
+
+
+class JobRetention(KubeModel):
+    """How long child Jobs and their pods stay, once their batch is accounted for."""
+
+    failed_batches: Annotated[int, Field(ge=0, le=MAX_KEPT_BATCHES)] = 3
+    seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
 
 
 class CancellationPolicy(StrEnum):
@@ -224,6 +237,7 @@ class IngestRunSpec(KubeModel):
     max_failed_batches: Annotated[int, Field(ge=1, le=MAX_FAILED_BATCHES)] | None = None
     backpressure: Backpressure = Backpressure()
     active_deadline_seconds: Seconds | None = None
+    job_retention: JobRetention = JobRetention()
     parent_ref: ParentReference | None = None
     on_cancel: Container | None = None
 

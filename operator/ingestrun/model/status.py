@@ -45,6 +45,9 @@ Time = Annotated[datetime, PlainSerializer(_micro_free, return_type=str)]
 """UTC, in whole seconds: Kubernetes' metav1.Time."""
 Count = Annotated[int, Field(ge=0)]
 
+MAX_IMAGE_PINS: Final = 5
+"""Of so many different images a digest is kept: 100 bytes each in a status that has other things to tell."""
+
 
 class Condition(KubeModel):
     """metav1.Condition."""
@@ -95,6 +98,16 @@ class StageFailure(KubeModel):
         return (self.batch, self.stage, self.attempt)
 
 
+class ImagePin(KubeModel):
+    """Which image some steps run, from the run's first pods on."""
+
+    model_config = KubeModel.model_config | {"arbitrary_types_allowed": True}
+
+    steps: Ranges
+    image: str | None = None
+    digest: str | None = None
+
+
 class ChildrenStatus(KubeModel):
     """What a cascading cancel found right below it."""
 
@@ -141,6 +154,7 @@ class IngestRunStatus(KubeModel):
     records: RecordsStatus = RecordsStatus()
     cursor: str | None = None
     failures: list[StageFailure] = []
+    images: list[ImagePin] = []
     start_time: Time | None = None
     completion_time: Time | None = None
     last_progress_time: Time | None = None

@@ -32,6 +32,7 @@ class Context:
     cursor: str
     limit: int | None
     partitions: int | None
+    partition_file: Path | None
     input: Path | None
     output: Path | None
     rejects: Path | None
@@ -84,6 +85,7 @@ def read_context(env: Mapping[str, str]) -> Context:
         cursor=env.get(contract.ENV_CURSOR, ""),
         limit=limit,
         partitions=partitions,
+        partition_file=_path(env, contract.ENV_PARTITION_FILE),
         input=_path(env, contract.ENV_INPUT),
         output=_path(env, contract.ENV_OUTPUT),
         rejects=_path(env, contract.ENV_REJECTS),

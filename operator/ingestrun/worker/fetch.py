@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from ingestrun.model import contract
@@ -10,6 +11,7 @@ from ingestrun.model.worker import Source
 from ingestrun.worker.context import Context, parse
 from ingestrun.worker.failure import PermanentError
 from ingestrun.worker.handover import Spool, new_output
+from ingestrun.worker.partition_list import partition_of
 from ingestrun.worker.stopping import Stop
 
 
@@ -35,6 +37,8 @@ def fetch(context: Context, stop: Stop) -> StageResult:
     limit = None if context.partitions else context.limit
     stop.progress(0, limit)
     stop.check()
+    if context.partition_file is not None:
+        context = replace(context, cursor=partition_of(context, context.partition_file))
     reader = _open(source, context, stop)
     with new_output(output, stop, limit) as spool:
         cursor = reader.read(limit, spool)

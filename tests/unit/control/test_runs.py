@@ -47,6 +47,21 @@ async def test_partitions_run_side_by_side_up_to_parallelism(world: World) -> No
     assert world.status["records"]["published"] == 50
 
 
+async def test_partitions_listed_in_a_file_are_told_where_it_is(world: World) -> None:
+    world.create(
+        batches={"partitions": {"count": 3, "file": "lists/stations.txt"}},
+        workspace={"persistentVolumeClaim": {"claimName": "data"}},
+    )
+    await world.settle()
+    told = [environment(job) for job in world.active_jobs()]
+    assert [env["INGEST_CURSOR"] for env in told] == ["0", "1", "2"]
+    assert {env["INGEST_PARTITION_FILE"] for env in told} == {"/workspace/lists/stations.txt"}
+    world.work(world.active_jobs()[0])
+    await world.settle()
+    (hook,) = [env for env in map(environment, world.active_jobs()) if env["INGEST_STAGE"] == "hook"]
+    assert "INGEST_PARTITION_FILE" not in hook
+
+
 async def test_next_fetch_starts_while_hooks_of_the_batch_before_go_on(world: World) -> None:
     world.create()
     await world.settle()
@@ -279,11 +294,3 @@ async def test_foreign_job_under_the_name_is_not_adopted(world: World) -> None:
     create = Create(start=Start(batch=0, step=steps_of(run.spec)[0], attempt=0, input_attempt=None))
     assert uid == run.metadata.uid
     assert not adoptable(run, create, stranger)
-
-
-async def test_spent_jobs_are_deleted_by_block_after_their_accounting(world: World) -> None:
-    world.create(batches={"partitions": {"count": 38}}, parallelism=8)
-    await world.play()
-    assert world.phase == "Succeeded"
-    assert len(world.cluster.calls("deletecollection", "jobs")) == 1
-    assert {int(job["metadata"]["labels"]["ingestrun.dev/batch"]) for job in world.cluster.jobs()} == set(range(32, 38))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingestrun.model.names import BLOCK_BATCHES, block_of, job_name
+from ingestrun.model.names import job_name
 
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 UID = "6f0c1b9e-4f4a-4f0e-8a53-0d4be2a5b7c1"
@@ -66,7 +66,3 @@ def test_two_long_run_names_with_one_beginning() -> None:
     second = job_name(run_name="x" * 200 + "2", run_uid=str(uuid.UUID(int=2)), batch=0, step_name="fetch", attempt=0)
 
     assert first != second
-
-
-def test_blocks_hold_neighbours() -> None:
-    assert [block_of(batch) for batch in (0, BLOCK_BATCHES - 1, BLOCK_BATCHES, 999_999)] == [0, 0, 1, 31_249]

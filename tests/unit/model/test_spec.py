@@ -64,6 +64,7 @@ def test_built_in_defaults() -> None:
         (OWN, {"batches": {"cursor": {}, "partitions": {"count": 1}}}, "exactly one of cursor, partitions"),
         (OWN, {"batches": {"partitions": {}}}, "exactly one of count, values"),
         (OWN, {"batches": {"partitions": {"count": 1, "values": ["a"]}}}, "exactly one of count, values"),
+        (OWN, {"batches": {"partitions": {"values": ["a"], "file": "a.txt"}}}, "file goes together with count"),
         (OWN, {"hooks": [{"name": "check"}]}, "exactly one of validate_, container"),
         (
             OWN,

@@ -16,9 +16,11 @@ from ingestrun.model.contract import CURSOR_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARTITIONS
 from ingestrun.model.status import (
+    MAX_IMAGE_PINS,
     BatchesStatus,
     CancellationStatus,
     Condition,
+    ImagePin,
     IngestRunStatus,
     Phase,
     RecordsStatus,
@@ -73,6 +75,7 @@ STATUSES = made(
         made(StageFailure, batch=COUNTS, stage=TEXT, attempt=COUNTS, reason=TEXT, message=TEXT, time=TIMES),
         max_size=3,
     ),
+    images=st.lists(made(ImagePin, steps=RANGES, image=st.none() | TEXT, digest=st.none() | TEXT), max_size=3),
     start_time=st.none() | TIMES,
     completion_time=st.none() | TIMES,
     last_progress_time=st.none() | TIMES,
@@ -200,6 +203,12 @@ def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) 
                 batch=batches, stage=f"hook {'h' * 63}", attempt=100, reason="R" * 32, message="m" * 256, time=NOW
             )
             for _ in range(5)
+        ],
+        images=[
+            ImagePin(
+                steps=IndexRanges([2 * n, 2 * n + 20]), image=None if n else "i" * 128, digest="sha256:" + "d" * 64
+            )
+            for n in range(MAX_IMAGE_PINS)
         ],
         start_time=NOW,
         completion_time=NOW,

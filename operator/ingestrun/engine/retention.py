@@ -1,0 +1,80 @@
+"""Which child Jobs may go, and when: never before the stored status accounts for their batch, and many by one call.
+
+While a run goes on, Jobs of published and of failed batches are deleted as soon as there are enough of them to be
+worth a call. The Jobs of the newest failed batches stay with their pods, so that `kubectl logs` has something to
+show. A minute after the end all others go; with `secondsAfterFinished` these do, too, when their time has come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from ingestrun.engine.accounting import in_flight
+from ingestrun.engine.decisions import Spent
+from ingestrun.engine.facts import JobView
+from ingestrun.engine.steps import ON_CANCEL_STEP
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.run import IngestRun
+
+SPENT_BATCHES: Final = 32
+"""How many batches' Jobs are deleted by one call while the run goes on: what each batch pays is a 32nd of a call."""
+MOST_AT_ONCE: Final = 512
+"""How many batches one call may name: their numbers are part of a URL, seven characters each and a comma."""
+
+
+def spent(run: IngestRun, jobs: Sequence[JobView]) -> Spent | None:
+    """The Jobs that may go while the run goes on; None while there are too few to be worth a call.
+
+    Judged by the status as it is stored, not as the plan has it: what is deleted is then accounted for whatever
+    becomes of the plan's own write.
+    """
+    batches = run.status.batches
+    kept = _kept(run)
+    done = {
+        job.job.batch
+        for job in jobs
+        if not job.job.deleting
+        and (job.job.batch in batches.published or job.job.batch in batches.failed)
+        and job.job.batch not in kept
+    }
+    if len(done) < SPENT_BATCHES:
+        return None
+    return Spent(batches=IndexRanges(sorted(done)[:MOST_AT_ONCE]))
+
+
+def spent_at_end(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> Spent | None:
+    """The Jobs that may go once the run has ended, and its status says that it is drained; None: none is left."""
+    goes_at = all_go_at(run)
+    if goes_at is not None and now >= goes_at:
+        return Spent(batches=None, clean_up=True) if jobs else None
+    return spent_but_kept(run, [job for job in jobs if job.job.step != ON_CANCEL_STEP])
+
+
+def spent_but_kept(run: IngestRun, jobs: Sequence[JobView]) -> Spent | None:
+    """All but those of the newest failed batches; None where none is left.
+
+    The status of a run that has Failed does not say what became of the batches that were in flight: their Jobs are
+    the only trace, and stay as well. A cancelled run's status does say it.
+    """
+    kept = _kept(run)
+    if run.status.cancellation is None:
+        kept = kept | in_flight(run.status.batches)
+    if all(job.job.deleting or job.job.batch in kept for job in jobs):
+        return None
+    return Spent(batches=None, kept=kept)
+
+
+def all_go_at(run: IngestRun) -> datetime | None:
+    """When an ended run's last Jobs go; None: with the run."""
+    seconds = run.spec.job_retention.seconds_after_finished
+    if seconds is None or run.status.completion_time is None:
+        return None
+    return run.status.completion_time + timedelta(seconds=seconds)
+
+
+def _kept(run: IngestRun) -> IndexRanges:
+    """The newest failed batches. By index: it is the order in which they were begun."""
+    number = run.spec.job_retention.failed_batches
+    return IndexRanges(list(run.status.batches.failed)[-number:] if number else ())

@@ -1,0 +1,114 @@
+"""Partitions listed in a file of the workspace: the batch takes its own line, or says what is wrong with the list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ingestrun.model.contract import ENV_PARTITION_FILE
+
+from .support import Answer, Bench, Site, page
+
+SOURCE: dict[str, Any] = {"files": {"path": "landing/{partition}.jsonl"}}
+
+
+def fetch(bench: Bench, lines: bytes | None, *, index: int = 0, count: int, source: Any = SOURCE) -> Answer:
+    path = bench.workspace / "lists" / "stations.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if lines is not None:
+        path.write_bytes(lines)
+    return bench.run("fetch", source, batch=index, cursor=index, partitions=count, partition_file=path)
+
+
+def land(bench: Bench, *names: str) -> None:
+    for name in names:
+        path = bench.workspace / "landing" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{{"station": "{name}"}}\n')
+
+
+def test_the_variable_is_the_contracts() -> None:
+    assert ENV_PARTITION_FILE == "INGEST_PARTITION_FILE", "what `fetch` above sets"
+
+
+@pytest.mark.parametrize("lines", [b"EWR\nJFK\nLGA\n", b"EWR\nJFK\nLGA", b"\xef\xbb\xbfEWR\r\nJFK\r\nLGA\r\n"])
+def test_each_batch_reads_its_own_line(bench: Bench, lines: bytes) -> None:
+    land(bench, "EWR", "JFK", "LGA")
+    for index, name in enumerate(("EWR", "JFK", "LGA")):
+        answer = fetch(bench, lines, index=index, count=3)
+        assert answer.code == 0, answer
+        assert bench.rows(batch=index) == [{"station": name}]
+
+
+def test_a_line_goes_into_an_url(bench: Bench, site: Site) -> None:
+    site.answer = lambda _: page([{"a": 1}])
+    http = {"http": {"url": f"{site.url}/s/{{partition}}", "pagination": {"link": {}}}}
+    answer = fetch(bench, "Zürich HB\n".encode(), count=1, source=http)
+    assert answer.code == 0, answer
+    assert [request.path for request in site.requests] == ["/s/Z%C3%BCrich%20HB"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "index", "count", "message"),
+    [
+        (b"a\nb\n", 0, 3, "lists/stations.txt has 2 lines, and batches.partitions.count is 3"),
+        (b"a\nb\n", 2, 3, "lists/stations.txt has 2 lines, and batches.partitions.count is 3"),
+        (b"a\nb\nc\n", 0, 2, "lists/stations.txt has 3 lines, and batches.partitions.count is 2"),
+        (b"a\nb\n\n", 0, 2, "lists/stations.txt has 3 lines, and batches.partitions.count is 2"),
+        (b"", 0, 1, "lists/stations.txt has 0 lines"),
+        (b"a\n\nc\n", 1, 3, "lists/stations.txt: line 2 is empty"),
+        (b"a\n  \nc\n", 1, 3, "lists/stations.txt: line 2 is empty"),
+        (b"a\nb\na\n", 2, 3, "lists/stations.txt: line 3 is the same as line 1 ('a'): remove one"),
+        (b"a\na\n", 1, 2, "lists/stations.txt: line 2 is the same as line 1 ('a'): remove one"),
+        (b"a\nb\tc\n", 1, 2, "lists/stations.txt: line 2 has a control character in it"),
+        (b"a\n\xff\n", 1, 2, "lists/stations.txt: line 2 is not UTF-8"),
+        (b"a\n" + b"x" * 1025 + b"\nc\n", 0, 3, "lists/stations.txt: line 2 is longer than 1024 bytes"),
+        (None, 0, 1, "lists/stations.txt, the list of partitions, is not in the workspace: put it there first"),
+    ],
+)
+def test_a_list_that_is_not_as_it_should_be(
+    bench: Bench, lines: bytes | None, index: int, count: int, message: str
+) -> None:
+    land(bench, "a", "b", "c")
+    answer = fetch(bench, lines, index=index, count=count)
+    assert answer.code == 65
+    assert message in answer.message
+
+
+def test_of_two_equal_lines_the_first_is_read(bench: Bench) -> None:
+    land(bench, "a", "b")
+    assert fetch(bench, b"a\nb\na\n", index=0, count=3).code == 0
+    assert fetch(bench, b"a\nb\na\n", index=1, count=3).code == 0
+
+
+def test_a_line_of_just_the_longest_size(bench: Bench, site: Site) -> None:
+    site.answer = lambda _: page([])
+    http = {"http": {"url": site.url, "params": {"p": "{partition}"}, "pagination": {"link": {}}}}
+    assert fetch(bench, b"x" * 1024 + b"\r\nb\n", index=0, count=2, source=http).code == 0
+    assert site.requests[0].params == {"p": "x" * 1024}
+
+
+def test_the_list_must_be_a_file(bench: Bench) -> None:
+    (bench.workspace / "lists" / "stations.txt").mkdir(parents=True)
+    answer = fetch(bench, None, count=1)
+    assert answer.code == 65
+    assert "is no file" in answer.message
+
+
+def test_a_long_list_is_read_in_constant_memory(bench: Bench, tmp_path: Path) -> None:
+    import tracemalloc
+
+    from ingestrun.worker.partition_list import _partition
+
+    path = tmp_path / "long.txt"
+    with path.open("w") as out:
+        out.writelines(f"station-{number:011d}\n" for number in range(200_000))
+    tracemalloc.start()
+    try:
+        assert _partition(path, "long.txt", 199_999, 200_000) == "station-00000199999"
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 2**20 + 2**18, f"{peak} bytes for a list of {path.stat().st_size}"
