@@ -88,11 +88,21 @@ class StageFailure(KubeModel):
     reason: str
     message: str
     time: Time
+    log: str | None = None
+    """The last lines of the container's log, for the newest failures."""
 
     @property
     def key(self) -> tuple[int, str, int]:
         """What tells one failed attempt from another."""
         return (self.batch, self.stage, self.attempt)
+
+
+class RetryCount(KubeModel):
+    """How often a stage was tried again for one reason, in all batches that are published or given up."""
+
+    stage: str
+    reason: str
+    count: Count
 
 
 class ChildrenStatus(KubeModel):
@@ -141,6 +151,7 @@ class IngestRunStatus(KubeModel):
     records: RecordsStatus = RecordsStatus()
     cursor: str | None = None
     failures: list[StageFailure] = []
+    retries: list[RetryCount] = []
     start_time: Time | None = None
     completion_time: Time | None = None
     last_progress_time: Time | None = None
