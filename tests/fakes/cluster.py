@@ -22,9 +22,10 @@ from typing import Literal, TypeVar, get_args
 from ingestrun.kube.errors import (
     AlreadyExists,
     Conflict,
-    Forbidden,
+    Denied,
     Invalid,
     KubeError,
+    NamespaceTerminating,
     NotFound,
     QuotaExceeded,
     Unknown,
@@ -109,7 +110,7 @@ class FakeCluster(Cluster):
         self.now = now
         self.namespaces = set(namespaces)
         self.terminating: set[str] = set()
-        """Namespaces that are being deleted: creates there raise NotFound."""
+        """Namespaces that are being deleted: creates there raise NamespaceTerminating."""
         self.job_quota: dict[str, int] = {}
         """Namespace -> how many Jobs its ResourceQuota admits (count/jobs.batch)."""
         self.fence = False
@@ -670,7 +671,7 @@ class FakeCluster(Cluster):
         if namespace not in self.namespaces:
             raise NotFound(f'namespaces "{namespace}" not found')
         if namespace in self.terminating:
-            raise NotFound(
+            raise NamespaceTerminating(
                 f"{what} is forbidden: unable to create new content in namespace {namespace} because it is being "
                 "terminated"
             )
@@ -692,7 +693,7 @@ class FakeCluster(Cluster):
         for run in self._objects["IngestRun"].values():
             marked = (run["metadata"].get("labels") or {}).get(CANCELLED_LABEL) == "true"
             if marked and run["metadata"]["uid"] == uid and run["status"].get("phase") == "Cancelled":
-                raise Forbidden(
+                raise Denied(
                     f'jobs.batch "{job["metadata"]["name"]}" is forbidden: ValidatingAdmissionPolicy '
                     f"'ingestrun-cancelled-fence' with binding 'ingestrun-cancelled-fence' denied request: "
                     f"run {run['metadata']['name']} is Cancelled: no Job may be created for it"

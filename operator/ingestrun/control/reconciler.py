@@ -14,6 +14,7 @@ written, every create of this run has been answered, or has timed out; a timed-o
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -30,14 +31,18 @@ from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
 from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest, spent_selector
 from ingestrun.engine.plan import plan
+from ingestrun.engine.verdicts import Verdict, rule_of
 from ingestrun.kube.errors import (
     AlreadyExists,
     Conflict,
+    Denied,
     Forbidden,
     Invalid,
     KubeError,
+    NamespaceTerminating,
     NotFound,
     QuotaExceeded,
+    WebhookUnavailable,
 )
 from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model import names
@@ -55,7 +60,9 @@ MAX_ROUNDS: Final = 8
 DRAIN_PAUSE_SECONDS: Final = 1.0
 """Between a cancel and the first look at its drain, and between two such looks."""
 POD_GRACE_SECONDS: Final = 0.5
-"""A complete Job whose pod's end has not been seen: the two watches race; after this long the pods are listed."""
+"""An ended Job whose pod's end has not been seen: the two watches race; after this long the pods are listed."""
+_LISTED: Final = -math.inf
+"""In place of the moment since which a pod's end is waited for: it has been looked for live, and is not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +175,7 @@ class Reconciler:
             if any(announcement.reason == "Drained" for announcement in told):
                 told += skipped(self._skipped.get(uid, ()))
             await self._tell(run_now, told)
+            self._log_failures(key, stored, run_now, planned)
             self._log_phase(key, stored, run_now)
             if run_now.status.phase is Phase.CANCELLED and not ended:
                 # The drain can wait a moment; the other runs that were cancelled in this second can't.
@@ -257,17 +265,19 @@ class Reconciler:
         return wanted
 
     async def _judgeable(self, run: IngestRun, jobs: list[JobView]) -> tuple[list[JobView], bool]:
-        """The Jobs as they may be judged: a complete one whose result has not arrived yet still counts as running.
+        """The Jobs as they may be judged: an ended one whose pod's end has not arrived yet still counts as running.
 
         Returns them, and whether any is waited for. Once the grace is over the pods are listed; what is not
         there then is missing for good.
         """
+        settled = run.status.batches.published | run.status.batches.failed
         awaited = [
             job
             for job in jobs
-            if job.state is JobState.SUCCEEDED
+            if job.state.finished
             and (job.pod is None or not job.pod.ended)
-            and job.job.batch not in run.status.batches.published
+            and job.job.reason != "DeadlineExceeded"  # then the Job controller has deleted the pod
+            and job.job.batch not in settled
         ]
         if not awaited:
             self._unclear.pop(run.metadata.uid, None)
@@ -276,9 +286,10 @@ class Reconciler:
         before = self._unclear.get(run.metadata.uid, {})
         since = self._unclear[run.metadata.uid] = {job.job.uid: before.get(job.job.uid, clock) for job in awaited}
         young = {uid for uid, first in since.items() if clock - first < POD_GRACE_SECONDS}
-        if len(young) < len(awaited):
+        if any(uid not in young and first != _LISTED for uid, first in since.items()):
             await self._list_live(run)
             jobs = self._store.views(run.metadata.uid)
+            since.update({uid: _LISTED for uid in since if uid not in young})
         return [replace(job, state=JobState.RUNNING) if job.job.uid in young else job for job in jobs], bool(young)
 
     async def _write(self, key: RunKey, run: IngestRun, status: IngestRunStatus) -> IngestRun | None:
@@ -319,21 +330,31 @@ class Reconciler:
             except AlreadyExists:
                 job = await self._cluster.get_job(namespace=run.metadata.namespace, name=name)
                 if not adoptable(run, create, job):
-                    self._refuse(
-                        run, "NameTaken", f"a Job {name} exists that is not of this run: delete it", permanent=True
-                    )
+                    self._refuse(run, "NameTaken", f"a Job {name} exists that is not of this run: delete it")
                     return False
         except QuotaExceeded as error:
             self._refuse(run, "QuotaExceeded", str(error))
             return False
+        except Denied as error:
+            self._refuse(run, "AdmissionDenied", f"batch {start.batch}, {start.step.label}: {error}")
+            return False
         except Forbidden as error:
-            self._refuse(run, "Forbidden", str(error))
+            self._refuse(run, "Forbidden", f"the operator lacks a right that an administrator has to grant: {error}")
             return False
         except Invalid as error:
-            self._refuse(run, "JobRefused", f"batch {start.batch}, {start.step.label}: {error}", permanent=True)
+            self._refuse(run, "JobRefused", f"batch {start.batch}, {start.step.label}: {error}")
+            return False
+        except NamespaceTerminating:
+            namespace = run.metadata.namespace
+            self._refuse(
+                run, "NamespaceTerminating", f"namespace {namespace} is being deleted: nothing can start there"
+            )
+            return False
+        except WebhookUnavailable as error:
+            self._refuse(run, "WebhookUnavailable", str(error))
             return False
         except NotFound:
-            # The namespace is being deleted, or the adopted Job went meanwhile: look again from the start.
+            # The namespace is gone, or the adopted Job went meanwhile: look again from the start.
             self._must_read.add(key)
             raise
         except BaseException:
@@ -343,19 +364,24 @@ class Reconciler:
         logger.info(
             "job created", run=run.metadata.name, namespace=run.metadata.namespace, uid=uid, batch=start.batch,
             stage=start.step.label, attempt=start.attempt, job=name,
+            **({"memory": str(start.memory)} if start.memory is not None else {}),
         )  # fmt: skip
         # The first Job after a refusal: there is room again, and the plan may be a larger one.
         return self._refusals.pop(uid, None) is None
 
-    def _refuse(self, run: IngestRun, reason: str, message: str, *, permanent: bool = False) -> None:
+    def _refuse(self, run: IngestRun, reason: str, message: str) -> None:
         """Remember that the server would not take a Job; the next round says so in the status."""
         wait = run.spec.backpressure.retry_seconds * random.uniform(0.9, 1.1)  # noqa: S311  (jitter, no secret)
         self._refusals[run.metadata.uid] = Refusal(
             reason=reason,
             message=message,
             retry_at=self._clock() + timedelta(seconds=wait),
-            permanent=permanent,
+            permanent=rule_of(reason).verdict is Verdict.FAIL_RUN,
         )
+        logger.warning(
+            "job refused", run=run.metadata.name, namespace=run.metadata.namespace, uid=run.metadata.uid,
+            reason=reason, why=message,
+        )  # fmt: skip
 
     async def _delete_all(self, run: IngestRun, planned: Plan) -> None:
         meta = run.metadata
@@ -444,6 +470,19 @@ class Reconciler:
                 CANCELLED_LINE, run=key.name, namespace=key.namespace, uid=run.metadata.uid, batch=skip.batch,
                 stage=skip.stage, attempt=skip.attempt, trigger=trigger,
             )  # fmt: skip
+
+    def _log_failures(self, key: RunKey, before: IngestRunStatus, run: IngestRun, planned: Plan) -> None:
+        """One line for each failed attempt that has come into the status, and for each raise of memory."""
+        known = {failure.key for failure in before.failures}
+        for failure in run.status.failures:
+            if failure.key not in known:
+                logger.warning(
+                    "stage failed", run=key.name, namespace=key.namespace, uid=run.metadata.uid, batch=failure.batch,
+                    stage=failure.stage, attempt=failure.attempt, reason=failure.reason, why=failure.message,
+                )  # fmt: skip
+        for told in planned.tell:
+            if told.reason == "MemoryRaised":
+                logger.info("memory raised", run=key.name, namespace=key.namespace, uid=run.metadata.uid, why=told.note)
 
     def _log_phase(self, key: RunKey, before: IngestRunStatus, run: IngestRun) -> None:
         phase = run.status.phase

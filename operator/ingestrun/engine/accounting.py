@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 from ingestrun.engine.batches import Batch, Rules, assess
 from ingestrun.engine.facts import JobView
+from ingestrun.engine.history import counted_retries
 from ingestrun.engine.steps import steps_of
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
@@ -19,6 +20,8 @@ Model = TypeVar("Model", IngestRunStatus, BatchesStatus, CancellationStatus)
 
 KEPT_FAILURES: Final = 5
 """How many failed attempts the status shows: the latest ones."""
+KEPT_LOGS: Final = 2
+"""How many of those keep the last lines of their log."""
 
 
 def in_flight(batches: BatchesStatus) -> IndexRanges:
@@ -58,7 +61,10 @@ def merged_failures(old: Iterable[StageFailure], seen: Iterable[StageFailure]) -
     """The latest failed attempts of both, each once: the same whatever the order they were seen in."""
     by_key = {failure.key: failure for failure in (*seen, *old)}
     latest = sorted(by_key.values(), key=lambda failure: (failure.time.replace(microsecond=0), failure.key))
-    return latest[-KEPT_FAILURES:]
+    return [
+        failure if n < KEPT_LOGS else failure.model_copy(update={"log": None})
+        for n, failure in enumerate(reversed(latest[-KEPT_FAILURES:]))
+    ][::-1]
 
 
 def assess_all(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> list[Batch]:
@@ -70,6 +76,7 @@ def assess_all(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> lis
         run_uid=run.metadata.uid,
         steps=steps_of(spec),
         backoff=spec.backoff,
+        out_of_memory=spec.out_of_memory,
         chained=spec.batches.cursor is not None,
         cursor=cursor_of(run, status),
         fetch_limit=fetch_limit(spec, status.records),
@@ -109,6 +116,7 @@ def accounted(old: IngestRunStatus, seen: Sequence[Batch], *, chained: bool, now
         records=records,
         cursor=cursor,
         failures=merged_failures(old.failures, (failure for batch in seen for failure in batch.failures)),
+        retries=counted_retries(old.retries, (retry for batch in (*published, *failed) for retry in batch.retried)),
         last_progress_time=now if (fetched or published or failed) else old.last_progress_time,
     )
 

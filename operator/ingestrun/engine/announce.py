@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ingestrun.engine import conditions as c
+from ingestrun.engine.batches import Start
 from ingestrun.model.contract import Stage
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.spec import CancellationPolicy
@@ -39,6 +40,22 @@ def warning(reason: str, note: str, *, action: str) -> Announcement:
 def announcements(old: IngestRunStatus, new: IngestRunStatus) -> list[Announcement]:
     """The Events that the step from `old` to `new` deserves."""
     return [*_failures(old, new), *_course(old, new), *_end(old, new), *_cancellation(old, new)]
+
+
+def memory_raised(old: IngestRunStatus, new: IngestRunStatus, starts: Iterable[Start]) -> list[Announcement]:
+    """That the next attempts get more memory; told with the failure that made it so."""
+    fresh = {failure.key for failure in new.failures} - {failure.key for failure in old.failures}
+    return [
+        normal(
+            "MemoryRaised",
+            f"batch {start.batch}, {start.step.label}, attempt {start.attempt + 1}: memory limit {start.memory}",
+            action="RaiseMemory",
+        )
+        for start in starts
+        if start.memory is not None
+        and start.memory.before is not None
+        and (start.batch, start.step.label, start.attempt - 1) in fresh
+    ]
 
 
 def skipped(starts: Iterable[tuple[int, str, int]]) -> list[Announcement]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from ingestrun.engine.facts import JobState, JobView, Obstacle
-from ingestrun.engine.failure import Failure, judge, retry_delay
+from ingestrun.engine.facts import MESSAGE_CHARS, JobState, JobView, Obstacle
+from ingestrun.engine.failure import Failure, judge
+from ingestrun.engine.memory import Memory, limit_of
+from ingestrun.engine.retrying import Allowance, Sequel, Spent, sequel
 from ingestrun.engine.steps import Step
 from ingestrun.model.contract import Stage, StageResult
-from ingestrun.model.spec import Backoff
+from ingestrun.model.spec import Backoff, OutOfMemory
 from ingestrun.model.status import StageFailure
 
 START_GRACE: Final = timedelta(seconds=120)
@@ -28,6 +30,8 @@ class Start:
     input_attempt: int | None
     """Which attempt of the step before wrote this one's input; None for fetch."""
     not_before: datetime | None = None
+    memory: Memory | None = None
+    """The memory limit, where it is not the spec's: an attempt before was killed for memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,8 @@ class Batch:
     failed: StageFailure | None = None
     failures: tuple[StageFailure, ...] = ()
     """All failed attempts that can still be seen, the final one included."""
+    retried: tuple[tuple[str, str], ...] = ()
+    """Of a batch that is published or failed: each attempt that was tried again, as stage and reason."""
 
     @property
     def obstacle(self) -> Obstacle | None:
@@ -59,6 +65,7 @@ class Rules:
     run_uid: str
     steps: tuple[Step, ...]
     backoff: Backoff
+    out_of_memory: OutOfMemory | None
     chained: bool
     """A cursor chain: a fetch can't be repeated once its cursor has moved on."""
     cursor: str
@@ -78,20 +85,11 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
         by_step.setdefault(job.job.step, []).append(job)
     reached = max(by_step, default=0)
     failures: list[StageFailure] = []
+    retried: list[tuple[str, str]] = []
     fetched: StageResult | None = None
     before: StageResult | None = None
     before_attempt: int | None = None
     rejected = 0
-
-    def fail(step: Step, attempt: int, failure: Failure, at: datetime) -> StageFailure:
-        return StageFailure(
-            batch=index,
-            stage=step.label,
-            attempt=attempt,
-            reason=failure.reason,
-            message=failure.message,
-            time=at,
-        )
 
     for step in rules.steps:
         attempts = by_step.get(step.index, [])
@@ -104,16 +102,16 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
                 gone = Failure(
                     reason="JobMissing", message="the Job of the stage before is gone, and its result with it"
                 )
-                failed = fail(step, 0, gone, rules.now)
-                return Batch(index=index, failed=failed, failures=(*failures, failed))
+                failed = _told(index, step, 0, gone, "", rules.now)
+                return Batch(index=index, failed=failed, failures=(*failures, failed), retried=tuple(retried))
             start = Start(batch=index, step=step, attempt=0, input_attempt=before_attempt)
             return Batch(index=index, fetched=fetched, rejected=rejected, start=start, failures=tuple(failures))
 
         latest = attempts[-1]
-        for earlier in attempts[:-1]:
-            verdict = judge(earlier)
-            if isinstance(verdict, Failure):
-                failures.append(fail(step, earlier.job.attempt, verdict, earlier.job.finished_at or rules.now))
+        known, spent = _earlier(rules, index, step, attempts[:-1], latest.job.attempt, before)
+        failures += [failure for failure in known if failure.reason != "JobMissing"]
+        retried += [(failure.stage, failure.reason) for failure in known]
+        verdict: StageResult | Failure
         if not latest.state.finished:
             given_up = _given_up(latest, rules.now)
             if given_up is None:
@@ -125,19 +123,22 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
                 verdict = _checked(rules, step, verdict, before, fetch_accounted=fetch_accounted)
             ended_at = latest.job.finished_at or rules.now
         if isinstance(verdict, Failure):
-            failed = fail(step, latest.job.attempt, verdict, ended_at)
-            failures.append(failed)
-            attempt = latest.job.attempt + 1
+            then = _sequel(rules, index, step, latest, verdict, spent)
             input_known = step.index == 0 or before_attempt is not None
-            if verdict.permanent or attempt > step.retries or not input_known:
-                return Batch(index=index, fetched=fetched, failed=failed, failures=tuple(failures))
-            identity = f"{rules.run_uid}/{index}/{step.index}"
+            goes_on = then.retried and input_known
+            failed = _told(index, step, latest.job.attempt, verdict, then.said if input_known else "", ended_at)
+            failures.append(failed)
+            if not goes_on:
+                return Batch(
+                    index=index, fetched=fetched, failed=failed, failures=tuple(failures), retried=tuple(retried)
+                )
             start = Start(
                 batch=index,
                 step=step,
-                attempt=attempt,
+                attempt=latest.job.attempt + 1,
                 input_attempt=before_attempt,
-                not_before=ended_at + retry_delay(rules.backoff, identity=identity, attempt=latest.job.attempt),
+                not_before=ended_at + then.delay,
+                memory=then.memory or _kept(rules, latest),
             )
             return Batch(index=index, fetched=fetched, rejected=rejected, start=start, failures=tuple(failures))
         if step.stage is Stage.FETCH:
@@ -145,7 +146,72 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
         rejected += verdict.rejected
         before, before_attempt = verdict, latest.job.attempt
 
-    return Batch(index=index, fetched=fetched, published=before, rejected=rejected, failures=tuple(failures))
+    return Batch(
+        index=index,
+        fetched=fetched,
+        published=before,
+        rejected=rejected,
+        failures=tuple(failures),
+        retried=tuple(retried),
+    )
+
+
+def _earlier(
+    rules: Rules, index: int, step: Step, attempts: Sequence[JobView], latest: int, before: StageResult | None
+) -> tuple[list[StageFailure], Spent]:
+    """The attempts before the latest, all of them failed, and what they have taken from the stage's budgets."""
+    seen = {job.job.attempt: job for job in attempts}
+    failures: list[StageFailure] = []
+    spent = Spent()
+    for attempt in range(latest):
+        job = seen.get(attempt)
+        if job is None:
+            gone = Failure(reason="JobMissing", message="the attempt's Job is gone")
+            spent = replace(spent, retries=spent.retries + 1)
+            failures.append(_told(index, step, attempt, gone, "", rules.now))
+            continue
+        verdict = judge(job)
+        if isinstance(verdict, StageResult):
+            # It was judged when it was the latest: held to the stage before, or to a cursor that has moved on since.
+            verdict = _rows(step, verdict, before) or Failure(
+                reason="ResultInvalid", message="the result could not be taken"
+            )
+        then = _sequel(rules, index, step, job, verdict, spent)
+        spent = then.spent
+        failures.append(_told(index, step, attempt, verdict, then.said, job.job.finished_at or rules.now))
+    return failures, spent
+
+
+def _sequel(rules: Rules, index: int, step: Step, job: JobView, failure: Failure, spent: Spent) -> Sequel:
+    return sequel(
+        failure,
+        allowance=Allowance(retries=step.retries, out_of_memory=rules.out_of_memory, backoff=rules.backoff),
+        spent=spent,
+        had=limit_of(job),
+        identity=f"{rules.run_uid}/{index}/{step.index}",
+    )
+
+
+def _kept(rules: Rules, latest: JobView) -> Memory | None:
+    """What the attempt before had been raised to is kept, whatever it failed of."""
+    if rules.out_of_memory is None or latest.job.memory_limit is None:
+        return None
+    return Memory(limit=latest.job.memory_limit)
+
+
+def _told(index: int, step: Step, attempt: int, failure: Failure, then: str, at: datetime) -> StageFailure:
+    """A failed attempt as the status has it: why, and what comes of it."""
+    room = MESSAGE_CHARS - (len(then) + 2 if then else 0)
+    why = failure.message if len(failure.message) <= room else failure.message[: room - 1] + "…"
+    return StageFailure(
+        batch=index,
+        stage=step.label,
+        attempt=attempt,
+        reason=failure.reason,
+        message=f"{why}; {then}" if then else why,
+        time=at,
+        log=failure.log,
+    )
 
 
 def _given_up(job: JobView, now: datetime) -> Failure | None:
@@ -156,26 +222,22 @@ def _given_up(job: JobView, now: datetime) -> Failure | None:
     return Failure(
         reason=obstacle.kind,
         message=f"the pod has not started for {waited} s: {obstacle.message}",
-        permanent=True,
     )
 
 
 def _checked(
     rules: Rules, step: Step, result: StageResult, before: StageResult | None, *, fetch_accounted: bool
 ) -> StageResult | Failure:
-    """Hold a result to what the stage was asked: no row lost between stages, no chain that stands still."""
-    if before is not None and result.read != before.written:
-        return Failure(
-            reason="RowsMismatch",
-            message=f"read {result.read} rows of the {before.written} that the stage before handed on",
-        )
+    """Hold a result to what the stage was asked: no row lost, no chain that stands still."""
+    mismatch = _rows(step, result, before)
+    if mismatch is not None:
+        return mismatch
     if step.stage is not Stage.FETCH or fetch_accounted:
         return result
     if rules.fetch_limit is not None and result.read > rules.fetch_limit:
         return Failure(
             reason="LimitExceeded",
             message=f"read {result.read} records, at most {rules.fetch_limit} were asked for",
-            permanent=True,
         )
     if rules.chained and not result.exhausted:
         if result.next_cursor is None:
@@ -184,6 +246,20 @@ def _checked(
             return Failure(
                 reason="NoProgress",
                 message="the fetch returned the cursor that it was given, and did not say exhausted",
-                permanent=True,
             )
     return result
+
+
+def _rows(step: Step, result: StageResult, before: StageResult | None) -> Failure | None:
+    """Whether rows went missing, or came from nowhere, between two stages or inside one."""
+    if before is not None and result.read != before.written:
+        return Failure(
+            reason="RowsMismatch",
+            message=f"read {result.read} rows of the {before.written} that the stage before handed on",
+        )
+    if step.stage is not Stage.FETCH and result.read != result.written + result.rejected:
+        return Failure(
+            reason="RowsMismatch",
+            message=f"read {result.read} rows, but wrote {result.written} and rejected {result.rejected}",
+        )
+    return None

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from ingestrun.model.names import LABEL_ATTEMPT, LABEL_BATCH, LABEL_RUN_UID, LABEL_STEP
+from ingestrun.model.quantity import QuantityError, read_bytes
 
 MESSAGE_CHARS: Final = 256
 """How much of a container's or the server's words is kept; the rest is in the pod's log."""
@@ -64,6 +65,8 @@ class JobFacts:
     message: str | None
     image: str | None = None
     """What its container is to run, as the Job names it."""
+    memory_limit: int | None = None
+    """Of its container, in bytes, as its template has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +90,17 @@ class PodFacts:
     ended: bool
     exit_code: int | None
     reason: str | None
+    """Why its container ended; where none was begun, why the pod did."""
     message: str | None
     """The termination message: the stage's result, or the last lines of its log."""
     obstacle: Obstacle | None
+    pod_reason: str | None = None
+    """The pod's own reason, beside its container's: Evicted, NodeAffinity and the like."""
+    pod_message: str | None = None
+    disruption: str | None = None
+    """The reason of its condition DisruptionTarget: who ended it for a cause outside of it."""
+    memory_limit: int | None = None
+    """Of its container, in bytes; that of a LimitRange as well."""
     resource_version: str = ""
     deleting_until: datetime | None = None
     """When the grace of its deletion ends; None while nobody has deleted it."""
@@ -149,6 +160,7 @@ def read_job(job: Mapping[str, Any]) -> JobFacts:
         reason=ended.get("reason") if ended else None,
         message=_short(ended.get("message")) if ended else None,
         image=_image(job),
+        memory_limit=_memory_limit(((job.get("spec") or {}).get("template") or {}).get("spec") or {}),
     )
 
 
@@ -170,9 +182,13 @@ def read_pod(pod: Mapping[str, Any]) -> PodFacts | None:
         started=bool(phase in ("Running", "Succeeded", "Failed") or container.get("started") or "running" in state),
         ended=phase in ("Succeeded", "Failed"),
         exit_code=terminated.get("exitCode"),
-        reason=_pod_reason(status, terminated),
-        message=terminated.get("message") or _short(status.get("message")),
+        reason=terminated.get("reason") or status.get("reason"),
+        message=terminated.get("message"),
         obstacle=_obstacle(meta, spec, status, state) if phase == "Pending" else None,
+        pod_reason=status.get("reason"),
+        pod_message=_short(status.get("message")),
+        disruption=_disruption(status),
+        memory_limit=_memory_limit(spec),
         resource_version=meta.get("resourceVersion", ""),
         deleting_until=_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
         node=spec.get("nodeName"),
@@ -199,16 +215,24 @@ def view(job: JobFacts, pods: Sequence[PodFacts]) -> JobView:
     return JobView(job=job, state=state, pod=pod)
 
 
-def _pod_reason(status: Mapping[str, Any], terminated: Mapping[str, Any]) -> str | None:
-    disrupted = next(
+def _disruption(status: Mapping[str, Any]) -> str | None:
+    return next(
         (
-            c.get("reason")
-            for c in status.get("conditions") or ()
-            if c.get("type") == "DisruptionTarget" and c.get("status") == "True"
+            condition.get("reason") or "Unknown"
+            for condition in status.get("conditions") or ()
+            if condition.get("type") == "DisruptionTarget" and condition.get("status") == "True"
         ),
         None,
     )
-    return disrupted or terminated.get("reason") or status.get("reason")
+
+
+def _memory_limit(pod_spec: Mapping[str, Any]) -> int | None:
+    container: Mapping[str, Any] = next(iter(pod_spec.get("containers") or ()), {})
+    quantity = ((container.get("resources") or {}).get("limits") or {}).get("memory")
+    try:
+        return read_bytes(quantity) if quantity is not None else None
+    except QuantityError:
+        return None
 
 
 def _obstacle(

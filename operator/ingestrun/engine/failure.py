@@ -1,88 +1,135 @@
-"""From what is known of an ended Job to a verdict: the stage is done, or it failed, why, and whether to retry."""
+"""From what is known of an ended Job to what it means: the stage is done, or it failed, and of which kind that is.
+
+What comes of each kind is in the table of `verdicts`.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from datetime import timedelta
+from typing import Final
 
-from ingestrun.engine.facts import MESSAGE_CHARS, JobState, JobView
+from ingestrun.engine.facts import MESSAGE_CHARS, JobState, JobView, PodFacts
+from ingestrun.engine.lastwords import clean, last_line, last_lines
 from ingestrun.model.contract import EXIT_PERMANENT, Outcome, ResultError, StageResult, parse_result
-from ingestrun.model.spec import Backoff
+
+_DISRUPTIONS: Final = {
+    "PreemptionByScheduler": "Preempted",
+    "EvictionByEvictionAPI": "Evicted",
+    "TerminationByKubelet": "Evicted",
+    "DeletionByTaintManager": "NodeLost",
+    "DeletionByPodGC": "NodeLost",
+}
+"""The reasons of a pod's condition DisruptionTarget (Kubernetes' docs, "Disruptions"), as ours."""
+_NODE_LOST: Final = frozenset({"NodeLost", "ContainerStatusUnknown"})
+"""Reasons of a pod or a container whose node has lost sight of it."""
+_NODE_REFUSED: Final = frozenset({"NodeAffinity", "NodeShutdown", "UnexpectedAdmissionError", "AdmissionFailed"})
+"""Why a kubelet would not take a pod that was bound to its node; also OutOfcpu, OutOfmemory, OutOfpods and the like."""
+_KILLED: Final = (137, 143)
+"""SIGKILL and SIGTERM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why an attempt is no success. A permanent one is not retried."""
+    """Why an attempt is no success."""
 
     reason: str
+    """A row of `verdicts.TABLE`, or a reason of Kubernetes' own that has none."""
     message: str
-    permanent: bool = False
+    log: str | None = None
+    """The last lines of the container's log, where they are known."""
 
 
 def judge(ended: JobView) -> StageResult | Failure:
-    """The verdict on a finished Job. Only exit code 0 with a valid result that says `done` is a success."""
-    pod = ended.pod
+    """What a finished Job has come to. Only exit code 0 with a valid result that says `done` is a success."""
     if ended.state is JobState.SUCCEEDED:
-        if pod is None or not pod.ended:
-            return Failure(
-                reason="ResultMissing",
-                message=f"Job {ended.job.name} is complete, but its pod and with it the result is gone",
-            )
-        try:
-            result = parse_result(pod.message)
-        except ResultError as error:
-            return Failure(reason="ResultInvalid", message=str(error))
-        if result.outcome is Outcome.CANCELLED:
-            # A run that is cancelled is past judging its attempts: whoever asks here has one that is not.
-            words = f": {result.message}" if result.message else ""
-            return Failure(
-                reason="WorkerCancelled",
-                message=f"the container stopped for a cancel that this run does not have{words}"[:MESSAGE_CHARS],
-            )
-        if result.outcome is not Outcome.DONE:
-            return Failure(
-                reason="ResultInvalid",
-                message=f"exit code 0, but the result's outcome is {result.outcome.value!r}",
-            )
-        return result
+        return _result(ended)
+    failure = _why(ended)
+    log = last_lines(ended.pod.message) if ended.pod is not None else None
+    return Failure(reason=failure.reason, message=failure.message, log=log)
 
+
+def _result(ended: JobView) -> StageResult | Failure:
+    pod = ended.pod
+    if pod is None or not pod.ended:
+        return Failure(
+            reason="ResultMissing",
+            message=f"Job {ended.job.name} is complete, but its pod and with it the result is gone",
+        )
+    try:
+        result = parse_result(pod.message)
+    except ResultError as error:
+        return Failure(reason="ResultInvalid", message=str(error))
+    if result.outcome is Outcome.CANCELLED:
+        # A run that is cancelled is past judging its attempts: whoever asks here has one that is not.
+        words = f": {clean(result.message)}" if result.message else ""
+        return Failure(
+            reason="WorkerCancelled",
+            message=f"the container stopped for a cancel that this run does not have{words}"[:MESSAGE_CHARS],
+        )
+    if result.outcome is not Outcome.DONE:
+        return Failure(
+            reason="ResultInvalid",
+            message=f"exit code 0, but the result's outcome is {result.outcome.value!r}",
+        )
+    return result
+
+
+def _why(ended: JobView) -> Failure:
+    """The first of these that fits: the Job's own word, the container's, then what was done to the pod."""
+    pod = ended.pod
     if ended.job.reason == "DeadlineExceeded":
-        return Failure(reason="DeadlineExceeded", message="the stage ran longer than its activeDeadlineSeconds")
-    if pod is None or pod.exit_code is None:
-        reason = (pod and pod.reason) or ended.job.reason or "PodLost"
-        message = (pod and pod.message) or ended.job.message or "the pod ended without an exit code"
-        return Failure(reason=reason, message=message)
+        started = pod is None or pod.started
+        did = "ran longer than" if started else "had not started at the end of"
+        return Failure(reason="DeadlineExceeded", message=f"the stage {did} its activeDeadlineSeconds")
+    if pod is None:
+        return Failure(reason="PodLost", message="the pod ended without an exit code: it is gone")
+    if pod.exit_code == EXIT_PERMANENT:
+        return _exited("PermanentError", pod)
     if pod.reason == "OOMKilled":
         return Failure(reason="OOMKilled", message="the container used more memory than its limit")
-    reason = "Error" if pod.reason in (None, "Error", "Completed") else str(pod.reason)
+    disrupted = _disruption(pod)
+    if disrupted is not None:
+        return disrupted
+    if pod.pod_reason == "Evicted":
+        # The kubelet marks a pod DisruptionTarget that it evicts for the node's sake, not one for its own use.
+        return Failure(reason="StorageExceeded", message=_words(pod, "the kubelet evicted the pod for what it used"))
+    if pod.exit_code is None:
+        return Failure(reason=pod.reason or "PodLost", message=_words(pod, "the pod ended without an exit code"))
+    return _exited("Error" if pod.reason in (None, "Error", "Completed") else str(pod.reason), pod)
+
+
+def _disruption(pod: PodFacts) -> Failure | None:
+    """Whether the pod was ended, or never begun, through no fault of its own."""
+    if pod.disruption is not None:
+        reason = _DISRUPTIONS.get(pod.disruption, "Disrupted")
+        return Failure(reason=reason, message=_words(pod, f"the pod was ended: {pod.disruption}"))
+    if pod.reason in _NODE_LOST or pod.pod_reason in _NODE_LOST:
+        return Failure(reason="NodeLost", message=_words(pod, "the node has lost the pod"))
+    refused = pod.pod_reason or ""
+    if pod.exit_code is None and (refused in _NODE_REFUSED or refused.startswith("OutOf")):
+        return Failure(reason="NodeRefused", message=_words(pod, f"the node would not take the pod: {refused}"))
+    if pod.deleting_until is not None and pod.exit_code in _KILLED:
+        return Failure(reason="PodDeleted", message="somebody deleted the pod")
+    return None
+
+
+def _exited(reason: str, pod: PodFacts) -> Failure:
     words = _said(pod.message)
-    return Failure(
-        reason="PermanentError" if pod.exit_code == EXIT_PERMANENT else reason,
-        message=f"exit code {pod.exit_code}" + (f": {words}" if words else ""),
-        permanent=pod.exit_code == EXIT_PERMANENT,
-    )
+    return Failure(reason=reason, message=f"exit code {pod.exit_code}" + (f": {words}" if words else ""))
 
 
-def retry_delay(backoff: Backoff, *, identity: str, attempt: int) -> timedelta:
-    """How long to wait before the attempt after `attempt`.
-
-    Doubles from `initialSeconds` up to `maxSeconds`; then up to a fifth is taken off, by a hash of `identity`,
-    so that many batches which failed together do not come back together, and a restart changes nothing.
-    """
-    seconds = min(backoff.max_seconds, backoff.initial_seconds * 2 ** min(attempt, 30))
-    share = int.from_bytes(hashlib.sha256(f"{identity}/{attempt}".encode()).digest()[:4]) / 2**32
-    return timedelta(seconds=seconds * (1 - share / 5))
+def _words(pod: PodFacts, ours: str) -> str:
+    """Our sentence, and the kubelet's own where it left one."""
+    theirs = last_line(pod.pod_message or "", chars=MESSAGE_CHARS - len(ours) - 2)
+    return f"{ours}: {theirs}" if theirs else ours
 
 
 def _said(message: str | None) -> str:
-    """The container's own words: its result's message, or the last lines of its log."""
+    """The container's own words: its result's message, or the last line of its log."""
     if not message:
         return ""
     try:
-        words = parse_result(message).message or ""
+        words = " ".join(clean(parse_result(message).message or "").split())
     except ResultError:
-        words = " ".join(message.split())
-        if len(words) > MESSAGE_CHARS:
-            words = "…" + words[1 - MESSAGE_CHARS :]
+        return last_line(message, chars=MESSAGE_CHARS)
     return words[:MESSAGE_CHARS]

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from ingestrun.engine.decisions import Create, Spent
 from ingestrun.engine.images import image_of
+from ingestrun.engine.memory import with_limit
 from ingestrun.model import contract as k
 from ingestrun.model import names
 from ingestrun.model.contract import Stage
@@ -183,11 +184,9 @@ def _container(run: IngestRun, create: Create, worker: WorkerImage, check: Cance
             *run.spec.pod_template.volume_mounts,
         ],
     }
-    resources = step.resources
-    if resources is not None:
-        container["resources"] = resources.model_dump(exclude_defaults=True)
-    elif own is None:
-        container["resources"] = WORKER_RESOURCES
+    resources = _resources(create)
+    if resources:
+        container["resources"] = resources
     if own is None:
         container["imagePullPolicy"] = worker.pull_policy
         return container
@@ -200,6 +199,16 @@ def _container(run: IngestRun, create: Create, worker: WorkerImage, check: Cance
         if value:
             container[key] = value
     return container
+
+
+def _resources(create: Create) -> Mapping[str, Any]:
+    step, memory = create.start.step, create.start.memory
+    resources: Mapping[str, Any] = {}
+    if step.resources is not None:
+        resources = step.resources.model_dump(exclude_defaults=True)
+    elif step.container is None:
+        resources = WORKER_RESOURCES
+    return with_limit(resources, memory.limit) if memory is not None else resources
 
 
 def _environment(run: IngestRun, create: Create, check: CancellationCheck | None) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from datetime import datetime
 
 from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import accounted, assess_all, claimable, cursor_of, fetch_limit, in_flight, with_
+from ingestrun.engine.announce import memory_raised
 from ingestrun.engine.batches import START_GRACE, Start
 from ingestrun.engine.cancelling import cancel
 from ingestrun.engine.capacity import held_back
@@ -131,7 +132,7 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
             if not job.state.finished and not job.job.deleting and job.job.batch in status.batches.failed
         ),
         spent=spent(run, jobs),
-        tell=tell,
+        tell=(*tell, *memory_raised(old, status, (batch.start for batch in flight if batch.start is not None))),
         requeue_at=min(due, default=None),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from typing import Final
 
 from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import in_flight, with_
@@ -12,6 +13,8 @@ from ingestrun.engine.capacity import Held
 from ingestrun.engine.conditions import Claim
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase, StageFailure
+
+_END_CHARS: Final = 100
 
 
 def said(
@@ -55,7 +58,11 @@ def no_backpressure(status: IngestRunStatus) -> list[Claim]:
 
 
 def sentence(failure: StageFailure) -> str:
-    return f"batch {failure.batch}, {failure.stage}, attempt {failure.attempt + 1}: {failure.reason}: {failure.message}"
+    """One failed attempt; too long for a condition it is cut in the middle, since what comes of it is said last."""
+    text = f"batch {failure.batch}, {failure.stage}, attempt {failure.attempt + 1}: {failure.reason}: {failure.message}"
+    if len(text) <= c.MESSAGE_CHARS:
+        return text
+    return text[: c.MESSAGE_CHARS - _END_CHARS - 1] + "…" + text[-_END_CHARS:]
 
 
 def counted(number: int, one: str, many: str) -> str:

@@ -7,22 +7,33 @@ answer with HTML or nothing; then the HTTP status alone decides.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from ingestrun.kube.errors import (
     AlreadyExists,
     Conflict,
+    Denied,
     Forbidden,
     Invalid,
     KubeError,
+    NamespaceTerminating,
     NotFound,
     QuotaExceeded,
     Unavailable,
     Unknown,
+    WebhookUnavailable,
 )
 
 READS = frozenset({"GET", "HEAD"})
+
+_DENIED: Final = re.compile(
+    r"ValidatingAdmissionPolicy '.*denied request|^admission webhook \".*denied the request", re.S
+)
+"""How the API server begins what an admission policy or a webhook says; a policy's own status is 422 unless it names a
+reason, a webhook's is 403 unless it names a code."""
+_WEBHOOK: Final = re.compile(r"failed calling webhook \"|^admission webhook \".*denied the request", re.S)
 
 
 def error_for(status: int, body: bytes, *, method: str) -> KubeError:
@@ -41,6 +52,8 @@ def error_for(status: int, body: bytes, *, method: str) -> KubeError:
 
 
 def _kind(status: int, reason: str, said: str, causes: frozenset[str], method: str) -> type[KubeError]:
+    if _DENIED.search(said) and 400 <= status < 500 and status != 429:
+        return Denied
     if status == 404:
         return NotFound
     if status == 409:
@@ -50,17 +63,18 @@ def _kind(status: int, reason: str, said: str, causes: frozenset[str], method: s
         return Unavailable if method == "POST" else Conflict
     if status == 403:
         if "NamespaceTerminating" in causes:
-            return NotFound
+            return NamespaceTerminating
         return QuotaExceeded if "exceeded quota" in said else Forbidden
     if status == 401:
         return Forbidden
     if status in (400, 422):
-        # A ValidatingAdmissionPolicy denies with 422 unless it names a reason: a refusal, not a bad object.
-        denied = "ValidatingAdmissionPolicy" in said and "denied request" in said
-        return Forbidden if denied else Invalid
+        return Invalid
     if status == 429:
         return Unavailable
     if status >= 500:
+        # Admission comes before storage: an object that a webhook has kept from passing is not stored.
+        if method not in READS and _WEBHOOK.search(said):
+            return WebhookUnavailable
         return Unavailable if method in READS else Unknown
     if status == 410 and method in READS:
         return Expired

@@ -11,6 +11,10 @@ class NotFound(KubeError):
     """404: the object, or its namespace, does not exist."""
 
 
+class NamespaceTerminating(NotFound):
+    """403 on a create: its namespace is being deleted."""
+
+
 class Conflict(KubeError):
     """409: the object has changed since the resourceVersion that the write carried. Read again, decide again."""
 
@@ -24,7 +28,11 @@ class QuotaExceeded(KubeError):
 
 
 class Forbidden(KubeError):
-    """403 by RBAC or an admission policy, or 401."""
+    """403 by RBAC, or 401: we lack a right, or a plug-in of the server's refuses."""
+
+
+class Denied(Forbidden):
+    """An admission policy or webhook has said no to the object (403 mostly, else whatever 4xx it chose)."""
 
 
 class Invalid(KubeError):
@@ -33,6 +41,10 @@ class Invalid(KubeError):
 
 class Unavailable(KubeError):
     """Nothing was done: the request was not sent, or was refused for now (429), or it was a read that failed."""
+
+
+class WebhookUnavailable(Unavailable):
+    """5xx to a write, for an admission webhook that could not be called or that failed. Nothing was stored."""
 
 
 class Unknown(KubeError):

@@ -194,6 +194,16 @@ class JobRetention(KubeModel):
     seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
 
 
+class OutOfMemory(KubeModel):
+    """What comes of a stage that is killed for memory: tried again with twice the limit, up to `maxMemory`.
+
+    `retries` 0: such an attempt is not tried again at all; then `maxMemory` is unset.
+    """
+
+    retries: Annotated[int, Field(ge=0, le=10)] = 3
+    max_memory: str | int | None = None
+
+
 class CancellationPolicy(StrEnum):
     """What becomes of pods that have started when their run is cancelled."""
 
@@ -233,6 +243,7 @@ class IngestRunSpec(KubeModel):
     parallelism: Annotated[int, Field(ge=1, le=MAX_PARALLELISM)] = 4
     retries: Annotated[int, Field(ge=0, le=100)] = 3
     backoff: Backoff = Backoff()
+    out_of_memory: OutOfMemory | None = None
     on_batch_failure: OnBatchFailure = OnBatchFailure.FAIL_RUN
     max_failed_batches: Annotated[int, Field(ge=1, le=MAX_FAILED_BATCHES)] | None = None
     backpressure: Backpressure = Backpressure()

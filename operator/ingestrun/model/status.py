@@ -91,6 +91,8 @@ class StageFailure(KubeModel):
     reason: str
     message: str
     time: Time
+    log: str | None = None
+    """The last lines of the container's log, for the newest failures."""
 
     @property
     def key(self) -> tuple[int, str, int]:
@@ -106,6 +108,14 @@ class ImagePin(KubeModel):
     steps: Ranges
     image: str | None = None
     digest: str | None = None
+
+
+class RetryCount(KubeModel):
+    """How often a stage was tried again for one reason, in all batches that are published or given up."""
+
+    stage: str
+    reason: str
+    count: Count
 
 
 class ChildrenStatus(KubeModel):
@@ -155,6 +165,7 @@ class IngestRunStatus(KubeModel):
     cursor: str | None = None
     failures: list[StageFailure] = []
     images: list[ImagePin] = []
+    retries: list[RetryCount] = []
     start_time: Time | None = None
     completion_time: Time | None = None
     last_progress_time: Time | None = None

@@ -102,7 +102,9 @@ async def test_failed_stage_is_retried_after_its_backoff_and_told(world: World) 
         (1, "hook check", 0, "Error")
     ]
     notes = [event["note"] for event in world.cluster.events() if event["reason"] == "StageFailed"]
-    assert notes == ["batch 1, hook check, attempt 1: Error: exit code 1: disk on fire"]
+    assert notes == ["batch 1, hook check, attempt 1: Error: exit code 1: disk on fire; retry 1 of 1 in 8 s"]
+    assert world.status["failures"][0]["log"] == "disk on fire"
+    assert world.status["retries"] == [{"stage": "hook check", "reason": "Error", "count": 1}]
 
 
 async def test_retry_waits_for_its_time(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestrun.engine.facts import JobFacts, JobState, JobView, PodFacts
-from ingestrun.engine.failure import Failure, judge, retry_delay
+from ingestrun.engine.failure import Failure, judge
+from ingestrun.engine.retrying import retry_delay
+from ingestrun.engine.verdicts import TABLE, Budget, Rule, Verdict, rule_of
 from ingestrun.model.contract import StageResult
 from ingestrun.model.spec import Backoff
 
+DOCS = Path(__file__).parents[3] / "docs" / "failures.md"
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
 DONE = '{"v":"v1","outcome":"done","read":3,"written":2,"rejected":1}'
 
@@ -59,41 +63,138 @@ def test_only_exit_0_with_a_valid_done_is_a_success() -> None:
     assert (verdict.read, verdict.written, verdict.rejected) == (3, 2, 1)
 
 
+RETRY = Rule(Verdict.RETRY, Budget.RETRIES)
+FREE = Rule(Verdict.RETRY, Budget.DISRUPTIONS)
+MEMORY = Rule(Verdict.RETRY_WITH_MORE_MEMORY, Budget.MEMORY)
+FAIL_BATCH = Rule(Verdict.FAIL_BATCH)
+
+
+def ended(**facts: Any) -> JobView:
+    """A failed Job whose pod is like this."""
+    return job(JobState.FAILED, reason="BackoffLimitExceeded", pod=pod(**{"exit_code": 1, "reason": "Error", **facts}))
+
+
+def done(message: str | None) -> JobView:
+    """A complete Job whose container left this."""
+    return job(JobState.SUCCEEDED, pod=pod(message=message))
+
+
+STOPPED = '{"v":"v1","outcome":"cancelled","message":"after 3 rows"}'
+LOW = "The node was low on resource: memory."
+TMP = 'Usage of EmptyDir volume "tmp" exceeds the limit "1Gi".'
+
+
 @pytest.mark.parametrize(
-    ("ended", "reason", "permanent", "words"),
+    ("facts", "reason", "rule", "words"),
     [
-        (job(JobState.SUCCEEDED, pod=None), "ResultMissing", False, "its pod and with it the result is gone"),
-        (job(JobState.SUCCEEDED, pod=pod(ended=False)), "ResultMissing", False, "gone"),
-        (job(JobState.SUCCEEDED, pod=pod(message=None)), "ResultInvalid", False, "left no result"),
-        (job(JobState.SUCCEEDED, pod=pod(message="x" * 1025)), "ResultInvalid", False, "1025 bytes"),
-        (job(JobState.SUCCEEDED, pod=pod(message="{")), "ResultInvalid", False, "not valid under contract v1"),
-        (job(JobState.SUCCEEDED, pod=pod(message='{"v":"v9","outcome":"done"}')), "ResultInvalid", False, "v:"),
-        (job(JobState.SUCCEEDED, pod=pod(message='{"v":"v1","outcome":"failed"}')), "ResultInvalid", False, "'failed'"),
+        # what the container left
+        (job(JobState.SUCCEEDED, pod=None), "ResultMissing", RETRY, "its pod and with it the result is gone"),
+        (job(JobState.SUCCEEDED, pod=pod(ended=False)), "ResultMissing", RETRY, "gone"),
+        (done(None), "ResultInvalid", RETRY, "left no result"),
+        (done(" \n"), "ResultInvalid", RETRY, "left no result"),
+        (done("x" * 1025), "ResultInvalid", RETRY, "1025 bytes"),
+        (done("x" * 4096), "ResultInvalid", RETRY, "4096 bytes, at most 1024"),
+        (done("{"), "ResultInvalid", RETRY, "not valid under contract v1"),
+        (done("[1, 2]"), "ResultInvalid", RETRY, "not valid under contract v1"),
+        (done("<html>502 Bad Gateway</html>"), "ResultInvalid", RETRY, "not valid under contract v1"),
+        (done('{"v":"v9","outcome":"done"}'), "ResultInvalid", RETRY, "v:"),
+        (done('{"outcome":"done"}'), "ResultInvalid", RETRY, "v:"),
+        (done('{"v":"v1","outcome":"perhaps"}'), "ResultInvalid", RETRY, "outcome:"),
+        (done('{"v":"v1","outcome":"done","read":-1}'), "ResultInvalid", RETRY, "read:"),
+        (done('{"v":"v1","outcome":"done","read":"9"}'), "ResultInvalid", RETRY, "read:"),
+        (done('{"v":"v1","outcome":"done","nextCursor":"a\\u0000b"}'), "ResultInvalid", RETRY, "nextCursor:"),
+        (done('{"v":"v1","outcome":"failed"}'), "ResultInvalid", RETRY, "'failed'"),
+        (done(STOPPED), "WorkerCancelled", RETRY, "a cancel that this run does not have: after 3 rows"),
+        # what the container did
+        (ended(), "Error", RETRY, "exit code 1"),
+        (ended(exit_code=255, reason=None), "Error", RETRY, "exit code 255"),
+        (ended(message='{"v":"v1","outcome":"failed","message":"404"}'), "Error", RETRY, "exit code 1: 404"),
+        (ended(message="Traceback\n  x.py\nValueError: 7\n\n"), "Error", RETRY, "exit code 1: ValueError: 7"),
+        (ended(exit_code=65), "PermanentError", FAIL_BATCH, "exit code 65"),
+        (ended(exit_code=65, disruption="PreemptionByScheduler"), "PermanentError", FAIL_BATCH, "exit code 65"),
+        (ended(exit_code=137, reason="OOMKilled"), "OOMKilled", MEMORY, "memory"),
+        (ended(exit_code=128, reason="StartError", message="no such file"), "StartError", RETRY, "no such file"),
+        (ended(exit_code=137), "Error", RETRY, "exit code 137"),
+        (job(JobState.FAILED, reason="DeadlineExceeded", pod=None), "DeadlineExceeded", RETRY, "ran longer"),
         (
-            job(JobState.SUCCEEDED, pod=pod(message='{"v":"v1","outcome":"cancelled","message":"after 3 rows"}')),
-            "WorkerCancelled",
-            False,
-            "a cancel that this run does not have: after 3 rows",
+            job(JobState.FAILED, reason="DeadlineExceeded", pod=pod(exit_code=143, deleting_until=NOW)),
+            "DeadlineExceeded",
+            RETRY,
+            "ran longer than its activeDeadlineSeconds",
         ),
-        (job(JobState.FAILED, pod=pod(exit_code=1, reason="Error")), "Error", False, "exit code 1"),
         (
-            job(JobState.FAILED, pod=pod(exit_code=1, message='{"v":"v1","outcome":"failed","message":"404"}')),
-            "Error",
-            False,
-            "exit code 1: 404",
+            job(JobState.FAILED, reason="DeadlineExceeded", pod=pod(started=False, ended=False, exit_code=None)),
+            "DeadlineExceeded",
+            RETRY,
+            "had not started at the end of its activeDeadlineSeconds",
         ),
-        (job(JobState.FAILED, pod=pod(exit_code=65, reason="Error")), "PermanentError", True, "exit code 65"),
-        (job(JobState.FAILED, pod=pod(exit_code=137, reason="OOMKilled")), "OOMKilled", False, "memory"),
-        (job(JobState.FAILED, reason="DeadlineExceeded", pod=None), "DeadlineExceeded", False, "activeDeadline"),
-        (job(JobState.FAILED, pod=pod(exit_code=None, reason="Evicted", message="low")), "Evicted", False, "low"),
-        (job(JobState.FAILED, reason="BackoffLimitExceeded", pod=None), "BackoffLimitExceeded", False, "exit code"),
+        # what was done to the pod
+        (ended(exit_code=137, pod_reason="Evicted", pod_message=TMP), "StorageExceeded", RETRY, TMP),
+        (
+            ended(exit_code=137, pod_reason="Evicted", pod_message=LOW, disruption="TerminationByKubelet"),
+            "Evicted",
+            FREE,
+            LOW,
+        ),
+        (ended(exit_code=143, disruption="EvictionByEvictionAPI"), "Evicted", FREE, "EvictionByEvictionAPI"),
+        (ended(exit_code=143, disruption="PreemptionByScheduler"), "Preempted", FREE, "PreemptionByScheduler"),
+        (ended(exit_code=None, disruption="DeletionByTaintManager"), "NodeLost", FREE, "DeletionByTaintManager"),
+        (ended(exit_code=None, disruption="DeletionByPodGC"), "NodeLost", FREE, "DeletionByPodGC"),
+        (ended(exit_code=None, reason="NodeLost", pod_reason="NodeLost"), "NodeLost", FREE, "lost the pod"),
+        (ended(exit_code=137, reason="ContainerStatusUnknown"), "NodeLost", FREE, "lost the pod"),
+        (ended(exit_code=143, disruption="ByAliens"), "Disrupted", FREE, "ByAliens"),
+        (ended(exit_code=None, reason="OutOfcpu", pod_reason="OutOfcpu"), "NodeRefused", FREE, "OutOfcpu"),
+        (ended(exit_code=None, reason="NodeAffinity", pod_reason="NodeAffinity"), "NodeRefused", FREE, "NodeAffinity"),
+        (ended(exit_code=143, deleting_until=NOW), "PodDeleted", FREE, "somebody deleted the pod"),
+        (ended(exit_code=1, deleting_until=NOW), "Error", RETRY, "exit code 1"),
+        (ended(exit_code=None, reason=None), "PodLost", FREE, "without an exit code"),
+        (job(JobState.FAILED, reason="BackoffLimitExceeded", pod=None), "PodLost", FREE, "gone"),
+        # what nobody has heard of yet
+        (ended(exit_code=7, reason="ContainerOnFire"), "ContainerOnFire", RETRY, "exit code 7"),
     ],
 )
-def test_verdicts(ended: JobView, reason: str, permanent: bool, words: str) -> None:
-    verdict = judge(ended)
+def test_verdicts(facts: JobView, reason: str, rule: Rule, words: str) -> None:
+    verdict = judge(facts)
     assert isinstance(verdict, Failure)
-    assert (verdict.reason, verdict.permanent) == (reason, permanent)
+    assert (verdict.reason, rule_of(verdict.reason)) == (reason, rule)
     assert words in verdict.message
+
+
+def test_what_the_api_server_refuses() -> None:
+    held = {reason for reason, rule in TABLE.items() if rule.verdict is Verdict.HOLD}
+    failed = {reason for reason, rule in TABLE.items() if rule.verdict is Verdict.FAIL_RUN}
+    assert held == {"Forbidden", "NamespaceTerminating", "WebhookUnavailable", "QuotaExceeded"}
+    assert failed == {"JobRefused", "AdmissionDenied", "NameTaken"}
+
+
+def test_the_table_for_users_is_this_one() -> None:
+    """docs/failures.md: each reason in a row of its own, with the verdict and the budget."""
+    rows = {}
+    for line in DOCS.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `") and len(cells) == 4:
+            rows[cells[0].strip("`")] = (cells[2], cells[3])
+    shown = {
+        reason: (rule.verdict.value, f"`{rule.budget.value}`" if rule.budget and rule.budget.value != "disruptions"
+                 else rule.budget.value if rule.budget else "")
+        for reason, rule in TABLE.items()
+    }  # fmt: skip
+    assert rows == shown
+
+
+def test_a_log_is_told_apart_from_a_result() -> None:
+    crashed = judge(ended(message="\x1b[31mone\ttwo\x1b[0m\r\nthree\x00\n"))
+    assert isinstance(crashed, Failure)
+    assert crashed.log == "one two\nthree"
+    spoken = judge(ended(message='{"v":"v1","outcome":"failed","message":"a\\u001b[31mb\\nc"}'))
+    assert isinstance(spoken, Failure)
+    assert (spoken.log, spoken.message) == (None, "exit code 1: ab c")
+    killed = judge(ended(exit_code=137, reason="OOMKilled", message="row 7\nrow 8"))
+    assert isinstance(killed, Failure)
+    assert killed.log == "row 7\nrow 8"
+    garbage = judge(done("row 9"))
+    assert isinstance(garbage, Failure)
+    assert garbage.log is None, "exit code 0: the kubelet leaves no log then"
 
 
 def test_long_last_words_keep_their_end() -> None:

@@ -86,6 +86,14 @@ FENCE = status_body(
     "jobs.batch \"j\" is forbidden: ValidatingAdmissionPolicy 'fence' with binding 'fence' denied request: run geo "
     "is Cancelled",
 )
+WEBHOOK = 'admission webhook "names.example.com" denied the request: call it geo-*'
+WEBHOOK_DOWN = status_body(
+    500,
+    "InternalError",
+    'Internal error occurred: failed calling webhook "names.example.com": failed to call webhook: Post '
+    '"https://names.default.svc:443/?timeout=10s": dial tcp 10.96.7.7:443: connect: connection refused',
+)
+LIMITS = status_body(403, "Forbidden", 'jobs.batch "j" is forbidden: no value is given for "team"')
 RULE = status_body(422, "Invalid", 'IngestRun.ingestrun.dev "geo" is invalid: spec.cancel: Invalid value: ...')
 STRICT = status_body(400, "BadRequest", 'strict decoding error: unknown field "spec.wrong"')
 NO_NAMESPACE = status_body(404, "NotFound", 'namespaces "default" not found')
@@ -109,11 +117,18 @@ QUOTA_RACE = status_body(409, "Conflict", 'Operation cannot be fulfilled on reso
         (get_run, 200, "<html>a captive portal</html>", errors.Unavailable),
         (list_jobs, 410, status_body(410, "Expired", "The provided continue parameter is too old"), errors.Unavailable),
         (create_job, 404, NO_NAMESPACE, errors.NotFound),
-        (create_job, 403, TERMINATING, errors.NotFound),
+        (create_job, 403, TERMINATING, errors.NamespaceTerminating),
         (create_job, 403, QUOTA, errors.QuotaExceeded),
         (create_job, 403, RBAC, errors.Forbidden),
         (create_job, 403, status_body(403, "Forbidden", "failed quota: q: must specify cpu"), errors.Forbidden),
-        (create_job, 422, FENCE, errors.Forbidden),
+        (create_job, 422, FENCE, errors.Denied),
+        (create_job, 403, status_body(403, "Forbidden", WEBHOOK), errors.Denied),
+        (create_job, 400, status_body(400, "BadRequest", WEBHOOK), errors.Denied),
+        (create_job, 404, status_body(404, "NotFound", WEBHOOK), errors.Denied),
+        (create_job, 429, status_body(429, "TooManyRequests", WEBHOOK), errors.Unavailable),
+        (create_job, 500, status_body(500, "InternalError", WEBHOOK), errors.WebhookUnavailable),
+        (create_job, 500, WEBHOOK_DOWN, errors.WebhookUnavailable),
+        (create_job, 403, LIMITS, errors.Forbidden),
         (create_job, 422, RULE, errors.Invalid),
         (create_job, 400, STRICT, errors.Invalid),
         (create_job, 409, EXISTS, errors.AlreadyExists),

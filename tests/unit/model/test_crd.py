@@ -53,6 +53,8 @@ CRD_ALONE: Final[tuple[tuple[str, str], ...]] = (
     # What Kubernetes would refuse later, in the Job, is better refused at once.
     ("*.resources.*.*", "maxLength"),
     ("*.resources.*.*", "pattern"),
+    ("spec.outOfMemory.maxMemory", "maxLength"),
+    ("spec.outOfMemory.maxMemory", "pattern"),
     ("*.authorization.name", "pattern"),
     ("*.authorization.key", "pattern"),
     ("*.secretKeyRef.name", "pattern"),

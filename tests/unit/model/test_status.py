@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ingestrun.engine.history import counted_retries
+from ingestrun.engine.lastwords import LOG_BYTES
 from ingestrun.model.base import KubeModel
 from ingestrun.model.contract import CURSOR_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
@@ -200,9 +202,19 @@ def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) 
         cursor="c" * CURSOR_MAX_CHARS,
         failures=[
             StageFailure(
-                batch=batches, stage=f"hook {'h' * 63}", attempt=100, reason="R" * 32, message="m" * 256, time=NOW
+                batch=batches,
+                stage=f"hook {'h' * 63}",
+                attempt=100,
+                reason="R" * 32,
+                message="m" * 256,
+                time=NOW,
+                log="l" * LOG_BYTES if n >= 3 else None,
             )
-            for _ in range(5)
+            for n in range(5)
+        ],
+        retries=[
+            entry.model_copy(update={"count": 10**9})
+            for entry in counted_retries([], [("fetch", f"R{n}") for n in range(99)])
         ],
         images=[
             ImagePin(
