@@ -24,12 +24,15 @@ from typing import Any, Final
 import structlog
 
 from ingestrun.control.events import event_body
+from ingestrun.control.podless import Podless
 from ingestrun.control.store import Store, parents_of
 from ingestrun.engine.announce import Announcement, announcements, skipped
+from ingestrun.engine.capacity import remembered
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
-from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest
+from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest, job_name
 from ingestrun.engine.plan import plan
+from ingestrun.engine.steps import ON_CANCEL_STEP
 from ingestrun.kube.errors import (
     AlreadyExists,
     Conflict,
@@ -38,6 +41,7 @@ from ingestrun.kube.errors import (
     KubeError,
     NotFound,
     QuotaExceeded,
+    Unknown,
 )
 from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model import names
@@ -80,6 +84,7 @@ class Reconciler:
     ) -> None:
         self._cluster = cluster
         self._store = store
+        self._podless = Podless(cluster, store.usage)
         self._worker = worker
         self._instance = instance
         self._check = check
@@ -109,7 +114,13 @@ class Reconciler:
                 return None
             if self._store.closed(run.metadata.uid) and run.metadata.generation == run.status.observed_generation:
                 return None
-            outcome = await self._round(key, run, trigger)
+            try:
+                outcome = await self._round(key, run, trigger)
+            except KubeError:
+                self._store.usage.stand_back(run.metadata.uid)
+                raise
+            finally:
+                self._store.usage.release(run.metadata.uid)
             if not isinstance(outcome, _Again):
                 return outcome
         raise KubeError(f"the run changed {MAX_ROUNDS} times under one pass")
@@ -135,7 +146,11 @@ class Reconciler:
                 return wait.total_seconds()
         if ended or not primed:
             live = await self._list_live(run)
+            if not ended and not primed and (refusal := remembered(run, now=self._clock())) is not None:
+                self._refusals.setdefault(uid, refusal)
         jobs, unclear = await self._judgeable(run, self._store.views(uid))
+        if not ended:
+            jobs = await self._podless.explained(key, run, jobs, now=self._clock())
         planned = plan(
             run,
             jobs,
@@ -144,7 +159,11 @@ class Reconciler:
             live=live if ended else None,
             parent=await self._cancelled_parent(key, ask=not primed),
             children=self._children(key) if ended else (),
+            # The last to be asked for: nothing is awaited between the snapshot and the reservation of what it grants.
+            capacity=self._store.usage.snapshot(uid, key.namespace, now=self._clock()),
         )
+        stages = [create for create in planned.creates if create.start.step.index != ON_CANCEL_STEP]
+        self._store.usage.reserve(key, uid, [job_name(run, create) for create in stages], asks=planned.asks)
         if planned.fenced is not None and await self._fence(key, run, wanted=planned.fenced):
             return _Again()
         if ended:
@@ -312,7 +331,8 @@ class Reconciler:
                     )
                     return False
         except QuotaExceeded as error:
-            self._refuse(run, "QuotaExceeded", str(error))
+            until = self._refuse(run, "QuotaExceeded", _without_name(str(error), name))
+            self._store.usage.refused(key.namespace, self._refusals[uid].message, until=until)
             return False
         except Forbidden as error:
             self._refuse(run, "Forbidden", str(error))
@@ -320,11 +340,16 @@ class Reconciler:
         except Invalid as error:
             self._refuse(run, "JobRefused", f"batch {start.batch}, {start.step.label}: {error}", permanent=True)
             return False
+        except Unknown:
+            self._store.usage.doubt(uid, name)
+            self._store.distrust(uid)
+            raise
         except NotFound:
             # The namespace is being deleted, or the adopted Job went meanwhile: look again from the start.
             self._must_read.add(key)
             raise
         self._store.saw_job(read_job(job))
+        self._store.usage.admitted(key.namespace)
         logger.info(
             "job created", run=run.metadata.name, namespace=run.metadata.namespace, uid=uid, batch=start.batch,
             stage=start.step.label, attempt=start.attempt, job=name,
@@ -332,15 +357,14 @@ class Reconciler:
         # The first Job after a refusal: there is room again, and the plan may be a larger one.
         return self._refusals.pop(uid, None) is None
 
-    def _refuse(self, run: IngestRun, reason: str, message: str, *, permanent: bool = False) -> None:
-        """Remember that the server would not take a Job; the next round says so in the status."""
+    def _refuse(self, run: IngestRun, reason: str, message: str, *, permanent: bool = False) -> datetime:
+        """Remember that the server would not take a Job; the next round says so. Returns when to ask again."""
         wait = run.spec.backpressure.retry_seconds * random.uniform(0.9, 1.1)  # noqa: S311  (jitter, no secret)
+        retry_at = self._clock() + timedelta(seconds=wait)
         self._refusals[run.metadata.uid] = Refusal(
-            reason=reason,
-            message=message,
-            retry_at=self._clock() + timedelta(seconds=wait),
-            permanent=permanent,
+            reason=reason, message=message, retry_at=retry_at, permanent=permanent
         )
+        return retry_at
 
     async def _delete_all(self, run: IngestRun, planned: Plan) -> None:
         meta = run.metadata
@@ -360,6 +384,13 @@ class Reconciler:
             await self._cluster.delete_jobs(namespace=meta.namespace, selector=selector)
             for spent in self._store.views(meta.uid):
                 if names.block_of(spent.job.batch) in planned.delete_blocks:
+                    self._store.lost_job(run_uid=meta.uid, job_uid=spent.job.uid)
+        elif planned.delete_batches:
+            batches = ",".join(str(batch) for batch in planned.delete_batches)
+            selector = f"{names.LABEL_RUN_UID}={meta.uid},{names.LABEL_BATCH} in ({batches})"
+            await self._cluster.delete_jobs(namespace=meta.namespace, selector=selector)
+            for spent in self._store.views(meta.uid):
+                if spent.job.batch in planned.delete_batches:
                     self._store.lost_job(run_uid=meta.uid, job_uid=spent.job.uid)
 
     async def _delete(self, run: IngestRun, delete: Delete) -> None:
@@ -445,6 +476,11 @@ class Reconciler:
             f"ingest run {phase.value.lower()}", run=key.name, namespace=key.namespace, uid=run.metadata.uid,
             why=said.message if said else "", published=run.status.records.published,
         )  # fmt: skip
+
+
+def _without_name(message: str, name: str) -> str:
+    """The server's sentence without the Job's name in it: the same for each Job, so that a status need not change."""
+    return message.replace(f'"{name}" ', "")
 
 
 def _json(status: IngestRunStatus) -> dict[str, Any]:

@@ -93,9 +93,13 @@ class Plan:
     kills: tuple[Kill, ...] = ()
     deletes: tuple[Delete, ...] = ()
     delete_blocks: tuple[int, ...] = ()
+    delete_batches: tuple[int, ...] = ()
+    """Batches whose Jobs go at once, though their block is not spent: a quota on Jobs is used up."""
     delete_all: bool = False
     """Delete every Job of the run by one call: of a terminated one, once it is quiet."""
     skips: tuple[Skip, ...] = ()
+    asks: int = 0
+    """How many Jobs more would be started now if the operator's caps, or a quota, let them be."""
     fenced: bool | None = None
     """Whether the run has to carry the label that the fence selects by; None: as it is."""
     tell: tuple[Announcement, ...] = ()

@@ -23,6 +23,8 @@ from ingestrun.model.status import BatchesStatus, IngestRunStatus, Phase
 DRAIN_RECHECK: Final = timedelta(seconds=15)
 SWEEP_AFTER: Final = timedelta(seconds=60)
 """When an ended run's Jobs are listed once more: longer than any request that was under way can take to land."""
+SPENT_BATCHES: Final = 100
+"""How many batches one call deletes the Jobs of: the selector is part of the URL."""
 
 
 def end_of(
@@ -127,3 +129,18 @@ def spent_blocks(stored: BatchesStatus, jobs: Sequence[JobView]) -> tuple[int, .
         for block in sorted(seen)
         if not IndexRanges.span(block * BLOCK_BATCHES, (block + 1) * BLOCK_BATCHES - 1) - stored.published
     )
+
+
+def spent_batches(stored: BatchesStatus, jobs: Sequence[JobView]) -> tuple[int, ...]:
+    """The batches with Jobs left that are published, as the stored status has it; as many as one call may name."""
+    seen = {job.job.batch for job in jobs if job.state.finished and not job.job.deleting}
+    return tuple(sorted(batch for batch in seen if batch in stored.published))[:SPENT_BATCHES]
+
+
+def out_of_patience(
+    run: IngestRun, status: IngestRunStatus, reason: str, message: str, *, now: datetime
+) -> IngestRunStatus:
+    """The status of a run that there has been no room for, longer than it was to wait."""
+    seconds = run.spec.backpressure.timeout_seconds
+    text = f"no room for {seconds} s (backpressure.timeoutSeconds): {reason}: {message}"
+    return _failed(run, status, "BackpressureTimeout", text, now=now)
