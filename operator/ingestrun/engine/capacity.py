@@ -18,6 +18,9 @@ from ingestrun.model.run import IngestRun
 NOT_COUNTED_YET: Final = ""
 """The reason while the Jobs that an earlier process has left are counted: a moment, not worth a condition."""
 
+DELETED_AT_ONCE: Final = 100
+"""How many batches one call deletes the Jobs of: the selector is part of the URL."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
@@ -69,6 +72,29 @@ def held_back(
         admits=grant.number,
         asks=wants - grant.number,
     )
+
+
+def made_room(
+    run: IngestRun, jobs: Sequence[JobView], flight: Sequence[Batch], capacity: Capacity | None, *, waits: bool
+) -> tuple[int, ...]:
+    """The batches whose Jobs are to go because a quota on Jobs, which counts finished ones too, is used up.
+
+    Those of published batches, as the stored status has it, are of no use any more. Where that is not enough and
+    nothing of ours runs in the namespace, batches that each hold Jobs and wait for one more would wait for ever:
+    then the newest partition in flight gives its Jobs back, and begins anew later, from its fetch. A chain can't do
+    that, as its cursor has moved on.
+    """
+    quota = capacity.quota if capacity is not None else None
+    if capacity is None or quota is None:
+        return ()
+    seen = {job.job.batch for job in jobs if job.state.finished and not job.job.deleting}
+    spent = sorted(batch for batch in seen if batch in run.status.batches.published)[:DELETED_AT_ONCE]
+    namespace = capacity.run.namespace
+    if spent or not waits or quota.free or capacity.in_namespace.get(namespace) or run.spec.batches.cursor is not None:
+        return tuple(spent)
+    holding = [batch.index for batch in flight if batch.index in seen]
+    first = all(capacity.run.uid < other.uid for other in capacity.others if other.namespace == namespace)
+    return tuple(holding[1 if first else 0 :][-1:])
 
 
 def retry_pause(run: IngestRun) -> timedelta:

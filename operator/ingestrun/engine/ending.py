@@ -23,8 +23,6 @@ from ingestrun.model.status import BatchesStatus, IngestRunStatus, Phase
 DRAIN_RECHECK: Final = timedelta(seconds=15)
 SWEEP_AFTER: Final = timedelta(seconds=60)
 """When an ended run's Jobs are listed once more: longer than any request that was under way can take to land."""
-SPENT_BATCHES: Final = 100
-"""How many batches one call deletes the Jobs of: the selector is part of the URL."""
 
 
 def end_of(
@@ -129,12 +127,6 @@ def spent_blocks(stored: BatchesStatus, jobs: Sequence[JobView]) -> tuple[int, .
         for block in sorted(seen)
         if not IndexRanges.span(block * BLOCK_BATCHES, (block + 1) * BLOCK_BATCHES - 1) - stored.published
     )
-
-
-def spent_batches(stored: BatchesStatus, jobs: Sequence[JobView]) -> tuple[int, ...]:
-    """The batches with Jobs left that are published, as the stored status has it; as many as one call may name."""
-    seen = {job.job.batch for job in jobs if job.state.finished and not job.job.deleting}
-    return tuple(sorted(batch for batch in seen if batch in stored.published))[:SPENT_BATCHES]
 
 
 def out_of_patience(

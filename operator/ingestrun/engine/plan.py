@@ -14,10 +14,10 @@ from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import accounted, assess_all, claimable, cursor_of, fetch_limit, in_flight, with_
 from ingestrun.engine.batches import NO_ROOM, START_GRACE, Batch, Start
 from ingestrun.engine.cancelling import cancel
-from ingestrun.engine.capacity import NOT_COUNTED_YET, gives_up_at, held_back
+from ingestrun.engine.capacity import NOT_COUNTED_YET, gives_up_at, held_back, made_room
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
-from ingestrun.engine.ending import deadline_of, end_of, out_of_patience, spent_batches, spent_blocks
+from ingestrun.engine.ending import deadline_of, end_of, out_of_patience, spent_blocks
 from ingestrun.engine.facts import NO_POD_RELOOK, QUEUED_AFTER, JobView
 from ingestrun.engine.fairness import Capacity
 from ingestrun.engine.saying import activity, said
@@ -136,7 +136,7 @@ def advance(
             if not job.state.finished and not job.job.deleting and job.job.batch in status.batches.failed
         ),
         delete_blocks=spent_blocks(old.batches, jobs),
-        delete_batches=spent_batches(old.batches, jobs) if refusal and refusal.reason == "QuotaExceeded" else (),
+        delete_batches=made_room(run, jobs, flight, capacity, waits=bool(held and held.asks)),
         asks=held.asks if held is not None else 0,
         requeue_at=min(due, default=None),
     )
