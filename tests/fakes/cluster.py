@@ -166,6 +166,16 @@ class FakeCluster(Cluster):
         selector = f"{self._run_uid_label}={run_uid}"
         return await self._call("list", "jobs", namespace, "", None, lambda: self._select("Job", namespace, selector))
 
+    async def list_all_jobs(self) -> Sequence[Object]:
+        return await self._call("list", "jobs", "", "", None, lambda: self._select("Job", None, self._run_uid_label))
+
+    async def list_failed_creates(self, *, namespace: str) -> Sequence[Object]:
+        def commit() -> Sequence[Object]:
+            events = self._select("Event", namespace)
+            return [e for e in events if e["reason"] == "FailedCreate" and e["regarding"]["kind"] == "Job"]
+
+        return await self._call("list", "events", namespace, "", None, commit)
+
     async def list_pods(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
         selector = f"{self._run_uid_label}={run_uid}"
         return await self._call("list", "pods", namespace, "", None, lambda: self._select("Pod", namespace, selector))
@@ -447,6 +457,45 @@ class FakeCluster(Cluster):
         self._store("Pod", pod, "ADDED")
         self._set_job_status(owner, {**owner["status"], **shapes.active_status(self._since(owner))})
         return str(pod["metadata"]["name"])
+
+    def refuse_pod(self, job: str, namespace: str = "default", *, message: str) -> None:
+        """The Job controller tried to create the Job's pod, was refused, and says so in an Event of its own."""
+        owner = self._find("Job", namespace, job)
+        status = {**owner["status"], "startTime": self._since(owner), "active": 0, "ready": 0}
+        self._set_job_status(owner, status)
+        name = f"{job}.{next(self._ids):x}"
+        event: Json = {
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": {"name": name, "namespace": namespace, "uid": self._uid(), "creationTimestamp": self._time()},
+            "type": "Warning",
+            "reason": "FailedCreate",
+            "note": f"Error creating: {message}",
+            "regarding": {"kind": "Job", "name": job, "namespace": namespace, "uid": owner["metadata"]["uid"]},
+            "deprecatedLastTimestamp": self._time(),
+        }
+        self._store("Event", event, "ADDED")
+
+    def suspend_job(self, job: str, namespace: str = "default") -> None:
+        """Kueue takes the admission back: the Job is suspended, and the Job controller deletes its pod."""
+        owner = self._find("Job", namespace, job)
+        pod = self._pod_of(job, namespace)
+        status = {name: value for name, value in owner["status"].items() if name not in ("startTime", "active")}
+        self._store("Job", {**owner, "spec": {**owner["spec"], "suspend": True}, "status": status}, "MODIFIED")
+        if pod is not None and pod["status"]["phase"] == "Running":
+            ended = shapes.ended_status(
+                pod, self._time(), exit_code=143, reason="Error", pod_reason=None, result="SIGTERM"
+            )
+            self._set_pod_status(pod, ended)
+            pod = self._pod_of(job, namespace)
+        if pod is not None:
+            self._remove("Pod", pod)
+
+    def resume_job(self, job: str, namespace: str = "default") -> None:
+        """Kueue admits the Job: it is no longer suspended, and its time begins anew."""
+        owner = self._find("Job", namespace, job)
+        status = {**owner["status"], "startTime": self._time()}
+        self._store("Job", {**owner, "spec": {**owner["spec"], "suspend": False}, "status": status}, "MODIFIED")
 
     def pod_waits(self, job: str, namespace: str = "default", *, reason: str, message: str = "") -> None:
         """Its pod can't start: `ImagePullBackOff`, `CreateContainerConfigError` and the like."""

@@ -13,7 +13,9 @@ from typing import Any
 
 from ingestrun.control.reconciler import Reconciler
 from ingestrun.control.store import Store
+from ingestrun.control.usage import Usage
 from ingestrun.control.watch import Watch
+from ingestrun.engine.fairness import Caps
 from ingestrun.engine.jobs import WorkerImage
 from ingestrun.kube.errors import KubeError
 from ingestrun.kube.protocol import Object, RunKey
@@ -81,7 +83,8 @@ def environment(job: Object) -> dict[str, str]:
 class World:
     """One operator process (replaceable by `restart`) in front of one API server."""
 
-    def __init__(self) -> None:
+    def __init__(self, caps: Caps | None = None) -> None:
+        self.caps = caps or Caps()
         self.now = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
         self.cluster = FakeCluster(now=lambda: self.now)
         self.source = Source()
@@ -97,7 +100,7 @@ class World:
         """A new operator process: it knows nothing but what the server shows it."""
         self.asked.clear()
         self.due.clear()
-        self.store = Store()
+        self.store = Store(Usage(self.caps, wake=lambda key: self.add(key, "room")))
         self.reconciler = Reconciler(
             self.cluster,
             self.store,

@@ -43,6 +43,8 @@ CALLS: dict[str, Callable[[Cluster], Coroutine[Any, Any, object]]] = {
     "list_runs": lambda c: c.list_runs(),
     "write_status": lambda c: c.write_status(KEY, resource_version="1", status={}),
     "list_jobs": lambda c: c.list_jobs(namespace="n", run_uid="u"),
+    "list_all_jobs": lambda c: c.list_all_jobs(),
+    "list_failed_creates": lambda c: c.list_failed_creates(namespace="n"),
     "list_pods": lambda c: c.list_pods(namespace="n", run_uid="u"),
     "create_job": lambda c: c.create_job(JOB),
     "get_job": lambda c: c.get_job(namespace="n", name="j"),

@@ -23,6 +23,7 @@ from ingestrun.control.resync import resync_forever
 from ingestrun.control.settings import Settings, instance_name
 from ingestrun.control.store import Store
 from ingestrun.control.tokens import CheckKey
+from ingestrun.control.usage import Usage
 from ingestrun.control.watch import Watch
 from ingestrun.engine.jobs import CheckFor, WorkerImage
 from ingestrun.kube.client import KubernetesCluster
@@ -120,7 +121,9 @@ async def _serve_api(settings: Settings, access: Access, ending: contextlib.Asyn
 async def _operate(
     settings: Settings, access: Access, cluster: KubernetesCluster, health: Health, *, check: CheckFor | None
 ) -> None:
-    store = Store()
+    usage = Usage(settings.caps, wake=lambda key: queue.add(key, "room"))
+    usage.begin()
+    store = Store(usage)
     background = Background(pressed=lambda: queue.pressed)
     reconciler = Reconciler(
         cluster,

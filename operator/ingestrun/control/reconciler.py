@@ -25,12 +25,15 @@ from typing import Any, Final
 import structlog
 
 from ingestrun.control.events import event_body
+from ingestrun.control.podless import Podless
 from ingestrun.control.store import Store, parents_of
 from ingestrun.engine.announce import Announcement, announcements, skipped
+from ingestrun.engine.capacity import remembered
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
-from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest, spent_selector
+from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest, job_name, spent_selector
 from ingestrun.engine.plan import plan
+from ingestrun.engine.steps import ON_CANCEL_STEP
 from ingestrun.engine.verdicts import Verdict, rule_of
 from ingestrun.kube.errors import (
     AlreadyExists,
@@ -42,6 +45,7 @@ from ingestrun.kube.errors import (
     NamespaceTerminating,
     NotFound,
     QuotaExceeded,
+    Unknown,
     WebhookUnavailable,
 )
 from ingestrun.kube.protocol import Cluster, Object, RunKey
@@ -87,6 +91,7 @@ class Reconciler:
     ) -> None:
         self._cluster = cluster
         self._store = store
+        self._podless = Podless(cluster, store.usage)
         self._worker = worker
         self._instance = instance
         self._check = check
@@ -120,7 +125,13 @@ class Reconciler:
                 if run.metadata.generation == run.status.observed_generation:
                     return None
                 self._store.reopen(run.metadata.uid)  # what its Jobs may stay for may have changed
-            outcome = await self._round(key, run, trigger)
+            try:
+                outcome = await self._round(key, run, trigger)
+            except KubeError:
+                self._store.usage.stand_back(run.metadata.uid)
+                raise
+            finally:
+                self._store.usage.release(run.metadata.uid)
             if not isinstance(outcome, _Again):
                 return outcome
         raise KubeError(f"the run changed {MAX_ROUNDS} times under one pass")
@@ -148,7 +159,11 @@ class Reconciler:
                 return wait.total_seconds()
         if ended or not primed:
             live = await self._list_live(run)
+            if not ended and not primed and (refusal := remembered(run, now=self._clock())) is not None:
+                self._refusals.setdefault(uid, refusal)
         jobs, unclear = await self._judgeable(run, self._store.views(uid))
+        if not ended:
+            jobs = await self._podless.explained(key, run, jobs, now=self._clock())
         planned = plan(
             run,
             jobs,
@@ -157,7 +172,11 @@ class Reconciler:
             live=live if ended else None,
             parent=await self._cancelled_parent(key, ask=not primed),
             children=self._children(key) if ended else (),
+            # The last to be asked for: nothing is awaited between the snapshot and the reservation of what it grants.
+            capacity=self._store.usage.snapshot(uid, key.namespace, now=self._clock()),
         )
+        stages = [create for create in planned.creates if create.start.step.index != ON_CANCEL_STEP]
+        self._store.usage.reserve(key, uid, [job_name(run, create) for create in stages], asks=planned.asks)
         in_doubt = not ended and planned.fenced and not self._answered[uid]
         if in_doubt and await self._fence(key, run, wanted=True):
             # A create may still arrive: the fence has to stand when Cancelled is stored.
@@ -333,7 +352,8 @@ class Reconciler:
                     self._refuse(run, "NameTaken", f"a Job {name} exists that is not of this run: delete it")
                     return False
         except QuotaExceeded as error:
-            self._refuse(run, "QuotaExceeded", str(error))
+            until = self._refuse(run, "QuotaExceeded", _without_name(str(error), name))
+            self._store.usage.refused(key.namespace, self._refusals[uid].message, until=until)
             return False
         except Denied as error:
             self._refuse(run, "AdmissionDenied", f"batch {start.batch}, {start.step.label}: {error}")
@@ -353,6 +373,11 @@ class Reconciler:
         except WebhookUnavailable as error:
             self._refuse(run, "WebhookUnavailable", str(error))
             return False
+        except Unknown:
+            self._answered[uid] = False
+            self._store.usage.doubt(uid, name)
+            self._store.distrust(uid)
+            raise
         except NotFound:
             # The namespace is gone, or the adopted Job went meanwhile: look again from the start.
             self._must_read.add(key)
@@ -361,6 +386,7 @@ class Reconciler:
             self._answered[uid] = False
             raise
         self._store.saw_job(read_job(job))
+        self._store.usage.admitted(key.namespace)
         logger.info(
             "job created", run=run.metadata.name, namespace=run.metadata.namespace, uid=uid, batch=start.batch,
             stage=start.step.label, attempt=start.attempt, job=name,
@@ -369,19 +395,21 @@ class Reconciler:
         # The first Job after a refusal: there is room again, and the plan may be a larger one.
         return self._refusals.pop(uid, None) is None
 
-    def _refuse(self, run: IngestRun, reason: str, message: str) -> None:
-        """Remember that the server would not take a Job; the next round says so in the status."""
+    def _refuse(self, run: IngestRun, reason: str, message: str) -> datetime:
+        """Remember that the server would not take a Job; the next round says so. Returns when to ask again."""
         wait = run.spec.backpressure.retry_seconds * random.uniform(0.9, 1.1)  # noqa: S311  (jitter, no secret)
+        retry_at = self._clock() + timedelta(seconds=wait)
         self._refusals[run.metadata.uid] = Refusal(
             reason=reason,
             message=message,
-            retry_at=self._clock() + timedelta(seconds=wait),
+            retry_at=retry_at,
             permanent=rule_of(reason).verdict is Verdict.FAIL_RUN,
         )
         logger.warning(
             "job refused", run=run.metadata.name, namespace=run.metadata.namespace, uid=run.metadata.uid,
             reason=reason, why=message,
         )  # fmt: skip
+        return retry_at
 
     async def _delete_all(self, run: IngestRun, planned: Plan) -> None:
         meta = run.metadata
@@ -494,6 +522,11 @@ class Reconciler:
             f"ingest run {phase.value.lower()}", run=key.name, namespace=key.namespace, uid=run.metadata.uid,
             why=said.message if said else "", published=run.status.records.published,
         )  # fmt: skip
+
+
+def _without_name(message: str, name: str) -> str:
+    """The server's sentence without the Job's name in it: the same for each Job, so that a status need not change."""
+    return message.replace(f'"{name}" ', "")
 
 
 def _json(status: IngestRunStatus) -> dict[str, Any]:

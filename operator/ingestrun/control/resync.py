@@ -7,6 +7,7 @@ neither may cost a run its progress, or us memory for a run that is gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import structlog
 
@@ -14,6 +15,7 @@ from ingestrun.control.health import Health
 from ingestrun.control.queue import KeyedQueue
 from ingestrun.control.reconciler import Reconciler
 from ingestrun.control.store import Store
+from ingestrun.engine.facts import MalformedJobError, read_job
 from ingestrun.kube.errors import KubeError
 from ingestrun.kube.protocol import Cluster, RunKey
 
@@ -23,11 +25,16 @@ logger = structlog.get_logger("ingestrun")
 async def resync_once(cluster: Cluster, store: Store, queue: KeyedQueue[RunKey], reconciler: Reconciler) -> int:
     """List all runs, ask for a look at each that is not done with, forget those that are gone.
 
-    Returns how many there are.
+    Returns how many there are. The first time, if there are caps on Jobs, it counts the Jobs that are there.
 
     Raises KubeError when they could not be listed: then nothing is forgotten.
     """
     known = set(store.keys())
+    if not store.usage.known:
+        # Before the first Job under a cap is created: those that an earlier process has left are counted.
+        for job in await cluster.list_all_jobs():
+            with contextlib.suppress(MalformedJobError):
+                store.saw_job(read_job(job))
     seen: set[RunKey] = set()
     for body in await cluster.list_runs():
         key = store.saw_run(body)
@@ -38,6 +45,8 @@ async def resync_once(cluster: Cluster, store: Store, queue: KeyedQueue[RunKey],
     for key in known - seen:
         reconciler.forget(key)
         queue.forget(key)
+    store.drop_strangers()
+    store.usage.complete()
     return len(seen)
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from ingestrun.engine.fairness import Caps
+
 LogFormat = Literal["json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -36,8 +38,22 @@ class Settings(BaseSettings):
     log_level: LogLevel = "info"
     concurrency: Annotated[int, Field(ge=1, le=1000)] = 64
     """How many runs are looked at side by side."""
+    max_jobs_per_run: Annotated[int, Field(ge=0)] = 0
+    """How many unfinished Jobs one run may have; 0: as many as its `parallelism` (at most 100) makes."""
+    max_jobs_per_namespace: Annotated[int, Field(ge=0)] = 0
+    """How many unfinished Jobs the runs of one namespace may have together; 0: no limit, its ResourceQuota has one."""
+    max_jobs: Annotated[int, Field(ge=0)] = 500
+    """How many unfinished Jobs all runs may have together, shared fairly; 0: no limit.
+
+    500 pods are what five nodes hold by default (110 each), and a Job controller starts them within seconds.
+    """
     resync_seconds: Annotated[int, Field(ge=1, le=86_400)] = 300
     """How often all runs are listed, for what the watches have missed."""
+
+    @property
+    def caps(self) -> Caps:
+        """The limits on unfinished Jobs."""
+        return Caps(per_run=self.max_jobs_per_run, per_namespace=self.max_jobs_per_namespace, in_all=self.max_jobs)
 
     @property
     def namespace_list(self) -> list[str]:

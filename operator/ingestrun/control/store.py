@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from ingestrun.engine.facts import JobFacts, JobView, PodFacts, view
+from ingestrun.control.usage import Usage
+from ingestrun.engine.facts import JobFacts, JobView, PodFacts, preempted, view
+from ingestrun.engine.steps import ON_CANCEL_STEP
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
 from ingestrun.model.run import IngestRun, cancel_requested
@@ -23,6 +25,10 @@ PARSED: Final = 500
 class _Children:
     jobs: dict[str, JobFacts] = field(default_factory=dict)
     pods: dict[str, PodFacts] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    """Jobs whose pod has ended well: the Job controller says so of the Job a second or two later."""
+    active: set[str] = field(default_factory=set)
+    """The unfinished Jobs, as the operator's caps count them."""
     primed: bool = False
     """Whether the Jobs were listed from the server since this process began: before, none missing means nothing."""
 
@@ -30,7 +36,9 @@ class _Children:
 class Store:
     """One process's view of all runs. Not thread-safe: everything happens on one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, usage: Usage | None = None) -> None:
+        """`usage` is told of each Job that comes, ends or goes."""
+        self.usage = usage or Usage()
         self._runs: dict[RunKey, Object] = {}
         self._keys: dict[str, RunKey] = {}
         self._children: dict[str, _Children] = {}
@@ -106,17 +114,22 @@ class Store:
             for parent in parents_of(body):
                 self._below.get(parent, set()).discard(key)
             self._keys.pop(uid, None)
-            self._children.pop(uid, None)
+            self._drop_children(uid)
             self._closed.discard(uid)
 
     def close(self, run_uid: str) -> None:
         """Keep no facts of this run's children any more: it has ended and is quiet."""
-        self._children.pop(run_uid, None)
+        self._drop_children(run_uid)
         self._closed.add(run_uid)
 
     def reopen(self, run_uid: str) -> None:
         """Keep facts of this run's children again: its spec has changed since it was closed."""
         self._closed.discard(run_uid)
+
+    def drop_strangers(self) -> None:
+        """Forget the Jobs of runs that are not known: gone, with no event left to tell that their Jobs are as well."""
+        for run_uid in [uid for uid in self._children if uid not in self._keys]:
+            self._drop_children(run_uid)
 
     def closed(self, run_uid: str) -> bool:
         """Whether nothing is left to be done for the run."""
@@ -130,30 +143,50 @@ class Store:
         before = jobs.get(job.uid)
         if before is None or _number(job.resource_version) >= _number(before.resource_version):
             jobs[job.uid] = job
+            self.usage.seen(job.run_uid, job.name)
+            self._count(job.run_uid, job, new=before is None)
 
     def lost_job(self, *, run_uid: str, job_uid: str) -> None:
         """A Job is gone."""
-        self._of(run_uid).jobs.pop(job_uid, None)
+        job = self._of(run_uid).jobs.pop(job_uid, None)
+        if job is not None:
+            self._count(run_uid, job, gone=True)
 
     def saw_pod(self, pod: PodFacts) -> None:
         """Take a pod's facts."""
-        if pod.run_uid not in self._closed:
-            self._of(pod.run_uid).pods[pod.uid] = pod
+        if pod.run_uid in self._closed:
+            return
+        children = self._of(pod.run_uid)
+        children.pods[pod.uid] = pod
+        job = children.jobs.get(pod.job_uid)
+        if job is not None and pod.ended and pod.exit_code == 0 and job.uid not in children.done:
+            children.done.add(job.uid)
+            self._count(pod.run_uid, job)
 
     def lost_pod(self, *, run_uid: str, pod_uid: str) -> None:
         """A pod is gone. What it said is kept as long as its Job is: the Job's verdict may still be due."""
         children = self._of(run_uid)
         pod = children.pods.get(pod_uid)
-        if pod is not None and (not pod.ended or pod.job_uid not in children.jobs):
+        job = children.jobs.get(pod.job_uid) if pod is not None else None
+        if pod is not None and (not pod.ended or job is None or preempted(job, pod)):
             del children.pods[pod_uid]
 
     def replace(self, run_uid: str, jobs: Iterable[JobFacts], pods: Iterable[PodFacts]) -> None:
         """Take a live list in place of what the watches have shown."""
         children = self._of(run_uid)
-        children.jobs = {job.uid: job for job in jobs}
+        found = {job.uid: job for job in jobs}
+        for job in [job for uid, job in children.jobs.items() if uid not in found]:
+            self.lost_job(run_uid=run_uid, job_uid=job.uid)
+        for job in found.values():
+            known = job.uid in children.jobs
+            children.jobs[job.uid] = job
+            self._count(run_uid, job, new=not known)
+        self.usage.listed(run_uid)
         listed = {pod.uid: pod for pod in pods}
         kept = {uid: pod for uid, pod in children.pods.items() if pod.ended and pod.job_uid in children.jobs}
         children.pods = kept | listed
+        for pod in listed.values():
+            self.saw_pod(pod)
         children.primed = True
 
     def primed(self, run_uid: str) -> bool:
@@ -175,6 +208,27 @@ class Store:
 
     def _of(self, run_uid: str) -> _Children:
         return self._children.setdefault(run_uid, _Children())
+
+    def _count(self, run_uid: str, job: JobFacts, *, new: bool = False, gone: bool = False) -> None:
+        """Bring the count of Jobs up to date with what has just been learned of one."""
+        children = self._of(run_uid)
+        before = job.uid in children.active
+        after = not gone and job.finished is None and job.uid not in children.done and job.step != ON_CANCEL_STEP
+        if after:
+            children.active.add(job.uid)
+        else:
+            children.active.discard(job.uid)
+        if gone:
+            children.done.discard(job.uid)
+        if before != after or new or gone:
+            self.usage.counted(run_uid, job.namespace, active=after - before, jobs=new - gone)
+
+    def _drop_children(self, run_uid: str) -> None:
+        if run_uid in self._children:
+            for job_uid in list(self._children[run_uid].jobs):
+                self.lost_job(run_uid=run_uid, job_uid=job_uid)
+            del self._children[run_uid]
+        self.usage.forget(run_uid)
 
 
 def parents_of(body: Object) -> list[RunKey]:

@@ -18,6 +18,8 @@ from ingestrun.model.status import StageFailure
 
 START_GRACE: Final = timedelta(seconds=120)
 """How long a pod may wait for its image or configuration before its batch fails: one ErrImagePull is no verdict."""
+NO_ROOM: Final = frozenset({"Unschedulable", "QuotaExceeded"})
+"""Obstacles that say that the cluster is full: backpressure, and no fault of the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +55,10 @@ class Batch:
 
     @property
     def obstacle(self) -> Obstacle | None:
-        """Why the running Job's pod does not start, if something keeps it."""
-        pod = self.running.pod if self.running and self.running.state is JobState.WAITING else None
-        return pod.obstacle if pod else None
+        """Why the running Job's pod does not start or can't be created, if something keeps it."""
+        if self.running is None or self.running.state is not JobState.WAITING:
+            return None
+        return self.running.pod.obstacle if self.running.pod else self.running.no_pod
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,8 +218,8 @@ def _told(index: int, step: Step, attempt: int, failure: Failure, then: str, at:
 
 
 def _given_up(job: JobView, now: datetime) -> Failure | None:
-    obstacle = job.pod.obstacle if job.pod else None
-    if obstacle is None or obstacle.kind == "Unschedulable" or now - obstacle.since < START_GRACE:
+    obstacle = job.pod.obstacle if job.pod else job.no_pod
+    if obstacle is None or obstacle.kind in NO_ROOM or now - obstacle.since < START_GRACE:
         return None
     waited = int(START_GRACE.total_seconds())
     return Failure(

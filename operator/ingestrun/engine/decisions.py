@@ -107,6 +107,8 @@ class Plan:
     deletes: tuple[Delete, ...] = ()
     spent: Spent | None = None
     skips: tuple[Skip, ...] = ()
+    asks: int = 0
+    """How many Jobs more would be started now if the operator's caps, or a quota, let them be."""
     fenced: bool | None = None
     """Whether the run has to carry the label that the fence selects by; None: as it is."""
     tell: tuple[Announcement, ...] = ()

@@ -115,3 +115,12 @@ def unstarted(jobs: Sequence[JobView]) -> tuple[Delete, ...]:
     return tuple(
         Delete(job=job.job, pod=job.pod) for job in jobs if job.state is JobState.WAITING and not job.job.deleting
     )
+
+
+def out_of_patience(
+    run: IngestRun, status: IngestRunStatus, reason: str, message: str, *, now: datetime
+) -> IngestRunStatus:
+    """The status of a run that there has been no room for, longer than it was to wait."""
+    seconds = run.spec.backpressure.timeout_seconds
+    text = f"no room for {seconds} s (backpressure.timeoutSeconds): {reason}: {message}"
+    return _failed(run, status, "BackpressureTimeout", text, now=now)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
 
@@ -17,6 +17,12 @@ from ingestrun.model.quantity import QuantityError, read_bytes
 
 MESSAGE_CHARS: Final = 256
 """How much of a container's or the server's words is kept; the rest is in the pod's log."""
+NO_POD_AFTER: Final = timedelta(seconds=5)
+"""A Job that has been started by the Job controller and has no pod after so long: its creation may be refused."""
+NO_POD_RELOOK: Final = timedelta(seconds=15)
+"""How often such a Job is looked at again."""
+QUEUED_AFTER: Final = timedelta(seconds=5)
+"""How long a Job may be suspended before its run is said to be queued: an admission that is quick is no news."""
 
 _IMAGE_REASONS: Final = frozenset(
     {
@@ -67,11 +73,19 @@ class JobFacts:
     """What its container is to run, as the Job names it."""
     memory_limit: int | None = None
     """Of its container, in bytes, as its template has it."""
+    created: datetime | None = None
+    started_at: datetime | None = None
+    """When the Job controller took it up, for the last time if it was suspended since."""
+    suspended: bool = False
+    """Queued: Kueue, or whoever else has suspended it, has not admitted it, or has taken the admission back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Obstacle:
-    """Why a pod does not start. `kind` is ours: Unschedulable, ImagePull or ContainerConfig."""
+    """Why a pod does not start, or is not even created.
+
+    `kind` is ours: Unschedulable, ImagePull or ContainerConfig; QuotaExceeded or PodRefused where there is no pod.
+    """
 
     kind: str
     message: str
@@ -107,6 +121,7 @@ class PodFacts:
     node: str | None = None
     image_id: str | None = None
     """What its container really runs, as the kubelet names it; None before it has started."""
+    created: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +131,26 @@ class JobView:
     job: JobFacts
     state: JobState
     pod: PodFacts | None
+    no_pod: Obstacle | None = None
+    """Why the Job controller can't create its pod, where somebody has asked (`lacks_pod`)."""
+
+    @property
+    def queued(self) -> bool:
+        """Whether it is suspended and nothing of it runs: it waits to be admitted."""
+        return self.job.suspended and self.state is JobState.WAITING
+
+    def lacks_pod(self, now: datetime) -> bool:
+        """Whether it should have a pod by now and has none."""
+        at = self.lacks_pod_at
+        return at is not None and now >= at
+
+    @property
+    def lacks_pod_at(self) -> datetime | None:
+        """When it should have a pod at the latest; None where it has one, or is not to have one."""
+        job = self.job
+        if self.pod is not None or self.state is not JobState.WAITING or job.suspended or job.deleting:
+            return None
+        return job.started_at + NO_POD_AFTER if job.started_at is not None else None
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -161,6 +196,9 @@ def read_job(job: Mapping[str, Any]) -> JobFacts:
         message=_short(ended.get("message")) if ended else None,
         image=_image(job),
         memory_limit=_memory_limit(((job.get("spec") or {}).get("template") or {}).get("spec") or {}),
+        created=_time(meta["creationTimestamp"]) if "creationTimestamp" in meta else None,
+        started_at=_time(status["startTime"]) if status.get("startTime") else None,
+        suspended=bool((job.get("spec") or {}).get("suspend")),
     )
 
 
@@ -193,6 +231,7 @@ def read_pod(pod: Mapping[str, Any]) -> PodFacts | None:
         deleting_until=_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
         node=spec.get("nodeName"),
         image_id=sys.intern(container.get("imageID") or "") or None,
+        created=_time(meta["creationTimestamp"]) if "creationTimestamp" in meta else None,
     )
 
 
@@ -202,7 +241,10 @@ def view(job: JobFacts, pods: Sequence[PodFacts]) -> JobView:
     A pod that has ended with exit code 0 is the Job's success: the Job controller says so a second or two later,
     and the next stage need not wait for that. It holds even if the Job then meets its deadline, so that what was
     built on it is not judged anew.
+
+    A pod that a suspension has ended is none of the Job's any more: Kueue preempts so, and the Job starts anew.
     """
+    pods = [pod for pod in pods if not preempted(job, pod)]
     pod = max(pods, key=lambda pod: (pod.ended, pod.started), default=None)
     if pod is not None and pod.ended and pod.exit_code == 0:
         state = JobState.SUCCEEDED
@@ -213,6 +255,33 @@ def view(job: JobFacts, pods: Sequence[PodFacts]) -> JobView:
     else:
         state = JobState.WAITING
     return JobView(job=job, state=state, pod=pod)
+
+
+def pod_refused(job: JobView, said: str | None) -> Obstacle | None:
+    """What the Job controller's sentence about a pod that it can't create means; None without one.
+
+    A quota has room another time. All else (a LimitRange, the namespace's pod security, a webhook, a service account or
+    priority class that does not exist) will be refused again, until somebody changes something.
+    """
+    since = job.job.started_at
+    if not said or since is None:
+        return None
+    _, _, words = said.partition("is forbidden: ")
+    kind = "QuotaExceeded" if "exceeded quota" in said else "PodRefused"
+    message = words or said.removeprefix("Error creating: ")
+    return Obstacle(kind=kind, message=f"its pod is refused: {_short(message)}", since=since)
+
+
+def preempted(job: JobFacts, pod: PodFacts) -> bool:
+    """Whether the pod was ended because its Job was suspended, so that its end says nothing about the Job.
+
+    The Job controller takes its finalizer off the pods that it deletes for a suspension, counts none of them, and sets
+    the Job's start time anew when it is resumed.
+    """
+    if not pod.ended or pod.exit_code == 0 or job.finished is not None:
+        return False
+    before = job.started_at is not None and pod.created is not None and pod.created < job.started_at
+    return job.suspended or before
 
 
 def _disruption(status: Mapping[str, Any]) -> str | None:

@@ -51,7 +51,7 @@ def job_manifest(
     cancel. Pods are restricted, without a service-account token, and owned by the run through their Job.
     """
     start = create.start
-    labels = job_labels(run, create)
+    labels, queue = job_labels(run, create), queue_labels(run, create)
     template = run.spec.pod_template
     pod_spec: dict[str, Any] = {
         "restartPolicy": "Never",
@@ -83,10 +83,11 @@ def job_manifest(
         "metadata": {
             "name": job_name(run, create),
             "namespace": run.metadata.namespace,
-            "labels": labels,
+            "labels": {**queue, **labels},
             "ownerReferences": [owner_reference(run)],
         },
         "spec": {
+            **({"suspend": True} if names.LABEL_QUEUE in queue else {}),
             "backoffLimit": 0,
             "completions": 1,
             "parallelism": 1,
@@ -140,6 +141,17 @@ def spent_selector(run_uid: str, spent: Spent) -> str:
         if batches:
             terms.append(f"{names.LABEL_BATCH} {operator} ({','.join(map(str, batches))})")
     return ",".join(terms)
+
+
+def queue_labels(run: IngestRun, create: Create) -> dict[str, str]:
+    """Kueue's labels, as the run carries them: Kueue reads a Job's own, as with any workload. None on a clean-up.
+
+    With a queue the Job is created suspended. Kueue's webhook would do that, and its controller would suspend a Job
+    that escaped it; but where neither runs, a Job that asks for a queue must not start without being admitted.
+    """
+    if create.start.step.stage is Stage.ON_CANCEL or not run.metadata.labels.get(names.LABEL_QUEUE):
+        return {}
+    return {label: run.metadata.labels[label] for label in names.QUEUE_LABELS if run.metadata.labels.get(label)}
 
 
 def owner_reference(run: IngestRun) -> dict[str, Any]:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import repeat
 
 from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import accounted, assess_all, claimable, cursor_of, fetch_limit, in_flight, with_
 from ingestrun.engine.announce import memory_raised
-from ingestrun.engine.batches import START_GRACE, Start
+from ingestrun.engine.batches import NO_ROOM, START_GRACE, Batch, Start
 from ingestrun.engine.cancelling import cancel
-from ingestrun.engine.capacity import held_back
+from ingestrun.engine.capacity import NOT_COUNTED_YET, gives_up_at, held_back, made_room
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
-from ingestrun.engine.ending import deadline_of, end_of
-from ingestrun.engine.facts import JobView
+from ingestrun.engine.ending import deadline_of, end_of, out_of_patience
+from ingestrun.engine.facts import NO_POD_RELOOK, QUEUED_AFTER, JobView
+from ingestrun.engine.fairness import Capacity
 from ingestrun.engine.images import moved, newly_pinned, pinned
 from ingestrun.engine.retention import spent
 from ingestrun.engine.saying import activity, said
@@ -39,12 +41,14 @@ def plan(
     live: Live | None = None,
     parent: Parent | None = None,
     children: Sequence[Child] = (),
+    capacity: Capacity | None = None,
 ) -> Plan:
     """Decide for one run.
 
     `jobs` are all that are known of the run. An ended run that is not drained is judged only by `live` ones:
     without them nothing is said about the drain. `parent` is a run above that is Cancelled with `cascade`;
-    `children` are the runs right below, of interest once this one is Cancelled itself.
+    `children` are the runs right below, of interest once this one is Cancelled itself. `capacity` is what the
+    operator's caps and the namespace's quota leave for this run among the others; None: no limit.
     """
     stages = [job for job in jobs if job.job.step != ON_CANCEL_STEP]
     if run.status.phase is not None and run.status.phase.ended:
@@ -54,10 +58,12 @@ def plan(
         return Plan(status=run.status)
     if run.cancel_requested or parent is not None:
         return cancel(run, stages, now=now, parent=parent)
-    return advance(run, stages, now=now, refusal=refusal)
+    return advance(run, stages, now=now, refusal=refusal, capacity=capacity)
 
 
-def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: Refusal | None) -> Plan:
+def advance(
+    run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: Refusal | None, capacity: Capacity | None
+) -> Plan:
     spec, old = run.spec, run.status
     batches = assess_all(run, jobs, now=now)
     status = accounted(old, batches, chained=spec.batches.cursor is not None, now=now)
@@ -72,52 +78,61 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
         return Plan(status=end, tell=tell, requeue_at=now)
 
     stuck = next((batch for batch in flight if batch.obstacle is not None), None)
-    held = held_back(flight, refusal, now=now)
-    creates: list[Create] = []
+    ready: list[Start] = []
     due: list[datetime] = []
-    if not spec.suspend and (held is None or held.probe):
+    claims = 0
+    if not spec.suspend:
         for start in (batch.start for batch in flight if batch.start is not None):
             if start.not_before is not None and start.not_before > now:
                 due.append(start.not_before)
             else:
-                creates.append(_create(run, status, start))
+                ready.append(start)
         claims = max(0, min(spec.parallelism - len(flight), claimable(spec, status.batches, status.records)))
-        if held is not None:
-            # One Job asks whether there is room again; the rest waits for the answer.
-            creates, claims = creates[:1], 0 if creates else min(claims, 1)
-        if claims:
-            first = status.batches.claimed.first_gap
-            fetch = steps_of(spec)[0]
-            for index in range(first, first + claims):
-                start = Start(batch=index, step=fetch, attempt=0, input_attempt=None)
-                creates.append(_create(run, status, start))
-            claimed = status.batches.claimed | IndexRanges.span(first, first + claims - 1)
-            status = with_(status, batches=with_(status.batches, claimed=claimed), start_time=status.start_time or now)
-        if held is not None and not creates:
-            held = None
+    wants = len(ready) + claims
+    held = held_back(run, flight, refusal, capacity, wants=wants, now=now) if not spec.suspend else None
+    if held is not None:
+        # What is in flight goes before new batches.
+        ready = ready[: held.admits]
+        claims = min(claims, held.admits - len(ready))
+    creates = [_create(run, status, start) for start in ready]
+    if claims:
+        first = status.batches.claimed.first_gap
+        fetch = steps_of(spec)[0]
+        for index in range(first, first + claims):
+            start = Start(batch=index, step=fetch, attempt=0, input_attempt=None)
+            creates.append(_create(run, status, start))
+        claimed = status.batches.claimed | IndexRanges.span(first, first + claims - 1)
+        status = with_(status, batches=with_(status.batches, claimed=claimed), start_time=status.start_time or now)
 
+    full = held if held is not None and held.reason != NOT_COUNTED_YET else None
+    patience = gives_up_at(run, jobs, now=now) if full is not None and not creates else None
+    if patience is not None and full is not None:
+        if now >= patience:
+            return Plan(status=out_of_patience(run, status, full.reason, full.message, now=now), requeue_at=now)
+        due.append(patience)
     if held is not None and held.retry_at is not None and held.retry_at > now:
         due.append(held.retry_at)
     deadline = deadline_of(run, status)
     if deadline is not None:
         due.append(deadline)
     due += [
-        batch.obstacle.since + START_GRACE
-        for batch in flight
-        if batch.obstacle and batch.obstacle.kind != "Unschedulable"
+        batch.obstacle.since + START_GRACE for batch in flight if batch.obstacle and batch.obstacle.kind not in NO_ROOM
     ]
+    due += [at for at in map(_next_look, flight, repeat(now)) if at is not None]
 
     phase = Phase.SUSPENDED if spec.suspend else Phase.RUNNING if status.batches.claimed else Phase.PENDING
-    doing = activity(phase, batches, stuck, held)
+    doing = activity(phase, batches, stuck, full, now=now)
     claims_made = [
         Claim(type=c.SUCCEEDED, status="Unknown", reason=doing.reason, message=doing.message),
         Claim(type=c.FINISHED, status="False", reason=phase.value),
         doing,
     ]
-    if held is not None:
-        claims_made.append(Claim(type=c.BACKPRESSURED, status="True", reason=held.reason, message=held.message))
-    elif old.condition(c.BACKPRESSURED):
-        claims_made.append(Claim(type=c.BACKPRESSURED, status="False", reason="RoomAgain"))
+    if full is not None:
+        claims_made.append(Claim(type=c.BACKPRESSURED, status="True", reason=full.reason, message=full.message))
+    elif held is None and old.condition(c.BACKPRESSURED):
+        # Suspended, it asks for nothing: once it does again, the wait begins anew.
+        reason = "Suspended" if spec.suspend else "RoomAgain"
+        claims_made.append(Claim(type=c.BACKPRESSURED, status="False", reason=reason))
     status = said(run, status, phase=phase, claims=claims_made, now=now)
     fresh = newly_pinned(old.images, pins)
     if fresh and (status != old or any(create.start.step.index in fresh for create in creates)):
@@ -131,10 +146,23 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
             for job in jobs
             if not job.state.finished and not job.job.deleting and job.job.batch in status.batches.failed
         ),
-        spent=spent(run, jobs),
+        spent=made_room(run, jobs, flight, capacity, waits=bool(held and held.asks)) or spent(run, jobs),
         tell=(*tell, *memory_raised(old, status, (batch.start for batch in flight if batch.start is not None))),
+        asks=held.asks if held is not None else 0,
         requeue_at=min(due, default=None),
     )
+
+
+def _next_look(batch: Batch, now: datetime) -> datetime | None:
+    """When a Job that waits without a pod, or suspended, is of interest again though nothing has happened to it."""
+    job = batch.running
+    if job is None:
+        return None
+    if job.queued:
+        told = (job.job.created or now) + QUEUED_AFTER
+        return told if told > now else None
+    at = job.lacks_pod_at
+    return max(at, now + NO_POD_RELOOK) if at is not None and now >= at else at
 
 
 def _create(run: IngestRun, status: IngestRunStatus, start: Start) -> Create:

@@ -11,6 +11,7 @@ from ingestrun.engine.accounting import in_flight, with_
 from ingestrun.engine.batches import Batch
 from ingestrun.engine.capacity import Held
 from ingestrun.engine.conditions import Claim
+from ingestrun.engine.facts import QUEUED_AFTER
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase, StageFailure
 
@@ -37,7 +38,7 @@ def said(
     )
 
 
-def activity(phase: Phase, seen: Sequence[Batch], stuck: Batch | None, held: Held | None) -> Claim:
+def activity(phase: Phase, seen: Sequence[Batch], stuck: Batch | None, held: Held | None, *, now: datetime) -> Claim:
     """What a running run is doing, or what keeps it: the Reconciling condition."""
     reason, message = phase.value, ""
     retried = next((batch for batch in seen if batch.start is not None and batch.start.attempt > 0), None)
@@ -46,9 +47,19 @@ def activity(phase: Phase, seen: Sequence[Batch], stuck: Batch | None, held: Hel
         message = f"batch {stuck.index}, Job {stuck.running.job.name}: {stuck.obstacle.message}"
     elif held is not None:
         reason, message = "Backpressured", held.message
+    elif phase is Phase.RUNNING and _queued(seen, now):
+        reason, message = "Queued", "its Jobs are suspended until Kueue, or whoever suspended them, admits them"
     elif phase is Phase.RUNNING and retried is not None:
         reason, message = "Retrying", sentence(retried.failures[-1])
     return Claim(type=c.RECONCILING, status="True", reason=reason, message=message)
+
+
+def _queued(seen: Sequence[Batch], now: datetime) -> bool:
+    """Whether all that the run has under way waits to be admitted, and for longer than an admission takes."""
+    running = [batch.running for batch in seen if batch.running is not None]
+    return bool(running) and all(
+        job.queued and (job.job.created is None or now >= job.job.created + QUEUED_AFTER) for job in running
+    )
 
 
 def no_backpressure(status: IngestRunStatus) -> list[Claim]:

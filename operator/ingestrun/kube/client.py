@@ -81,6 +81,19 @@ class KubernetesCluster(Cluster):
     async def list_jobs(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
         return await self._list("jobs", _jobs_path(namespace), selector=f"{self._run_uid_label}={run_uid}")
 
+    async def list_all_jobs(self) -> Sequence[Object]:
+        selector = self._run_uid_label
+        if self._namespaces is None:
+            return await self._list("jobs", "/apis/batch/v1/jobs", selector=selector)
+        found: list[Object] = []
+        for namespace in self._namespaces:
+            found += await self._list("jobs", _jobs_path(namespace), selector=selector)
+        return found
+
+    async def list_failed_creates(self, *, namespace: str) -> Sequence[Object]:
+        path = f"/apis/events.k8s.io/v1/namespaces/{_part(namespace)}/events"
+        return await self._list("events", path, fields="reason=FailedCreate,regarding.kind=Job")
+
     async def list_pods(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
         path = f"/api/v1/namespaces/{_part(namespace)}/pods"
         return await self._list("pods", path, selector=f"{self._run_uid_label}={run_uid}")
@@ -162,19 +175,23 @@ class KubernetesCluster(Cluster):
         with suppress(NotFound):
             await self._call("delete", "pods", "DELETE", path, body=options)
 
-    async def _list(self, resource: str, path: str, *, selector: str | None = None) -> list[Object]:
+    async def _list(
+        self, resource: str, path: str, *, selector: str | None = None, fields: str | None = None
+    ) -> list[Object]:
         """All pages of one consistent list: the continue token pins the first page's resourceVersion."""
         for _ in range(LIST_ATTEMPTS):
             try:
-                return await self._pages(resource, path, selector)
+                return await self._pages(resource, path, selector, fields)
             except Expired:
                 continue
         raise Unavailable(f"the list of {resource} expired {LIST_ATTEMPTS} times before its last page")
 
-    async def _pages(self, resource: str, path: str, selector: str | None) -> list[Object]:
+    async def _pages(self, resource: str, path: str, selector: str | None, fields: str | None) -> list[Object]:
         query = [("limit", str(PAGE))]
         if selector is not None:
             query.append(("labelSelector", selector))
+        if fields is not None:
+            query.append(("fieldSelector", fields))
         found: list[Object] = []
         token = ""
         while True:

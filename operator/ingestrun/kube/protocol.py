@@ -50,6 +50,12 @@ class Cluster(Protocol):
     async def list_jobs(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
         """The run's Jobs by its UID label, not from a cache."""
 
+    async def list_all_jobs(self) -> Sequence[Object]:
+        """All Jobs of all runs that the operator watches, by the presence of the run's label, in pages."""
+
+    async def list_failed_creates(self, *, namespace: str) -> Sequence[Object]:
+        """The namespace's Events by which the Job controller tells that it could not create a Job's pod."""
+
     async def list_pods(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
         """The run's pods by its UID label, not from a cache."""
 

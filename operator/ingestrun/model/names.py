@@ -22,6 +22,11 @@ LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
 LABEL_CANCELLED: Final = f"{GROUP}/cancelled"
 """On a run, `true`: from its cancel until its Jobs were listed for the last time. The fence selects by it."""
 
+LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
+"""On a run: Kueue's local queue in which its Jobs wait to be admitted."""
+QUEUE_LABELS: Final = (LABEL_QUEUE, "kueue.x-k8s.io/priority-class")
+"""Kueue's labels that are passed on from a run to its Jobs."""
+
 ANNOTATION_REQUESTED_BY: Final = f"{GROUP}/cancel-requested-by"
 
 _HASH_CHARS: Final = 10

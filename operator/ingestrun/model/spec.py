@@ -182,9 +182,10 @@ class Backoff(KubeModel):
 
 
 class Backpressure(KubeModel):
-    """What to do while the cluster has no room: ask again every `retrySeconds`."""
+    """What to do while the cluster has no room: ask again every `retrySeconds`, give up after `timeoutSeconds`."""
 
     retry_seconds: Annotated[int, Field(ge=1, le=3600)] = 60
+    timeout_seconds: Seconds | None = None
 
 
 class JobRetention(KubeModel):

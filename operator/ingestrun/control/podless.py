@@ -1,0 +1,81 @@
+"""Why a Job has no pod: the Job controller says so in an Event, and nowhere else.
+
+Asked only for Jobs that should have a pod and have none, and of a namespace at most once in a while for all of them:
+the normal course costs no call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import structlog
+
+from ingestrun.control.usage import Usage
+from ingestrun.engine.facts import NO_POD_RELOOK, JobView, pod_refused
+from ingestrun.kube.errors import KubeError
+from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.model.run import IngestRun
+
+logger = structlog.get_logger("ingestrun")
+
+COMES_FIRST: Final = timedelta(minutes=10)
+"""How long a run whose pod a quota refuses comes before those with more Jobs; its pod may be one that never fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    at: datetime
+    said: dict[str, str]
+    """By the Job's UID: the newest sentence of the Job controller."""
+
+
+class Podless:
+    """Looks for the reason, and remembers the last look at each namespace that has such Jobs."""
+
+    def __init__(self, cluster: Cluster, usage: Usage) -> None:
+        """`usage` is told which runs wait for a pod that a quota refuses."""
+        self._cluster = cluster
+        self._usage = usage
+        self._looks: dict[str, _Look] = {}
+
+    async def explained(self, key: RunKey, run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> list[JobView]:
+        """The same Jobs; those that lack their pod with the reason, where the Job controller has given one."""
+        lacking = {job.job.uid for job in jobs if job.lacks_pod(now)}
+        if not lacking:
+            self._usage.pods_refused(run.metadata.uid, key.namespace, refused=False)
+            return list(jobs)
+        said = await self._said(key.namespace, now=now)
+        told = [
+            replace(job, no_pod=pod_refused(job, said.get(job.job.uid))) if job.job.uid in lacking else job
+            for job in jobs
+        ]
+        refused = any(
+            job.no_pod is not None and job.no_pod.kind == "QuotaExceeded" and now < job.no_pod.since + COMES_FIRST
+            for job in told
+        )
+        self._usage.pods_refused(run.metadata.uid, key.namespace, refused=refused)
+        return told
+
+    async def _said(self, namespace: str, *, now: datetime) -> dict[str, str]:
+        look = self._looks.get(namespace)
+        if look is not None and now - look.at < NO_POD_RELOOK:
+            return look.said
+        for place in [place for place, last in self._looks.items() if now - last.at > 4 * NO_POD_RELOOK]:
+            del self._looks[place]
+        try:
+            found = sorted(await self._cluster.list_failed_creates(namespace=namespace), key=_time)
+        except KubeError as error:
+            logger.warning("why a Job has no pod could not be asked", namespace=namespace, error=str(error))
+            found = []
+        said = {event["regarding"]["uid"]: str(event.get("note") or "") for event in found}
+        self._looks[namespace] = _Look(now, said)
+        return said
+
+
+def _time(event: Object) -> str:
+    """When an Event was last repeated; as text, it sorts: all are of the same form but for fractions of a second."""
+    series: dict[str, Any] = event.get("series") or {}
+    return str(series.get("lastObservedTime") or event.get("deprecatedLastTimestamp") or event.get("eventTime") or "")
