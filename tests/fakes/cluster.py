@@ -140,6 +140,17 @@ class FakeCluster(Cluster):
     async def list_runs(self) -> Sequence[Object]:
         return await self._call("list", "ingestruns", "", "", None, lambda: self._select("IngestRun"))
 
+    async def list_runs_of(self, *, namespace: str, concurrency_key: str) -> Sequence[Object]:
+        def commit() -> Sequence[Object]:
+            return [
+                run
+                for run in self._select("IngestRun", namespace)
+                if run["spec"].get("concurrency", {}).get("key") == concurrency_key
+                and run["status"].get("phase") != "Succeeded"
+            ]
+
+        return await self._call("list", "ingestruns", namespace, "", None, commit)
+
     async def write_status(self, key: RunKey, *, resource_version: str, status: Object) -> Object:
         assert resource_version, "a status write without a resourceVersion has no precondition"
         body: Json = {"metadata": {"resourceVersion": resource_version}, "status": copy.deepcopy(dict(status))}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -25,10 +25,13 @@ import structlog
 
 from ingestrun.control.events import event_body
 from ingestrun.control.store import Store, parents_of
-from ingestrun.engine.announce import Announcement, announcements, skipped
+from ingestrun.control.turns import Turns
+from ingestrun.engine.announce import Announcement, announcements, normal, skipped
+from ingestrun.engine.concurrency import Rival
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
 from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest
+from ingestrun.engine.lifetime import expiry_of
 from ingestrun.engine.plan import plan
 from ingestrun.kube.errors import (
     AlreadyExists,
@@ -91,6 +94,7 @@ class Reconciler:
         self._must_read: set[RunKey] = set()
         self._drain_pause = timedelta(seconds=drain_pause_seconds)
         self._looked: dict[str, datetime] = {}
+        self._turns = Turns(cluster, store)
 
     async def reconcile(self, key: RunKey, trigger: str) -> float | None:
         """Look at one run and do what is due.
@@ -108,8 +112,9 @@ class Reconciler:
                 logger.error("the run cannot be read: it was stored under another CRD", run=str(key), error=str(error))
                 return None
             if self._store.closed(run.metadata.uid) and run.metadata.generation == run.status.observed_generation:
-                return None
-            outcome = await self._round(key, run, trigger)
+                return await self._expire(key, run)
+            async with self._turns.take(key, run) as rivals:
+                outcome = await self._round(key, run, rivals, trigger)
             if not isinstance(outcome, _Again):
                 return outcome
         raise KubeError(f"the run changed {MAX_ROUNDS} times under one pass")
@@ -123,7 +128,7 @@ class Reconciler:
             self._must_read.discard(key)
         return self._store.run(key)
 
-    async def _round(self, key: RunKey, run: IngestRun, trigger: str) -> float | _Again | None:
+    async def _round(self, key: RunKey, run: IngestRun, rivals: Sequence[Rival], trigger: str) -> float | _Again | None:
         uid = run.metadata.uid
         ended = run.status.phase is not None and run.status.phase.ended
         live = None
@@ -144,6 +149,7 @@ class Reconciler:
             live=live if ended else None,
             parent=await self._cancelled_parent(key, ask=not primed),
             children=self._children(key) if ended else (),
+            rivals=rivals,
         )
         if planned.fenced is not None and await self._fence(key, run, wanted=planned.fenced):
             return _Again()
@@ -175,7 +181,8 @@ class Reconciler:
         if not await self._create_all(key, run_now, planned):
             return _Again()
         await self._delete_all(run_now, planned)
-        return self._next_look(run_now, planned, unclear=unclear)
+        look = self._next_look(run_now, planned, unclear=unclear)
+        return await self._expire(key, run_now, look) if planned.settled else look
 
     async def _list_live(self, run: IngestRun) -> Live:
         """Take the run's Jobs and pods from the server, in place of what the watches have shown."""
@@ -292,6 +299,8 @@ class Reconciler:
         for create in planned.creates:
             if not cancelled and (self._store.cancel_requested(key) or await self._cancelled_parent(key, ask=False)):
                 return False
+            if not cancelled and self._turns.replaced(key, run):
+                return False
             if not await self._create(key, run, create):
                 return False
         return True
@@ -392,6 +401,28 @@ class Reconciler:
         if unclear:
             delay = min(POD_GRACE_SECONDS, delay if delay is not None else POD_GRACE_SECONDS)
         return delay
+
+    async def _expire(self, key: RunKey, run: IngestRun, look: float | None = None) -> float | None:
+        """Delete a settled run whose time has come. Returns in how many seconds to look again: `look`, or earlier."""
+        expiry = expiry_of(run)
+        if expiry is None:
+            return look
+        wait = (expiry - self._clock()).total_seconds()
+        if wait > 0:
+            return wait if look is None else min(look, wait)
+        meta = run.metadata
+        try:
+            await self._cluster.delete_run(key, uid=meta.uid, resource_version=meta.resource_version)
+        except Conflict:
+            self._must_read.add(key)  # changed meanwhile, perhaps the very field
+            return 0.0
+        seconds = run.spec.ttl_seconds_after_finished
+        logger.info("ingest run deleted, its time is over", run=meta.name, namespace=meta.namespace, uid=meta.uid,
+                    phase=run.status.phase, ttl_seconds_after_finished=seconds)  # fmt: skip
+        note = f"deleted, as ttlSecondsAfterFinished of {seconds} says; it had ended as {run.status.phase}"
+        await self._tell(run, [normal("Expired", note, action="Delete")])
+        self.forget(key)
+        return None
 
     def forget(self, key: RunKey) -> None:
         """Drop all that is kept of a run that is gone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ingestrun.engine.concurrency import key_of, read_rival
 from ingestrun.engine.facts import JobFacts, JobView, PodFacts, view
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
@@ -31,6 +32,7 @@ class Store:
         self._children: dict[str, _Children] = {}
         self._closed: set[str] = set()
         self._below: dict[RunKey, set[RunKey]] = {}
+        self._sharing: dict[tuple[str, str], set[RunKey]] = {}
 
     def run(self, key: RunKey) -> Object | None:
         """The newest body seen."""
@@ -58,7 +60,18 @@ class Store:
         self._keys[meta["uid"]] = key
         for parent in parents_of(body):
             self._below.setdefault(parent, set()).add(key)
+        shared = _shared(body)
+        if shared is not None:
+            if read_rival(body).over:
+                self._unshare(shared, key)
+            else:
+                self._sharing.setdefault(shared, set()).add(key)
         return key
+
+    def sharing(self, body: Object) -> list[Object]:
+        """The runs of this one's namespace and concurrency key, itself included, that are not over yet."""
+        shared = _shared(body)
+        return [self._runs[key] for key in sorted(self._sharing.get(shared, ()), key=str)] if shared else []
 
     def below(self, key: RunKey) -> list[Object]:
         """The runs right below this one, as far as they have been seen, in the order of their names."""
@@ -86,6 +99,9 @@ class Store:
             uid = body["metadata"]["uid"]
             for parent in parents_of(body):
                 self._below.get(parent, set()).discard(key)
+            shared = _shared(body)
+            if shared is not None:
+                self._unshare(shared, key)
             self._keys.pop(uid, None)
             self._children.pop(uid, None)
             self._closed.discard(uid)
@@ -150,6 +166,12 @@ class Store:
             by_job.setdefault(pod.job_uid, []).append(pod)
         return [view(job, by_job.get(job.uid, ())) for job in children.jobs.values()]
 
+    def _unshare(self, shared: tuple[str, str], key: RunKey) -> None:
+        keys = self._sharing.get(shared, set())
+        keys.discard(key)
+        if not keys:
+            self._sharing.pop(shared, None)
+
     def _of(self, run_uid: str) -> _Children:
         return self._children.setdefault(run_uid, _Children())
 
@@ -161,6 +183,11 @@ def parents_of(body: Object) -> list[RunKey]:
     named += [ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == names.KIND]
     keys = [RunKey(namespace=meta["namespace"], name=ref["name"]) for ref in named if ref.get("name")]
     return [key for key in dict.fromkeys(keys) if key.name != meta["name"]]
+
+
+def _shared(body: Object) -> tuple[str, str] | None:
+    key = key_of(body)
+    return None if key is None else (body["metadata"]["namespace"], key)
 
 
 def _version(body: Object) -> int:

@@ -91,6 +91,8 @@ class PodFacts:
     deleting_until: datetime | None = None
     """When the grace of its deletion ends; None while nobody has deleted it."""
     node: str | None = None
+    placed_at: datetime | None = None
+    """When it got a node; None while it waits for one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +172,7 @@ def read_pod(pod: Mapping[str, Any]) -> PodFacts | None:
         resource_version=meta.get("resourceVersion", ""),
         deleting_until=_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
         node=spec.get("nodeName"),
+        placed_at=_placed_at(status),
     )
 
 
@@ -190,6 +193,16 @@ def view(job: JobFacts, pods: Sequence[PodFacts]) -> JobView:
     else:
         state = JobState.WAITING
     return JobView(job=job, state=state, pod=pod)
+
+
+def _placed_at(status: Mapping[str, Any]) -> datetime | None:
+    """When the kubelet took the pod or, if it has not yet, when the scheduler gave it a node."""
+    if "startTime" in status:
+        return _time(status["startTime"])
+    for condition in status.get("conditions") or ():
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "True":
+            return _time(condition["lastTransitionTime"]) if condition.get("lastTransitionTime") else None
+    return None
 
 
 def _pod_reason(status: Mapping[str, Any], terminated: Mapping[str, Any]) -> str | None:

@@ -14,10 +14,12 @@ from ingestrun.engine.accounting import accounted, assess_all, claimable, cursor
 from ingestrun.engine.batches import START_GRACE, Start
 from ingestrun.engine.cancelling import cancel
 from ingestrun.engine.capacity import held_back
+from ingestrun.engine.concurrency import Bar, Rival, bar_of, replaced
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
-from ingestrun.engine.ending import deadline_of, end_of, spent_blocks
+from ingestrun.engine.ending import end_of, spent_blocks
 from ingestrun.engine.facts import JobView
+from ingestrun.engine.lifetime import FIRST_ATTEMPT, deadline_of, stale, stale_at
 from ingestrun.engine.saying import activity, said
 from ingestrun.engine.settling import settle
 from ingestrun.engine.steps import ON_CANCEL_STEP, steps_of
@@ -36,12 +38,14 @@ def plan(
     live: Live | None = None,
     parent: Parent | None = None,
     children: Sequence[Child] = (),
+    rivals: Sequence[Rival] = (),
 ) -> Plan:
     """Decide for one run.
 
     `jobs` are all that are known of the run. An ended run that is not drained is judged only by `live` ones:
     without them nothing is said about the drain. `parent` is a run above that is Cancelled with `cascade`;
-    `children` are the runs right below, of interest once this one is Cancelled itself.
+    `children` are the runs right below, of interest once this one is Cancelled itself. `rivals` are the other
+    runs of its concurrency key; before a first batch is claimed they have to be listed live.
     """
     stages = [job for job in jobs if job.job.step != ON_CANCEL_STEP]
     if run.status.phase is not None and run.status.phase.ended:
@@ -51,10 +55,18 @@ def plan(
         return Plan(status=run.status)
     if run.spec.cancel or parent is not None:
         return cancel(run, stages, now=now, parent=parent)
-    return advance(run, stages, now=now, refusal=refusal)
+    cause = replaced(run, rivals)
+    if cause is not None:
+        return cancel(run, stages, now=now, parent=None, cause=cause)
+    bar = bar_of(run, rivals)
+    if bar is not None and bar.final:
+        refusal = Refusal(reason=bar.reason, message=bar.message, retry_at=now, permanent=True)
+    return advance(run, stages, now=now, refusal=refusal, bar=bar)
 
 
-def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: Refusal | None) -> Plan:
+def advance(
+    run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: Refusal | None, bar: Bar | None = None
+) -> Plan:
     spec, old = run.spec, run.status
     batches = assess_all(run, jobs, now=now)
     status = accounted(old, batches, chained=spec.batches.cursor is not None, now=now)
@@ -69,7 +81,7 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
     held = held_back(flight, refusal, now=now)
     creates: list[Create] = []
     due: list[datetime] = []
-    if not spec.suspend and (held is None or held.probe):
+    if not spec.suspend and bar is None and (held is None or held.probe):
         for start in (batch.start for batch in flight if batch.start is not None):
             if start.not_before is not None and start.not_before > now:
                 due.append(start.not_before)
@@ -87,12 +99,17 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
                 creates.append(_create(run, status, start))
             claimed = status.batches.claimed | IndexRanges.span(first, first + claims - 1)
             status = with_(status, batches=with_(status.batches, claimed=claimed), start_time=status.start_time or now)
+        still = stale_at(run, status, flight, jobs, full=held is not None, now=now)
+        if still is not None and not any(create.start.attempt == FIRST_ATTEMPT for create in creates):
+            if now >= still:
+                return cancel(run, jobs, now=now, parent=None, cause=stale(run))
+            due.append(still)
         if held is not None and not creates:
             held = None
 
     if held is not None and held.retry_at is not None and held.retry_at > now:
         due.append(held.retry_at)
-    deadline = deadline_of(run, status)
+    deadline = deadline_of(run, status, now=now)
     if deadline is not None:
         due.append(deadline)
     due += [
@@ -103,6 +120,8 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
 
     phase = Phase.SUSPENDED if spec.suspend else Phase.RUNNING if status.batches.claimed else Phase.PENDING
     doing = activity(phase, batches, stuck, held)
+    if bar is not None:
+        doing = Claim(type=c.RECONCILING, status="True", reason=bar.reason, message=bar.message)
     claims_made = [
         Claim(type=c.SUCCEEDED, status="Unknown", reason=doing.reason, message=doing.message),
         Claim(type=c.FINISHED, status="False", reason=phase.value),
@@ -112,6 +131,10 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
         claims_made.append(Claim(type=c.BACKPRESSURED, status="True", reason=held.reason, message=held.message))
     elif old.condition(c.BACKPRESSURED):
         claims_made.append(Claim(type=c.BACKPRESSURED, status="False", reason="RoomAgain"))
+    if spec.suspend:
+        claims_made.append(Claim(type=c.SUSPENDED, status="True", reason="Suspended"))
+    elif old.condition(c.SUSPENDED):
+        claims_made.append(Claim(type=c.SUSPENDED, status="False", reason="Resumed"))
     return Plan(
         status=said(run, status, phase=phase, claims=claims_made, now=now),
         creates=tuple(creates),

@@ -66,6 +66,7 @@ def settle(
         skips=skips,
         fenced=done.fenced,
         tell=tell,
+        settled=done.settled,
         requeue_at=done.requeue_at,
     )
 
@@ -129,6 +130,7 @@ def _after_drain(
         deletes=late,
         delete_blocks=spent_blocks(status.batches, jobs),
         fenced=False if over and live is not None and not late else None,
+        settled=over and live is not None and not late and not cleaning,
         requeue_at=sweep_at if not over else now + DRAIN_RECHECK if cleaning or late else None,
     )
 
@@ -230,6 +232,9 @@ def _cleared(run: IngestRun) -> tuple[Announcement, ...]:
     record, status = run.status.cancellation, run.status
     if record is None or record.parent is not None or run.spec.cancel:
         return ()
+    cancelled = status.condition(c.CANCELLED)
+    if cancelled is not None and cancelled.reason != "Requested":
+        return ()  # the operator's own: no request was taken back
     if status.observed_generation == run.metadata.generation:
         return ()
     note = "spec.cancel was cleared, which changes nothing: a cancel is final. To go on, create a new run"

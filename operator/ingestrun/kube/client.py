@@ -65,6 +65,12 @@ class KubernetesCluster(Cluster):
             found += await self._list(PLURAL, f"{root}/namespaces/{_part(namespace)}/{PLURAL}")
         return found
 
+    async def list_runs_of(self, *, namespace: str, concurrency_key: str) -> Sequence[Object]:
+        path = f"/apis/{GROUP}/{VERSION}/namespaces/{_part(namespace)}/{PLURAL}"
+        # The CRD's pattern leaves nothing in a key that a field selector would read as its own.
+        fields = f"spec.concurrency.key={concurrency_key},status.phase!=Succeeded"
+        return await self._list(PLURAL, path, fields=fields)
+
     async def write_status(self, key: RunKey, *, resource_version: str, status: Object) -> Object:
         if not resource_version:
             # The server takes an empty one for "no precondition": exactly what must not happen.
@@ -162,19 +168,23 @@ class KubernetesCluster(Cluster):
         with suppress(NotFound):
             await self._call("delete", "pods", "DELETE", path, body=options)
 
-    async def _list(self, resource: str, path: str, *, selector: str | None = None) -> list[Object]:
+    async def _list(
+        self, resource: str, path: str, *, selector: str | None = None, fields: str | None = None
+    ) -> list[Object]:
         """All pages of one consistent list: the continue token pins the first page's resourceVersion."""
         for _ in range(LIST_ATTEMPTS):
             try:
-                return await self._pages(resource, path, selector)
+                return await self._pages(resource, path, selector, fields)
             except Expired:
                 continue
         raise Unavailable(f"the list of {resource} expired {LIST_ATTEMPTS} times before its last page")
 
-    async def _pages(self, resource: str, path: str, selector: str | None) -> list[Object]:
+    async def _pages(self, resource: str, path: str, selector: str | None, fields: str | None) -> list[Object]:
         query = [("limit", str(PAGE))]
         if selector is not None:
             query.append(("labelSelector", selector))
+        if fields is not None:
+            query.append(("fieldSelector", fields))
         found: list[Object] = []
         token = ""
         while True:
