@@ -25,23 +25,17 @@ def deadline_of(run: IngestRun, status: IngestRunStatus, *, now: datetime) -> da
 
 
 def stale_at(
-    run: IngestRun,
-    status: IngestRunStatus,
-    flight: Sequence[Batch],
-    jobs: Iterable[JobView],
-    *,
-    full: bool,
-    now: datetime,
+    run: IngestRun, status: IngestRunStatus, flight: Sequence[Batch], jobs: Iterable[JobView], *, now: datetime
 ) -> datetime | None:
     """When the run will have stood still for too long; None where that does not count now.
 
     Progress is what can happen once only: a stage gets its node for the first time (so the one before has ended
     well), a fetch or a batch is accounted for. A retry is none, or a run that fails and retries for ever would
-    never stand still. `full`: the cluster has no room for the run; as long as that is so, and as long as all that
-    the run has are Jobs that wait for a node or for their admission, standing still is not the run's doing.
+    never stand still. As long as it is backpressured, and as long as all that it has are Jobs that wait for a node or
+    for their admission, standing still is not the run's doing: then its time begins anew afterwards.
     """
     seconds, since = run.spec.stale_after_seconds, _going_since(run, status, now=now)
-    if seconds is None or since is None or full or _queued(flight):
+    if seconds is None or since is None or _queued(flight):
         return None
     moments = [since, _over_since(status, c.BACKPRESSURED, now=now), status.last_progress_time]
     moments += [job.pod.placed_at for job in jobs if job.pod is not None and job.job.attempt == FIRST_ATTEMPT]

@@ -99,7 +99,7 @@ def advance(
                 creates.append(_create(run, status, start))
             claimed = status.batches.claimed | IndexRanges.span(first, first + claims - 1)
             status = with_(status, batches=with_(status.batches, claimed=claimed), start_time=status.start_time or now)
-        still = stale_at(run, status, flight, jobs, full=held is not None, now=now)
+        still = stale_at(run, status, flight, jobs, now=now)
         if still is not None and not any(create.start.attempt == FIRST_ATTEMPT for create in creates):
             if now >= still:
                 return cancel(run, jobs, now=now, parent=None, cause=stale(run))

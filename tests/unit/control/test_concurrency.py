@@ -223,6 +223,17 @@ async def test_newer_one_that_is_cancelled_or_suspended_first_replaces_nothing(w
     assert (phase(world, "one"), phase(world, "three")) == ("Cancelled", "Pending")
 
 
+async def test_newer_one_that_is_suspended_while_it_waits_replaces_nothing(world: World) -> None:
+    await start(world, "one", "Replace")
+    create(world, "two", "Replace")
+    world.asked.pop(key("one"), None)
+    await world.reconciler.reconcile(key("two"), "test")
+    assert condition(world, "two", "Reconciling")["reason"] == "WaitingForReplaced"
+    world.cluster.user_patch_spec(key("two"), {"suspend": True})
+    await world.reconciler.reconcile(key("one"), "test")
+    assert phase(world, "one") == "Running"
+
+
 async def test_newer_one_that_is_cancelled_while_it_waits_starts_nothing(world: World) -> None:
     job = await start(world, "one", "Replace")
     create(world, "two", "Replace")
@@ -390,6 +401,37 @@ def at_call(world: World, number: int, stage: str, act: Callable[[], object]) ->
             act()
 
     world.cluster.on_call = on_call
+
+
+@pytest.mark.parametrize("stage", ["before", "after"])
+@pytest.mark.parametrize("policy", ["Forbid", "Replace"])
+async def test_whole_pass_of_a_second_within_a_call_of_the_first(policy: str, stage: str) -> None:
+    """The second comes first in the order, and gets as far as it can while the first one's call is under way."""
+    for number in range(12):
+        world = World()
+        world.cluster._uid = descending()  # type: ignore[method-assign]
+        create(world, "one", policy)
+        passes: list[asyncio.Task[float | None]] = []
+
+        async def on_call(
+            call: Call, world: World = world, number: int = number, passes: list[asyncio.Task[float | None]] = passes
+        ) -> None:
+            if call.index == number and call.stage == stage:
+                world.cluster.on_call = None
+                create(world, "two", policy)
+                passes.append(asyncio.ensure_future(world.reconciler.reconcile(key("two"), "test")))
+                for _ in range(200):
+                    await asyncio.sleep(0)
+
+        world.cluster.on_call = on_call
+        await world.reconciler.reconcile(key("one"), "test")
+        world.cluster.on_call = None
+        await asyncio.gather(*passes)
+        await finish(world)
+        assert_alone(world)
+        if passes:
+            assert_one_done(world, policy)
+    assert not passes, "there are more calls than were tried"
 
 
 class Scheduler:

@@ -153,6 +153,21 @@ async def test_suspended_time_does_not_count(world: World) -> None:
     assert world.phase == "Cancelled"
 
 
+async def test_retry_that_waits_for_room_is_not_stale(world: World) -> None:
+    await start(world, staleAfterSeconds=600)
+    world.cluster.job_quota["default"] = 0
+    world.work(world.active_jobs()[0], exit_code=1)
+    await after(world, 5000)
+    assert world.phase == "Running"
+    assert world.condition("Backpressured")["status"] == "True"
+    world.cluster.job_quota.clear()
+    await after(world, 120)
+    assert world.phase == "Running"
+    run_pod(world)
+    await after(world, 601)
+    assert world.phase == "Cancelled"
+
+
 @pytest.mark.parametrize("kind", ["quota", "unschedulable", "queued"])
 async def test_waiting_for_room_does_not_count(world: World, kind: str) -> None:
     if kind == "quota":
@@ -181,8 +196,13 @@ async def test_pod_that_has_its_node_and_does_not_start_stands_still(world: Worl
     assert world.phase == "Cancelled"
 
 
-async def test_what_ended_while_the_operator_was_down_is_progress(world: World) -> None:
+@pytest.mark.parametrize(("ended", "begun"), [("fetch", "hook"), ("hook", "publish")])
+async def test_what_ended_while_the_operator_was_down_is_progress(world: World, ended: str, begun: str) -> None:
     first = await start(world, staleAfterSeconds=600)
+    if ended == "hook":
+        world.work(world.active_jobs()[0])
+        await world.settle()
+        first = run_pod(world)
     world.deaf |= {"IngestRun", "Job", "Pod"}
     world.asked.clear()
     world.due.clear()
@@ -193,7 +213,7 @@ async def test_what_ended_while_the_operator_was_down_is_progress(world: World) 
     world.restart()
     await world.settle()
     assert world.phase == "Running"
-    assert stage(world) == ("0", "hook")
+    assert stage(world) == ("0", begun)
     world.restart()
     await world.settle()
     assert world.phase == "Running"
