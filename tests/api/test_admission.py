@@ -367,6 +367,9 @@ AGREED: Final[dict[str, tuple[dict[str, Any], dict[str, Any], bool]]] = {
             "backoff": {"initialSeconds": 0, "maxSeconds": 0},
             "backpressure": {"retrySeconds": 1},
             "activeDeadlineSeconds": 31_536_000,
+            "staleAfterSeconds": 31_536_000,
+            "ttlSecondsAfterFinished": 0,
+            "concurrency": {"key": "geo/tiles_2026.11-Z", "policy": "Replace"},
         },
         True,
     ),
@@ -425,6 +428,12 @@ AGREED: Final[dict[str, tuple[dict[str, Any], dict[str, Any], bool]]] = {
     "an unknown batch policy": (OWN, {"onBatchFailure": "Ignore"}, False),
     "a claim's bad name": (HTTP, {"workspace": {"persistentVolumeClaim": {"claimName": "A/b"}}}, False),
     "no time": (OWN, {"activeDeadlineSeconds": 0}, False),
+    "stale at once": (OWN, {"staleAfterSeconds": 0}, False),
+    "deleted before its end": (OWN, {"ttlSecondsAfterFinished": -1}, False),
+    "a policy without a key": (OWN, {"concurrency": {"policy": "Forbid"}}, False),
+    "an unknown policy": (OWN, {"concurrency": {"key": "geo", "policy": "Queue"}}, False),
+    "a key that is no name": (OWN, {"concurrency": {"key": "a,b"}}, False),
+    "a long key": (OWN, {"concurrency": {"key": "k" * 64}}, False),
     "source and fetch": (HTTP, {"fetch": {"image": "a"}}, False),
     "no source at all": (HTTP, {"source": None}, False),
     "two ways of pagination": (HTTP, {"source": {"http": {"pagination": {"link": {}}}}}, False),
@@ -494,6 +503,9 @@ CHANGES: Final[dict[str, tuple[dict[str, Any], str | None]]] = {
     "parallelism": ({"parallelism": 9}, None),
     "parallelism to its default": ({"parallelism": None}, None),
     "activeDeadlineSeconds": ({"activeDeadlineSeconds": 60}, None),
+    "staleAfterSeconds": ({"staleAfterSeconds": 600}, None),
+    "ttlSecondsAfterFinished": ({"ttlSecondsAfterFinished": 0}, None),
+    "a key": ({"concurrency": {"key": "geo"}}, "concurrency"),
     "nothing": ({"retries": 3}, None),
     "another url": ({"source": {"http": {"url": "https://example.com"}}}, "source"),
     "a parameter more": ({"source": {"http": {"params": {"a": "b"}}}}, "source"),
@@ -544,7 +556,7 @@ def test_what_can_be_changed_after_creation(cluster: Cluster, namespace: str, ch
         lambda: cluster.patch_run(namespace, "geo", {"spec": patch}),
         f"spec.{field}: Forbidden: the field is fixed at creation",
     )
-    assert "only cancel, cancellation, suspend, parallelism and activeDeadlineSeconds can be changed" in told
+    assert "only cancel, cancellation, suspend, parallelism, activeDeadlineSeconds, staleAfterSeconds" in told
 
 
 # ---------------------------------------------------------------------------------------------- cancel and phases

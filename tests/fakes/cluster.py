@@ -265,8 +265,6 @@ class FakeCluster(Cluster):
 
         return await self._call("update", "secrets", namespace, name, body, commit)
 
-    # Proposed for the Protocol, as in `kube.client`.
-
     async def patch_run(self, key: RunKey, *, patch: Object) -> Object:
         body: Json = copy.deepcopy(dict(patch))
         assert body.keys() <= {"metadata", "spec"}, "status has its own call"

@@ -13,14 +13,14 @@ from datetime import datetime
 from typing import Any, Final
 
 from ingestrun.engine import conditions as c
+from ingestrun.engine.announce import WAITS
 from ingestrun.engine.decisions import OPERATOR, Cause
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import ConcurrencyPolicy
 from ingestrun.model.status import Phase
 
 FORBIDDEN: Final = "ConcurrencyForbidden"
-WAITS_FOR_DRAIN: Final = "WaitingForDrain"
-WAITS_FOR_REPLACED: Final = "WaitingForReplaced"
+WAITS_FOR_DRAIN, WAITS_FOR_REPLACED = WAITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

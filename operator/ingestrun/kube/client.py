@@ -133,8 +133,6 @@ class KubernetesCluster(Cluster):
         path = _secret_path(meta["namespace"], meta["name"])
         return await self._call("update", "secrets", "PUT", path, body=secret)
 
-    # Proposed for the Protocol; see DESIGN on the label, on cascade and Replace, on the TTL, and on Drain.
-
     async def patch_run(self, key: RunKey, *, patch: Object) -> Object:
         """Merge `patch` ({"metadata": {"labels": ...}} or {"spec": {"cancel": true}}) into the run.
 

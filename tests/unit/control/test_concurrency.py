@@ -167,6 +167,8 @@ async def test_replace_cancels_the_older_and_starts_when_it_is_drained(world: Wo
     waiting = condition(world, "two", "Reconciling")
     assert waiting["reason"] == "WaitingForReplaced"
     assert "run one" in waiting["message"]
+    told = [event for event in world.cluster.events() if event["reason"] == "WaitingForReplaced"]
+    assert [(event["regarding"]["name"], event["note"]) for event in told] == [("two", waiting["message"])]
     assert jobs_of(world, "two") == []
     world.work(job)
     await world.settle()
