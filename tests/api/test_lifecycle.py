@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from kubernetes import client
 
-from tests.api.conftest import Cluster, Json, WaitFor, refusal
+from tests.api.conftest import REPOSITORY, Cluster, Json, WaitFor, refusal
 from tests.api.operator_process import OperatorProcess
 from tests.api.test_cancel import THREE, events, three_running
 from tests.api.test_runs import (
@@ -329,6 +330,13 @@ def test_a_key_is_fixed_and_has_a_form(cluster: Cluster, namespace: str, crd: Js
         assert "spec.concurrency" in refusal(refused.value)
 
 
+def test_the_example_of_the_page_is_taken(cluster: Cluster, namespace: str, crd: Json) -> None:
+    assert crd
+    blocks = (REPOSITORY / "docs" / "lifecycle.md").read_text().split("```yaml\n")[1:]
+    (example,) = [yaml.safe_load(block.partition("```")[0]) for block in blocks]
+    cluster.create_run(namespace, example["spec"], dry_run=True)
+
+
 @pytest.mark.parametrize(("field", "taken"), [("staleAfterSeconds", False), ("ttlSecondsAfterFinished", True)])
 def test_zero_is_not_unset(field: str, taken: bool, cluster: Cluster, namespace: str, crd: Json) -> None:
     assert crd
@@ -415,19 +423,15 @@ def test_namespace_that_is_deleted_under_its_run(
         )
         wait_for(lambda: len(cluster.jobs(doomed)) >= 6, 60, "a few Jobs")
         cluster.core.delete_namespace(doomed)
-        (asked,) = [
-            entry
-            for entry in wait_for(lambda: audit(doomed), 10, "the audit log")
-            if entry["verb"] == "delete" and entry["objectRef"]["resource"] == "namespaces"
-        ]
-        deleted = received(asked) + timedelta(seconds=2)
+        metadata = cluster.core.read_namespace(doomed).to_dict()["metadata"]
+        refuses = metadata["deletion_timestamp"] + timedelta(seconds=3)
         wait_for(lambda: not cluster.jobs(doomed), 90, "the Jobs to go")
         wait_for(lambda: [run["metadata"]["name"] for run in cluster.runs(doomed)] == ["stays"], 60, "one run to go")
         tried = len([entry for entry in audit(doomed) if entry["objectRef"]["resource"] == "jobs"])
         wait_for(over(3), 10, "time to try again")
         entries = audit(doomed)
-        stored = [entry for entry in entries if created_jobs([entry]) and received(entry) > deleted]
-        assert stored == [], "the server itself refuses them, a second or two later"
+        stored = [entry for entry in entries if created_jobs([entry]) and received(entry) > refuses]
+        assert stored == []
         refused = [
             entry
             for entry in entries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -65,9 +66,13 @@ async def start(world: World, name: str, policy: str | None, **spec: Any) -> Obj
     return job
 
 
-def assert_alone(world: World, *, allowed: frozenset[str] = frozenset()) -> None:
-    """By the server's own history: no Job was stored for a run while another of its key had begun and was not over."""
+def assert_alone(world: World) -> None:
+    """By the server's own history: no run began while another of its key had begun and was not over.
+
+    Nor did one create any further Job beside another, unless that one says Allow.
+    """
     runs: dict[str, Object] = {}
+    begun: set[str] = set()
     for change in world.cluster.changes:
         meta = change.obj["metadata"]
         if change.kind == "IngestRun":
@@ -76,14 +81,18 @@ def assert_alone(world: World, *, allowed: frozenset[str] = frozenset()) -> None
             else:
                 runs[meta["uid"]] = change.obj
         elif change.kind == "Job" and change.type == "ADDED" and meta["labels"][LABEL_STAGE] != "on-cancel":
-            mine = runs[meta["labels"][LABEL_RUN_UID]]
-            for uid, other in runs.items():
-                if uid == mine["metadata"]["uid"] or other["spec"]["concurrency"] != mine["spec"]["concurrency"]:
+            uid = meta["labels"][LABEL_RUN_UID]
+            mine = runs[uid]["spec"]["concurrency"]
+            if mine.get("policy", "Allow") == "Allow":
+                continue
+            for other in runs.values():
+                theirs, rival = other["spec"]["concurrency"], read_rival(other)
+                if rival.uid == uid or theirs["key"] != mine["key"]:
                     continue
-                rival = read_rival(other)
-                assert rival.over or not rival.started or rival.name in allowed, (
-                    f"{mine['metadata']['name']} started {meta['name']} beside {rival.name}"
-                )
+                beside = rival.started and not rival.over
+                late = uid in begun and theirs.get("policy", "Allow") == "Allow"
+                assert late or not beside, f"{meta['name']} was created beside {rival.name}"
+            begun.add(uid)
 
 
 async def test_allow_runs_side_by_side(world: World) -> None:
@@ -490,5 +499,62 @@ def test_passes_interleaved_call_by_call_only_one_runs(
         ends = [phase(world, name) for name in names]
         assert ends.count("Succeeded") >= 1
         assert set(ends) <= {"Succeeded", "Failed", "Cancelled"}
+
+    asyncio.run(scenario())
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("create"), st.sampled_from(["Allow", "Forbid", "Replace", "Replace"])),
+    st.tuples(st.sampled_from(["cancel", "suspend", "resume", "delete"]), st.integers(0, 5)),
+    st.tuples(st.sampled_from(["work", "fail", "restart", "wait", "step", "settle"]), st.none()),
+)
+
+
+def act(world: World, action: str, what: Any, made: list[str]) -> None:
+    """One thing that users, the kubelet or fate do; what is refused or impossible is left out."""
+    if action == "create":
+        made.append(f"run-{len(made)}")
+        create(world, made[-1], what, onCancel={"image": "example/clean:1"} if len(made) % 2 else None)
+    elif action == "restart":
+        world.restart()
+    elif action == "wait":
+        world.now += timedelta(seconds=7)
+    elif action in ("work", "fail"):
+        for job in world.active_jobs()[:1]:
+            world.work(job, **({"exit_code": 1} if action == "fail" else {}))
+    elif made and phase_or_none(world, made[what % len(made)]) not in ("Succeeded", "Failed"):
+        name = key(made[what % len(made)])
+        patch: dict[str, dict[str, Any]] = {
+            "cancel": {"cancel": True},
+            "suspend": {"suspend": True},
+            "resume": {"suspend": None},
+        }
+        with suppress(NotFound):
+            if action == "delete":
+                world.cluster.user_delete_run(name)
+            else:
+                world.cluster.user_patch_spec(name, patch[action])
+
+
+@settings(max_examples=50, deadline=None)
+@given(actions=st.lists(ACTIONS, min_size=4, max_size=40))
+def test_whatever_users_do_runs_of_a_key_never_overlap_and_all_end(actions: list[tuple[str, Any]]) -> None:
+    async def scenario() -> None:
+        world = World()
+        made: list[str] = []
+        for action, what in actions:
+            if action == "step":
+                await world.step()
+            elif action == "settle":
+                await world.settle()
+            else:
+                act(world, action, what, made)
+        for name in made:
+            with suppress(NotFound):
+                world.cluster.user_patch_spec(key(name), {"suspend": None})
+        await finish(world)
+        assert_alone(world)
+        ends = {name: phase_or_none(world, name) for name in made}
+        assert set(ends.values()) <= {"Succeeded", "Failed", "Cancelled", None}, ends
 
     asyncio.run(scenario())
