@@ -413,6 +413,9 @@ AGREED: Final[dict[str, tuple[dict[str, Any], dict[str, Any], bool]]] = {
             "backoff": {"initialSeconds": 0, "maxSeconds": 0},
             "backpressure": {"retrySeconds": 1},
             "activeDeadlineSeconds": 31_536_000,
+            "staleAfterSeconds": 31_536_000,
+            "ttlSecondsAfterFinished": 0,
+            "concurrency": {"key": "geo/tiles_2026.11-Z", "policy": "Replace"},
         },
         True,
     ),
@@ -479,6 +482,12 @@ AGREED: Final[dict[str, tuple[dict[str, Any], dict[str, Any], bool]]] = {
     "too many kept batches": (OWN, {"jobRetention": {"failedBatches": 21}}, False),
     "a retention of less than nothing": (OWN, {"jobRetention": {"secondsAfterFinished": -1}}, False),
     "no time": (OWN, {"activeDeadlineSeconds": 0}, False),
+    "stale at once": (OWN, {"staleAfterSeconds": 0}, False),
+    "deleted before its end": (OWN, {"ttlSecondsAfterFinished": -1}, False),
+    "a policy without a key": (OWN, {"concurrency": {"policy": "Forbid"}}, False),
+    "an unknown policy": (OWN, {"concurrency": {"key": "geo", "policy": "Queue"}}, False),
+    "a key that is no name": (OWN, {"concurrency": {"key": "a,b"}}, False),
+    "a long key": (OWN, {"concurrency": {"key": "k" * 64}}, False),
     "source and fetch": (HTTP, {"fetch": {"image": "a"}}, False),
     "no source at all": (HTTP, {"source": None}, False),
     "two ways of pagination": (HTTP, {"source": {"http": {"pagination": {"link": {}}}}}, False),
@@ -549,6 +558,9 @@ CHANGES: Final[dict[str, tuple[dict[str, Any], str | None]]] = {
     "parallelism to its default": ({"parallelism": None}, None),
     "activeDeadlineSeconds": ({"activeDeadlineSeconds": 60}, None),
     "jobRetention": ({"jobRetention": {"failedBatches": 0, "secondsAfterFinished": 60}}, None),
+    "staleAfterSeconds": ({"staleAfterSeconds": 600}, None),
+    "ttlSecondsAfterFinished": ({"ttlSecondsAfterFinished": 0}, None),
+    "a key": ({"concurrency": {"key": "geo"}}, "concurrency"),
     "nothing": ({"retries": 3}, None),
     "another url": ({"source": {"http": {"url": "https://example.com"}}}, "source"),
     "a parameter more": ({"source": {"http": {"params": {"a": "b"}}}}, "source"),
@@ -600,9 +612,7 @@ def test_what_can_be_changed_after_creation(cluster: Cluster, namespace: str, ch
         lambda: cluster.patch_run(namespace, "geo", {"spec": patch}),
         f"spec.{field}: Forbidden: the field is fixed at creation",
     )
-    assert (
-        "only cancel, cancellation, suspend, parallelism, activeDeadlineSeconds and jobRetention can be changed" in told
-    )
+    assert "only cancel, cancellation, suspend, parallelism, activeDeadlineSeconds, staleAfterSeconds" in told
 
 
 # ---------------------------------------------------------------------------------------------- cancel and phases

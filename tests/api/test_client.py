@@ -142,6 +142,11 @@ async def test_runs(kube: KubernetesCluster, namespace: str, crd: dict[str, Any]
     key = RunKey(namespace=namespace, name="geo")
     run = await kube.get_run(key)
     assert namespace in {one["metadata"]["namespace"] for one in await kube.list_runs()}
+    keyed = {**spec, "concurrency": {"key": "geo/tiles"}}
+    await kube.connection.request("POST", runs, body={**body, "metadata": {"name": "keyed"}, "spec": keyed})
+    sharing = await kube.list_runs_of(namespace=namespace, concurrency_key="geo/tiles")
+    assert [one["metadata"]["name"] for one in sharing] == ["keyed"]
+    assert await kube.list_runs_of(namespace=namespace, concurrency_key="geo") == []
     # An operator may be at work on it as well: take the newest until it holds.
     for _ in range(20):
         old = run["metadata"]["resourceVersion"]

@@ -143,6 +143,17 @@ class FakeCluster(Cluster):
     async def list_runs(self) -> Sequence[Object]:
         return await self._call("list", "ingestruns", "", "", None, lambda: self._select("IngestRun"))
 
+    async def list_runs_of(self, *, namespace: str, concurrency_key: str) -> Sequence[Object]:
+        def commit() -> Sequence[Object]:
+            return [
+                run
+                for run in self._select("IngestRun", namespace)
+                if run["spec"].get("concurrency", {}).get("key") == concurrency_key
+                and run["status"].get("phase") != "Succeeded"
+            ]
+
+        return await self._call("list", "ingestruns", namespace, "", None, commit)
+
     async def write_status(self, key: RunKey, *, resource_version: str, status: Object) -> Object:
         assert resource_version, "a status write without a resourceVersion has no precondition"
         body: Json = {"metadata": {"resourceVersion": resource_version}, "status": copy.deepcopy(dict(status))}
@@ -266,8 +277,6 @@ class FakeCluster(Cluster):
             return copy.deepcopy(self._find("Secret", namespace, name))
 
         return await self._call("update", "secrets", namespace, name, body, commit)
-
-    # Proposed for the Protocol, as in `kube.client`.
 
     async def patch_run(self, key: RunKey, *, patch: Object) -> Object:
         body: Json = copy.deepcopy(dict(patch))

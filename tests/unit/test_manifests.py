@@ -41,6 +41,7 @@ KEY = RunKey(namespace="n", name="r")
 CALLS: dict[str, Callable[[Cluster], Coroutine[Any, Any, object]]] = {
     "get_run": lambda c: c.get_run(KEY),
     "list_runs": lambda c: c.list_runs(),
+    "list_runs_of": lambda c: c.list_runs_of(namespace="n", concurrency_key="k"),
     "write_status": lambda c: c.write_status(KEY, resource_version="1", status={}),
     "list_jobs": lambda c: c.list_jobs(namespace="n", run_uid="u"),
     "list_all_jobs": lambda c: c.list_all_jobs(),
@@ -51,6 +52,7 @@ CALLS: dict[str, Callable[[Cluster], Coroutine[Any, Any, object]]] = {
     "delete_job": lambda c: c.delete_job(namespace="n", name="j", uid="u"),
     "delete_jobs": lambda c: c.delete_jobs(namespace="n", selector="a=b"),
     "patch_run": lambda c: c.patch_run(KEY, patch={}),
+    "delete_run": lambda c: c.delete_run(KEY, uid="u", resource_version="1"),
     "delete_pod": lambda c: c.delete_pod(namespace="n", name="p", uid="u"),
     "get_secret": lambda c: c.get_secret(namespace="n", name=CHECK_KEY),
     "replace_secret": lambda c: c.replace_secret(

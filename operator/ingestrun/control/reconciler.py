@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -27,11 +27,14 @@ import structlog
 from ingestrun.control.events import event_body
 from ingestrun.control.podless import Podless
 from ingestrun.control.store import Store, parents_of
-from ingestrun.engine.announce import Announcement, announcements, skipped
+from ingestrun.control.turns import Turns
+from ingestrun.engine.announce import Announcement, announcements, normal, skipped
 from ingestrun.engine.capacity import remembered
+from ingestrun.engine.concurrency import Rival
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
 from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest, job_name, spent_selector
+from ingestrun.engine.lifetime import expiry_of
 from ingestrun.engine.plan import plan
 from ingestrun.engine.steps import ON_CANCEL_STEP
 from ingestrun.engine.verdicts import Verdict, rule_of
@@ -105,6 +108,7 @@ class Reconciler:
         self._looked: dict[str, datetime] = {}
         self._answered: dict[str, bool] = {}
         """By UID, whether each create of the run was sent by this process and answered: then none arrives late."""
+        self._turns = Turns(cluster, store)
 
     async def reconcile(self, key: RunKey, trigger: str) -> float | None:
         """Look at one run and do what is due.
@@ -123,10 +127,11 @@ class Reconciler:
                 return None
             if self._store.closed(run.metadata.uid):
                 if run.metadata.generation == run.status.observed_generation:
-                    return None
+                    return await self._expire(key, run)
                 self._store.reopen(run.metadata.uid)  # what its Jobs may stay for may have changed
             try:
-                outcome = await self._round(key, run, trigger)
+                async with self._turns.take(key, run) as rivals:
+                    outcome = await self._round(key, run, rivals, trigger)
             except KubeError:
                 self._store.usage.stand_back(run.metadata.uid)
                 raise
@@ -145,7 +150,7 @@ class Reconciler:
             self._must_read.discard(key)
         return self._store.run(key)
 
-    async def _round(self, key: RunKey, run: IngestRun, trigger: str) -> float | _Again | None:
+    async def _round(self, key: RunKey, run: IngestRun, rivals: Sequence[Rival], trigger: str) -> float | _Again | None:
         uid = run.metadata.uid
         ended = run.status.phase is not None and run.status.phase.ended
         live = None
@@ -172,6 +177,7 @@ class Reconciler:
             live=live if ended else None,
             parent=await self._cancelled_parent(key, ask=not primed),
             children=self._children(key) if ended else (),
+            rivals=rivals,
             # The last to be asked for: nothing is awaited between the snapshot and the reservation of what it grants.
             capacity=self._store.usage.snapshot(uid, key.namespace, now=self._clock()),
         )
@@ -212,7 +218,8 @@ class Reconciler:
         await self._delete_all(run_now, planned)
         if ended and planned.fenced is not None:
             await self._fence(key, run_now, wanted=planned.fenced)
-        return self._next_look(run_now, planned, unclear=unclear)
+        look = self._next_look(run_now, planned, unclear=unclear)
+        return await self._expire(key, run_now, look) if planned.settled else look
 
     async def _list_live(self, run: IngestRun) -> Live:
         """Take the run's Jobs and pods from the server, in place of what the watches have shown."""
@@ -333,6 +340,8 @@ class Reconciler:
         cancelled = run.status.phase is Phase.CANCELLED  # then the one create that is planned is the clean-up's
         for create in planned.creates:
             if not cancelled and (self._store.cancel_requested(key) or await self._cancelled_parent(key, ask=False)):
+                return False
+            if not cancelled and self._turns.replaced(key, run):
                 return False
             if not await self._create(key, run, create):
                 return False
@@ -456,6 +465,28 @@ class Reconciler:
         if unclear:
             delay = min(POD_GRACE_SECONDS, delay if delay is not None else POD_GRACE_SECONDS)
         return delay
+
+    async def _expire(self, key: RunKey, run: IngestRun, look: float | None = None) -> float | None:
+        """Delete a settled run whose time has come. Returns in how many seconds to look again: `look`, or earlier."""
+        expiry = expiry_of(run)
+        if expiry is None:
+            return look
+        wait = (expiry - self._clock()).total_seconds()
+        if wait > 0:
+            return wait if look is None else min(look, wait)
+        meta = run.metadata
+        try:
+            await self._cluster.delete_run(key, uid=meta.uid, resource_version=meta.resource_version)
+        except Conflict:
+            self._must_read.add(key)  # changed meanwhile, perhaps the very field
+            return 0.0
+        seconds = run.spec.ttl_seconds_after_finished
+        logger.info("ingest run deleted, its time is over", run=meta.name, namespace=meta.namespace, uid=meta.uid,
+                    phase=run.status.phase, ttl_seconds_after_finished=seconds)  # fmt: skip
+        note = f"deleted, as ttlSecondsAfterFinished of {seconds} says; it had ended as {run.status.phase}"
+        await self._tell(run, [normal("Expired", note, action="Delete")])
+        self.forget(key)
+        return None
 
     def forget(self, key: RunKey) -> None:
         """Drop all that is kept of a run that is gone."""

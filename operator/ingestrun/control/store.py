@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ingestrun.control.usage import Usage
+from ingestrun.engine.concurrency import key_of, read_rival
 from ingestrun.engine.facts import JobFacts, JobView, PodFacts, preempted, view
 from ingestrun.engine.steps import ON_CANCEL_STEP
 from ingestrun.kube.protocol import Object, RunKey
@@ -45,6 +46,7 @@ class Store:
         self._closed: set[str] = set()
         self._below: dict[RunKey, set[RunKey]] = {}
         self._parsed: dict[RunKey, tuple[Object, IngestRun]] = {}
+        self._sharing: dict[tuple[str, str], set[RunKey]] = {}
 
     def run(self, key: RunKey) -> Object | None:
         """The newest body seen."""
@@ -84,7 +86,18 @@ class Store:
         self._keys[meta["uid"]] = key
         for parent in parents_of(body):
             self._below.setdefault(parent, set()).add(key)
+        shared = _shared(body)
+        if shared is not None:
+            if read_rival(body).over:
+                self._unshare(shared, key)
+            else:
+                self._sharing.setdefault(shared, set()).add(key)
         return key
+
+    def sharing(self, body: Object) -> list[Object]:
+        """The runs of this one's namespace and concurrency key, itself included, that are not over yet."""
+        shared = _shared(body)
+        return [self._runs[key] for key in sorted(self._sharing.get(shared, ()), key=str)] if shared else []
 
     def below(self, key: RunKey) -> list[Object]:
         """The runs right below this one, as far as they have been seen, in the order of their names."""
@@ -113,6 +126,9 @@ class Store:
             uid = body["metadata"]["uid"]
             for parent in parents_of(body):
                 self._below.get(parent, set()).discard(key)
+            shared = _shared(body)
+            if shared is not None:
+                self._unshare(shared, key)
             self._keys.pop(uid, None)
             self._drop_children(uid)
             self._closed.discard(uid)
@@ -206,6 +222,12 @@ class Store:
             by_job.setdefault(pod.job_uid, []).append(pod)
         return [view(job, by_job.get(job.uid, ())) for job in children.jobs.values()]
 
+    def _unshare(self, shared: tuple[str, str], key: RunKey) -> None:
+        keys = self._sharing.get(shared, set())
+        keys.discard(key)
+        if not keys:
+            self._sharing.pop(shared, None)
+
     def _of(self, run_uid: str) -> _Children:
         return self._children.setdefault(run_uid, _Children())
 
@@ -242,6 +264,11 @@ def parents_of(body: Object) -> list[RunKey]:
 
 def _resource_version(body: Object) -> str:
     return str(body["metadata"].get("resourceVersion", ""))
+
+
+def _shared(body: Object) -> tuple[str, str] | None:
+    key = key_of(body)
+    return None if key is None else (body["metadata"]["namespace"], key)
 
 
 def _version(body: Object) -> int:

@@ -7,6 +7,7 @@ import structlog
 from ingestrun.control.queue import KeyedQueue
 from ingestrun.control.reconciler import Reconciler
 from ingestrun.control.store import Store, parents_of
+from ingestrun.engine.concurrency import read_rival, wakes
 from ingestrun.engine.facts import MalformedJobError, read_job, read_pod
 from ingestrun.kube.protocol import Object, RunKey
 
@@ -28,11 +29,23 @@ class Watch:
         if event_type != "DELETED":
             self._queue.add(self._store.saw_run(body), "run")
             self._look_around(key, body)
+            self._wake_rivals(body, gone=False)
             return
         known = self._store.run(key)
         if known is not None and known["metadata"]["uid"] == meta["uid"]:
             self._reconciler.forget(key)
             self._queue.forget(key)
+            self._wake_rivals(body, gone=True)
+
+    def _wake_rivals(self, body: Object, *, gone: bool) -> None:
+        """A run of some concurrency key that waits is made room for; one that is over makes room."""
+        rivals = self._store.sharing(body)
+        if not rivals:
+            return
+        changed = read_rival(body)
+        for other in rivals:
+            if other["metadata"]["uid"] != changed.uid and wakes(changed, read_rival(other), gone=gone):
+                self._queue.add(_key(other), "rival")
 
     def _look_around(self, key: RunKey, body: Object) -> None:
         """A cancel goes on to the runs below, and what became of them is told above."""

@@ -13,6 +13,8 @@ from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import IngestRunStatus, Phase
 
+WAITS: Final = ("WaitingForDrain", "WaitingForReplaced")
+"""Why a run waits for another before its first batch; told once each."""
 NOTE_CHARS: Final = 1000
 """events.k8s.io/v1 takes notes of at most 1 KiB."""
 
@@ -90,6 +92,10 @@ def _course(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Announcement
     if _turned(old, new, c.BACKPRESSURED):
         held = new.condition(c.BACKPRESSURED)
         yield warning("Backpressured", f"{held.reason}: {held.message}" if held else "", action="Wait")
+    for reason in WAITS:
+        if _turned(old, new, c.RECONCILING, reason=reason):
+            waiting = new.condition(c.RECONCILING)
+            yield normal(reason, waiting.message if waiting else "", action="Wait")
     if _turned(old, new, c.RECONCILING, reason="PodNotStarting"):
         stuck = new.condition(c.RECONCILING)
         yield warning("PodNotStarting", stuck.message if stuck else "", action="Wait")

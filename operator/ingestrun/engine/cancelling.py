@@ -9,7 +9,7 @@ from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import accounted, assess_all, claimable, in_flight, with_
 from ingestrun.engine.announce import Announcement, warning
 from ingestrun.engine.conditions import Claim
-from ingestrun.engine.decisions import Parent, Plan, Skip
+from ingestrun.engine.decisions import Cause, Parent, Plan, Skip
 from ingestrun.engine.facts import JobView
 from ingestrun.engine.saying import counted, no_backpressure, said
 from ingestrun.model.contract import Stage
@@ -18,8 +18,10 @@ from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import CancellationStatus, Phase
 
 
-def cancel(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, parent: Parent | None) -> Plan:
-    """Make the run Cancelled, because it asks for it itself or because a run above it is.
+def cancel(
+    run: IngestRun, jobs: Sequence[JobView], *, now: datetime, parent: Parent | None, cause: Cause | None = None
+) -> Plan:
+    """Make the run Cancelled, because it asks for it, because a run above it is, or for the operator's own `cause`.
 
     Counters stay as they were stored: what was in flight is told apart, under `status.cancellation`.
     """
@@ -30,6 +32,8 @@ def cancel(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, parent: Pa
     if by_parent is not None:
         reason = f"{by_parent.name} was cancelled" + (f": {by_parent.reason}" if by_parent.reason else "")
         who = by_parent.requested_by
+    if cause is not None:
+        reason, who = cause.reason, cause.requested_by
     flight = in_flight(run.status.batches)
     message = f"cancelled{f' by {who}' if who else ''}{f': {reason}' if reason else ''}"
     status = with_(
@@ -56,7 +60,7 @@ def cancel(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, parent: Pa
             Claim(
                 type=c.CANCELLED,
                 status="True",
-                reason="Requested" if by_parent is None else "ParentCancelled",
+                reason=cause.kind if cause is not None else "Requested" if by_parent is None else "ParentCancelled",
                 message=message,
             ),
             Claim(type=c.DRAINED, status="False", reason="Draining", message=flying),
@@ -69,7 +73,7 @@ def cancel(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, parent: Pa
         status=status,
         skips=skips_of(run, jobs, now=now),
         fenced=True,
-        tell=() if by_parent is not None or run.spec.cancel else (cancel_cleared(),),
+        tell=() if run.spec.cancel or by_parent is not None or cause is not None else (cancel_cleared(),),
         requeue_at=now,
     )
 

@@ -18,6 +18,7 @@ FINISHED: Final = "Finished"
 CANCELLED: Final = "Cancelled"
 DRAINED: Final = "Drained"
 BACKPRESSURED: Final = "Backpressured"
+SUSPENDED: Final = "Suspended"
 RECONCILING: Final = "Reconciling"
 STALLED: Final = "Stalled"
 

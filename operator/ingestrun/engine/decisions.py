@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Final
 
 from ingestrun.engine.announce import Announcement
 from ingestrun.engine.batches import Start
@@ -11,6 +12,18 @@ from ingestrun.engine.facts import JobFacts, PodFacts
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import IngestRunStatus, Phase
+
+OPERATOR: Final = "ingestrun-operator"
+"""Who cancels a run when nobody has asked for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """Why the operator cancels a run by itself. `kind` is the reason of the condition `Cancelled`."""
+
+    kind: str
+    reason: str
+    requested_by: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,4 +126,6 @@ class Plan:
     """Whether the run has to carry the label that the fence selects by; None: as it is."""
     tell: tuple[Announcement, ...] = ()
     """Events that do not follow from the change of the status alone."""
+    settled: bool = False
+    """Of an ended run: it is drained, cleaned up and swept, so it may be deleted when its time has come."""
     requeue_at: datetime | None = None

@@ -12,6 +12,7 @@ from ingestrun.engine.batches import Batch
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Delete, Refusal
 from ingestrun.engine.facts import JobState, JobView
+from ingestrun.engine.lifetime import deadline_of
 from ingestrun.engine.saying import no_backpressure, said, sentence
 from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
@@ -51,7 +52,7 @@ def end_of(
             else ("TooManyFailedBatches", f"{count} batches failed, {allowed} are allowed; ")
         )
         return _failed(run, status, reason, head + sentence(failed[-1]), now=now)
-    deadline = deadline_of(run, status)
+    deadline = deadline_of(run, status, now=now)
     if deadline is not None and now >= deadline:
         message = f"the run took longer than its activeDeadlineSeconds of {spec.active_deadline_seconds}"
         return _failed(run, status, "DeadlineExceeded", message, now=now)
@@ -97,13 +98,6 @@ def _failed(run: IngestRun, status: IngestRunStatus, reason: str, message: str, 
         ],
         now=now,
     )
-
-
-def deadline_of(run: IngestRun, status: IngestRunStatus) -> datetime | None:
-    seconds = run.spec.active_deadline_seconds
-    if seconds is None or status.start_time is None:
-        return None
-    return status.start_time + timedelta(seconds=seconds)
 
 
 def unstarted(jobs: Sequence[JobView]) -> tuple[Delete, ...]:

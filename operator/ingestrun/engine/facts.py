@@ -122,6 +122,8 @@ class PodFacts:
     image_id: str | None = None
     """What its container really runs, as the kubelet names it; None before it has started."""
     created: datetime | None = None
+    placed_at: datetime | None = None
+    """When it got a node; None while it waits for one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +234,7 @@ def read_pod(pod: Mapping[str, Any]) -> PodFacts | None:
         node=spec.get("nodeName"),
         image_id=sys.intern(container.get("imageID") or "") or None,
         created=_time(meta["creationTimestamp"]) if "creationTimestamp" in meta else None,
+        placed_at=_placed_at(status),
     )
 
 
@@ -282,6 +285,16 @@ def preempted(job: JobFacts, pod: PodFacts) -> bool:
         return False
     before = job.started_at is not None and pod.created is not None and pod.created < job.started_at
     return job.suspended or before
+
+
+def _placed_at(status: Mapping[str, Any]) -> datetime | None:
+    """When the kubelet took the pod or, if it has not yet, when the scheduler gave it a node."""
+    if "startTime" in status:
+        return _time(status["startTime"])
+    for condition in status.get("conditions") or ():
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "True":
+            return _time(condition["lastTransitionTime"]) if condition.get("lastTransitionTime") else None
+    return None
 
 
 def _disruption(status: Mapping[str, Any]) -> str | None:

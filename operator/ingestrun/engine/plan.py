@@ -16,12 +16,14 @@ from ingestrun.engine.announce import memory_raised
 from ingestrun.engine.batches import NO_ROOM, START_GRACE, Batch, Start
 from ingestrun.engine.cancelling import cancel
 from ingestrun.engine.capacity import NOT_COUNTED_YET, gives_up_at, held_back, made_room
+from ingestrun.engine.concurrency import Bar, Rival, bar_of, replaced
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
-from ingestrun.engine.ending import deadline_of, end_of, out_of_patience
+from ingestrun.engine.ending import end_of, out_of_patience
 from ingestrun.engine.facts import NO_POD_RELOOK, QUEUED_AFTER, JobView
 from ingestrun.engine.fairness import Capacity
 from ingestrun.engine.images import moved, newly_pinned, pinned
+from ingestrun.engine.lifetime import FIRST_ATTEMPT, deadline_of, stale, stale_at
 from ingestrun.engine.retention import spent
 from ingestrun.engine.saying import activity, said
 from ingestrun.engine.settling import settle
@@ -41,13 +43,15 @@ def plan(
     live: Live | None = None,
     parent: Parent | None = None,
     children: Sequence[Child] = (),
+    rivals: Sequence[Rival] = (),
     capacity: Capacity | None = None,
 ) -> Plan:
     """Decide for one run.
 
     `jobs` are all that are known of the run. An ended run that is not drained is judged only by `live` ones:
     without them nothing is said about the drain. `parent` is a run above that is Cancelled with `cascade`;
-    `children` are the runs right below, of interest once this one is Cancelled itself. `capacity` is what the
+    `children` are the runs right below, of interest once this one is Cancelled itself. `rivals` are the other
+    runs of its concurrency key; before a first batch is claimed they have to be listed live. `capacity` is what the
     operator's caps and the namespace's quota leave for this run among the others; None: no limit.
     """
     stages = [job for job in jobs if job.job.step != ON_CANCEL_STEP]
@@ -58,11 +62,23 @@ def plan(
         return Plan(status=run.status)
     if run.cancel_requested or parent is not None:
         return cancel(run, stages, now=now, parent=parent)
-    return advance(run, stages, now=now, refusal=refusal, capacity=capacity)
+    cause = replaced(run, rivals)
+    if cause is not None:
+        return cancel(run, stages, now=now, parent=None, cause=cause)
+    bar = bar_of(run, rivals)
+    if bar is not None and bar.final:
+        refusal = Refusal(reason=bar.reason, message=bar.message, retry_at=now, permanent=True)
+    return advance(run, stages, now=now, refusal=refusal, bar=bar, capacity=capacity)
 
 
 def advance(
-    run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: Refusal | None, capacity: Capacity | None
+    run: IngestRun,
+    jobs: Sequence[JobView],
+    *,
+    now: datetime,
+    refusal: Refusal | None,
+    bar: Bar | None = None,
+    capacity: Capacity | None = None,
 ) -> Plan:
     spec, old = run.spec, run.status
     batches = assess_all(run, jobs, now=now)
@@ -81,7 +97,8 @@ def advance(
     ready: list[Start] = []
     due: list[datetime] = []
     claims = 0
-    if not spec.suspend:
+    may_start = not spec.suspend and bar is None
+    if may_start:
         for start in (batch.start for batch in flight if batch.start is not None):
             if start.not_before is not None and start.not_before > now:
                 due.append(start.not_before)
@@ -89,7 +106,7 @@ def advance(
                 ready.append(start)
         claims = max(0, min(spec.parallelism - len(flight), claimable(spec, status.batches, status.records)))
     wants = len(ready) + claims
-    held = held_back(run, flight, refusal, capacity, wants=wants, now=now) if not spec.suspend else None
+    held = held_back(run, flight, refusal, capacity, wants=wants, now=now) if may_start else None
     if held is not None:
         # What is in flight goes before new batches.
         ready = ready[: held.admits]
@@ -103,6 +120,11 @@ def advance(
             creates.append(_create(run, status, start))
         claimed = status.batches.claimed | IndexRanges.span(first, first + claims - 1)
         status = with_(status, batches=with_(status.batches, claimed=claimed), start_time=status.start_time or now)
+    still = stale_at(run, status, flight, jobs, now=now)
+    if still is not None and not any(create.start.attempt == FIRST_ATTEMPT for create in creates):
+        if now >= still:
+            return cancel(run, jobs, now=now, parent=None, cause=stale(run))
+        due.append(still)
 
     full = held if held is not None and held.reason != NOT_COUNTED_YET else None
     patience = gives_up_at(run, jobs, now=now) if full is not None and not creates else None
@@ -112,7 +134,7 @@ def advance(
         due.append(patience)
     if held is not None and held.retry_at is not None and held.retry_at > now:
         due.append(held.retry_at)
-    deadline = deadline_of(run, status)
+    deadline = deadline_of(run, status, now=now)
     if deadline is not None:
         due.append(deadline)
     due += [
@@ -122,6 +144,8 @@ def advance(
 
     phase = Phase.SUSPENDED if spec.suspend else Phase.RUNNING if status.batches.claimed else Phase.PENDING
     doing = activity(phase, batches, stuck, full, now=now)
+    if bar is not None:
+        doing = Claim(type=c.RECONCILING, status="True", reason=bar.reason, message=bar.message)
     claims_made = [
         Claim(type=c.SUCCEEDED, status="Unknown", reason=doing.reason, message=doing.message),
         Claim(type=c.FINISHED, status="False", reason=phase.value),
@@ -133,6 +157,10 @@ def advance(
         # Suspended, it asks for nothing: once it does again, the wait begins anew.
         reason = "Suspended" if spec.suspend else "RoomAgain"
         claims_made.append(Claim(type=c.BACKPRESSURED, status="False", reason=reason))
+    if spec.suspend:
+        claims_made.append(Claim(type=c.SUSPENDED, status="True", reason="Suspended"))
+    elif old.condition(c.SUSPENDED):
+        claims_made.append(Claim(type=c.SUSPENDED, status="False", reason="Resumed"))
     status = said(run, status, phase=phase, claims=claims_made, now=now)
     fresh = newly_pinned(old.images, pins)
     if fresh and (status != old or any(create.start.step.index in fresh for create in creates)):

@@ -25,6 +25,8 @@ def said(
     partitions = run.spec.batches.partitions
     done = len(status.batches.published)
     ended = (phase or status.phase or Phase.PENDING).ended
+    if ended and status.condition(c.SUSPENDED) is not None:
+        claims = [*claims, Claim(type=c.SUSPENDED, status="False", reason="Finished")]
     return with_(
         status,
         phase=phase or status.phase,

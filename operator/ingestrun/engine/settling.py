@@ -67,6 +67,7 @@ def settle(
         # The cancel itself may have left the arming to here.
         fenced=done.fenced if done.fenced is not None or status.phase is not Phase.CANCELLED else True,
         tell=tell,
+        settled=done.settled,
         requeue_at=done.requeue_at,
     )
 
@@ -135,6 +136,7 @@ def _after_drain(
         deletes=late,
         spent=spent_at_end(run, found, now=now) if swept and not cleaning else None,
         fenced=False if swept else None,
+        settled=swept and not cleaning,
         requeue_at=sweep_at if not over else now + DRAIN_RECHECK if cleaning or late else go_at,
     )
 
@@ -236,6 +238,9 @@ def _cleared(run: IngestRun) -> tuple[Announcement, ...]:
     record, status = run.status.cancellation, run.status
     if record is None or record.parent is not None or run.spec.cancel:
         return ()
+    cancelled = status.condition(c.CANCELLED)
+    if cancelled is not None and cancelled.reason != "Requested":
+        return ()  # the operator's own: no request was taken back
     if status.observed_generation == run.metadata.generation:
         return ()
     return (cancel_cleared(),)

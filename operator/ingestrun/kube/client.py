@@ -65,6 +65,12 @@ class KubernetesCluster(Cluster):
             found += await self._list(PLURAL, f"{root}/namespaces/{_part(namespace)}/{PLURAL}")
         return found
 
+    async def list_runs_of(self, *, namespace: str, concurrency_key: str) -> Sequence[Object]:
+        path = f"/apis/{GROUP}/{VERSION}/namespaces/{_part(namespace)}/{PLURAL}"
+        # The CRD's pattern leaves nothing in a key that a field selector would read as its own.
+        fields = f"spec.concurrency.key={concurrency_key},status.phase!=Succeeded"
+        return await self._list(PLURAL, path, fields=fields)
+
     async def write_status(self, key: RunKey, *, resource_version: str, status: Object) -> Object:
         if not resource_version:
             # The server takes an empty one for "no precondition": exactly what must not happen.
@@ -139,8 +145,6 @@ class KubernetesCluster(Cluster):
             raise ValueError("replace_secret needs the resourceVersion of the Secret that was read")
         path = _secret_path(meta["namespace"], meta["name"])
         return await self._call("update", "secrets", "PUT", path, body=secret)
-
-    # Proposed for the Protocol; see DESIGN on the label, on cascade and Replace, on the TTL, and on Drain.
 
     async def patch_run(self, key: RunKey, *, patch: Object) -> Object:
         """Merge `patch` ({"metadata": {"labels": ...}} or {"spec": {"cancel": true}}) into the run.

@@ -39,6 +39,9 @@ class Cluster(Protocol):
     async def list_runs(self) -> Sequence[Object]:
         """All runs that the operator watches, in pages."""
 
+    async def list_runs_of(self, *, namespace: str, concurrency_key: str) -> Sequence[Object]:
+        """The namespace's runs of that `spec.concurrency.key`, not from a cache, without the Succeeded ones."""
+
     async def write_status(self, key: RunKey, *, resource_version: str, status: Object) -> Object:
         """Merge `status` into the run's status if nobody has changed the run since `resource_version`.
 
@@ -79,6 +82,12 @@ class Cluster(Protocol):
         """Merge `patch` into the run's metadata. Without a precondition, so for what is right whatever else changed.
 
         Raises NotFound, Invalid, Unknown.
+        """
+
+    async def delete_run(self, key: RunKey, *, uid: str, resource_version: str) -> None:
+        """Delete this very run, and what it owns in the background, if nobody has changed it since.
+
+        Gone already is done. Raises Conflict when it has changed, or another has its name.
         """
 
     async def delete_pod(

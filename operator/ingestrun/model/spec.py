@@ -221,6 +221,23 @@ class Cancellation(KubeModel):
     cascade: bool = False
 
 
+class ConcurrencyPolicy(StrEnum):
+    """What a run does about the active runs of the same key that were there before it; as a CronJob has it."""
+
+    ALLOW = "Allow"
+    FORBID = "Forbid"
+    REPLACE = "Replace"
+
+
+class Concurrency(KubeModel):
+    """Which runs of the namespace this one gets on with: all, or none of the same `key`."""
+
+    key: Annotated[
+        str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_./]*[A-Za-z0-9])?$")
+    ]
+    policy: ConcurrencyPolicy = ConcurrencyPolicy.ALLOW
+
+
 class ParentReference(KubeModel):
     """The run that started this one, in the same namespace."""
 
@@ -249,9 +266,12 @@ class IngestRunSpec(KubeModel):
     max_failed_batches: Annotated[int, Field(ge=1, le=MAX_FAILED_BATCHES)] | None = None
     backpressure: Backpressure = Backpressure()
     active_deadline_seconds: Seconds | None = None
+    stale_after_seconds: Seconds | None = None
+    concurrency: Concurrency | None = None
     job_retention: JobRetention = JobRetention()
     parent_ref: ParentReference | None = None
     on_cancel: Container | None = None
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
 
     @model_validator(mode="after")
     def _each_stage_once(self) -> Self:

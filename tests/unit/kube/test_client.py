@@ -291,6 +291,18 @@ async def test_runs_of_all_or_of_some_namespaces(namespaces: list[str] | None, p
     assert [urlsplit(path).path for _, path, _, _ in server.seen] == paths
 
 
+async def test_runs_of_a_concurrency_key_are_asked_for_by_fields() -> None:
+    async with loopback(answers(200, {"metadata": {}, "items": []})) as server:
+        cluster = KubernetesCluster(await server.connection())
+        assert await cluster.list_runs_of(namespace="a", concurrency_key="geo/tiles") == []
+        await cluster.close()
+    ((_, path, _, _),) = server.seen
+    assert urlsplit(path).path == "/apis/ingestrun.dev/v1alpha1/namespaces/a/ingestruns"
+    query = parse_qs(urlsplit(path).query)
+    assert query["fieldSelector"] == ["spec.concurrency.key=geo/tiles,status.phase!=Succeeded"]
+    assert "resourceVersion" not in query, "which would let the server answer from its cache"
+
+
 async def stalls(_: web.Request) -> web.StreamResponse:
     await asyncio.sleep(30)
     raise AssertionError("unreachable")

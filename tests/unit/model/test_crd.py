@@ -451,7 +451,8 @@ def test_only_what_may_change_is_not_fixed() -> None:
     fixed = {rule["fieldPath"].removeprefix(".") for rule in rules}
 
     assert spec["properties"].keys() - fixed == {
-        "cancel", "cancellation", "suspend", "parallelism", "activeDeadlineSeconds", "jobRetention",
+        "cancel", "cancellation", "suspend", "parallelism", "activeDeadlineSeconds", "staleAfterSeconds",
+        "jobRetention", "ttlSecondsAfterFinished",
     }  # fmt: skip
     for name in spec["properties"].keys() - fixed:
         assert all(name in rule["message"] for rule in rules)

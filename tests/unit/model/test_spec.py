@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from ingestrun.model.run import IngestRun
-from ingestrun.model.spec import MAX_FAILED_BATCHES, IngestRunSpec, OnBatchFailure, Partitions
+from ingestrun.model.spec import MAX_FAILED_BATCHES, ConcurrencyPolicy, IngestRunSpec, OnBatchFailure, Partitions
 
 OWN: dict[str, Any] = {
     "fetch": {"image": "registry.example/fetch:1"},
@@ -40,6 +40,12 @@ def test_defaults() -> None:
     assert told.batches.cursor is not None
     assert told.batches.cursor.start == ""
     assert told.active_deadline_seconds is None
+    assert told.stale_after_seconds is None
+    assert told.ttl_seconds_after_finished is None
+    assert told.concurrency is None
+    keyed = spec(concurrency={"key": "geo"}).concurrency
+    assert keyed is not None
+    assert keyed.policy is ConcurrencyPolicy.ALLOW
     assert told.max_failed_batches is None
 
 
@@ -107,6 +113,11 @@ def test_unions(base: dict[str, Any], changes: dict[str, Any], sentence: str) ->
         {"maxFailedBatches": 0},
         {"onBatchFailure": "Ignore"},
         {"activeDeadlineSeconds": 0},
+        {"staleAfterSeconds": 0},
+        {"ttlSecondsAfterFinished": -1},
+        {"concurrency": {"policy": "Forbid"}},
+        {"concurrency": {"key": "geo", "policy": "Queue"}},
+        {"concurrency": {"key": "a,b"}},
         {"backpressure": {"retrySeconds": 0}},
         {"backoff": {"maxSeconds": 86_401}},
         {"cancellation": {"reason": ""}},

@@ -189,6 +189,12 @@ def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) 
                 observed_generation=100,
             )
             for kind in CONDITIONS
+        ]
+        + [
+            # It never says more than its reason.
+            Condition(
+                type="Suspended", status="False", reason="Suspended", last_transition_time=NOW, observed_generation=100
+            )
         ],
         batches=BatchesStatus(
             claimed=everything,
