@@ -24,12 +24,14 @@ from typing import Any, Final
 import structlog
 
 from ingestrun.control.events import event_body
+from ingestrun.control.resuming import predecessor_of, take
 from ingestrun.control.store import Store, parents_of
 from ingestrun.engine.announce import Announcement, announcements, skipped
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
 from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest
 from ingestrun.engine.plan import plan
+from ingestrun.engine.resuming import awaits
 from ingestrun.kube.errors import (
     AlreadyExists,
     Conflict,
@@ -144,7 +146,11 @@ class Reconciler:
             live=live if ended else None,
             parent=await self._cancelled_parent(key, ask=not primed),
             children=self._children(key) if ended else (),
+            predecessor=await predecessor_of(self._cluster, self._store, run) if awaits(run) else None,
         )
+        if planned.take is not None:
+            await take(self._cluster, self._store, planned.take)
+            return _Again()
         if planned.fenced is not None and await self._fence(key, run, wanted=planned.fenced):
             return _Again()
         if ended:

@@ -31,6 +31,7 @@ class Store:
         self._children: dict[str, _Children] = {}
         self._closed: set[str] = set()
         self._below: dict[RunKey, set[RunKey]] = {}
+        self._resumers: dict[RunKey, set[RunKey]] = {}
 
     def run(self, key: RunKey) -> Object | None:
         """The newest body seen."""
@@ -58,7 +59,15 @@ class Store:
         self._keys[meta["uid"]] = key
         for parent in parents_of(body):
             self._below.setdefault(parent, set()).add(key)
+        resumed = resumed_of(body)
+        if resumed is not None:
+            self._resumers.setdefault(resumed, set()).add(key)
         return key
+
+    def resumers(self, key: RunKey) -> list[RunKey]:
+        """The runs that wait to resume this one, as far as they have been seen."""
+        known = [run for run in sorted(self._resumers.get(key, ()), key=str) if run in self._runs]
+        return [run for run in known if resumed_of(self._runs[run]) == key]
 
     def below(self, key: RunKey) -> list[Object]:
         """The runs right below this one, as far as they have been seen, in the order of their names."""
@@ -86,6 +95,9 @@ class Store:
             uid = body["metadata"]["uid"]
             for parent in parents_of(body):
                 self._below.get(parent, set()).discard(key)
+            resumed = named_in_resume(body)
+            if resumed is not None:
+                self._resumers.get(resumed, set()).discard(key)
             self._keys.pop(uid, None)
             self._children.pop(uid, None)
             self._closed.discard(uid)
@@ -161,6 +173,20 @@ def parents_of(body: Object) -> list[RunKey]:
     named += [ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == names.KIND]
     keys = [RunKey(namespace=meta["namespace"], name=ref["name"]) for ref in named if ref.get("name")]
     return [key for key in dict.fromkeys(keys) if key.name != meta["name"]]
+
+
+def named_in_resume(body: Object) -> RunKey | None:
+    """The run that `spec.resumeFrom` names."""
+    name = ((body.get("spec") or {}).get("resumeFrom") or {}).get("name")
+    return RunKey(namespace=body["metadata"]["namespace"], name=name) if name else None
+
+
+def resumed_of(body: Object) -> RunKey | None:
+    """The run that this one has still to take over from; None where there is none."""
+    status = body.get("status") or {}
+    if "resumedFrom" in status or status.get("phase") in ("Succeeded", "Failed", "Cancelled"):
+        return None
+    return named_in_resume(body)
 
 
 def _version(body: Object) -> int:

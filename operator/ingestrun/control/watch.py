@@ -33,9 +33,13 @@ class Watch:
         if known is not None and known["metadata"]["uid"] == meta["uid"]:
             self._reconciler.forget(key)
             self._queue.forget(key)
+            for waiting in self._store.resumers(key):
+                self._queue.add(waiting, "resume")
 
     def _look_around(self, key: RunKey, body: Object) -> None:
-        """A cancel goes on to the runs below, and what became of them is told above."""
+        """A cancel goes on to the runs below, what became of them is told above, and one that waits may resume."""
+        for waiting in self._store.resumers(key):
+            self._queue.add(waiting, "resume")
         cancellation = (body.get("status") or {}).get("cancellation") or {}
         if cancellation.get("cascade"):
             for child in self._store.below(key):

@@ -11,6 +11,7 @@ from ingestrun.engine.facts import JobState, JobView, Obstacle
 from ingestrun.engine.failure import Failure, judge, retry_delay
 from ingestrun.engine.steps import Step
 from ingestrun.model.contract import Stage, StageResult
+from ingestrun.model.resume import Gap, cursor_digest
 from ingestrun.model.spec import Backoff
 from ingestrun.model.status import StageFailure
 
@@ -65,6 +66,8 @@ class Rules:
     """Where the chain's newest fetch began; meaningless once that fetch is accounted for."""
     fetch_limit: int | None
     now: datetime
+    again: Gap | None = None
+    """What the batch's fetch was when a run that this one resumes did it; the batches after it are built on that."""
 
 
 def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted: bool) -> Batch:
@@ -171,6 +174,9 @@ def _checked(
         )
     if step.stage is not Stage.FETCH or fetch_accounted:
         return result
+    changed = _changed(rules.again, result) if rules.again is not None else None
+    if changed is not None:
+        return changed
     if rules.fetch_limit is not None and result.read > rules.fetch_limit:
         return Failure(
             reason="LimitExceeded",
@@ -187,3 +193,16 @@ def _checked(
                 permanent=True,
             )
     return result
+
+
+def _changed(before: Gap, result: StageResult) -> Failure | None:
+    """Whether a batch that is fetched again ends elsewhere than where the next one has begun: a gap, or a repeat."""
+    cursor = result.next_cursor
+    if result.read != before.read:
+        what = f"read {result.read} records where the run that is resumed read {before.read}"
+    elif before.next is not None and cursor is not None and cursor_digest(cursor) != before.next:
+        what = "ended at another cursor than in the run that is resumed"
+    else:
+        return None
+    message = f"the source has changed: the batch {what}, and the batch after it began there"
+    return Failure(reason="SourceChanged", message=message, permanent=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from ingestrun.engine import conditions as c
-from ingestrun.engine.accounting import accounted, assess_all, claimable, in_flight, with_
+from ingestrun.engine.accounting import accounted, assess_all, claimable, in_flight, next_claims, with_
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Parent, Plan, Skip
 from ingestrun.engine.facts import JobView
@@ -81,5 +81,6 @@ def skips_of(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> tuple
     skips = [Skip(batch=start.batch, stage=start.step.label, attempt=start.attempt) for start in starts]
     status = accounted(run.status, batches, chained=run.spec.batches.cursor is not None, now=now)
     if claimable(run.spec, status.batches, status.records) and len(batches) < run.spec.parallelism:
-        skips.append(Skip(batch=status.batches.claimed.first_gap, stage=Stage.FETCH.value, attempt=0))
+        (following,) = next_claims(status.batches, 1)
+        skips.append(Skip(batch=following, stage=Stage.FETCH.value, attempt=0))
     return tuple(skips)

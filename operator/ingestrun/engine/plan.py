@@ -7,22 +7,35 @@ a restarted operator needs no memory, an event that was missed costs nothing, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from ingestrun.engine import conditions as c
-from ingestrun.engine.accounting import accounted, assess_all, claimable, cursor_of, fetch_limit, in_flight, with_
+from ingestrun.engine.accounting import (
+    accounted,
+    again_limit,
+    assess_all,
+    claimable,
+    cursor_of,
+    fetch_limit,
+    in_flight,
+    next_claims,
+    pending_gaps,
+    with_,
+)
 from ingestrun.engine.batches import START_GRACE, Start
 from ingestrun.engine.cancelling import cancel
 from ingestrun.engine.capacity import held_back
 from ingestrun.engine.conditions import Claim
-from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
+from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Predecessor, Refusal
 from ingestrun.engine.ending import deadline_of, end_of, spent_blocks
 from ingestrun.engine.facts import JobView
+from ingestrun.engine.gaps import with_gaps
+from ingestrun.engine.resuming import Resumed, resume
 from ingestrun.engine.saying import activity, said
 from ingestrun.engine.settling import settle
 from ingestrun.engine.steps import ON_CANCEL_STEP, steps_of
 from ingestrun.model.contract import Stage
-from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase
 
@@ -36,12 +49,14 @@ def plan(
     live: Live | None = None,
     parent: Parent | None = None,
     children: Sequence[Child] = (),
+    predecessor: Predecessor | None = None,
 ) -> Plan:
     """Decide for one run.
 
     `jobs` are all that are known of the run. An ended run that is not drained is judged only by `live` ones:
     without them nothing is said about the drain. `parent` is a run above that is Cancelled with `cascade`;
-    `children` are the runs right below, of interest once this one is Cancelled itself.
+    `children` are the runs right below, of interest once this one is Cancelled itself. `predecessor` is the run
+    that `spec.resumeFrom` names, of interest until this one has taken over from it.
     """
     stages = [job for job in jobs if job.job.step != ON_CANCEL_STEP]
     if run.status.phase is not None and run.status.phase.ended:
@@ -51,6 +66,12 @@ def plan(
         return Plan(status=run.status)
     if run.spec.cancel or parent is not None:
         return cancel(run, stages, now=now, parent=parent)
+    resumed = resume(run, predecessor, now=now)
+    if isinstance(resumed, Plan):
+        return resumed
+    if isinstance(resumed, Resumed):
+        begun = advance(run.model_copy(update={"status": resumed.status}), stages, now=now, refusal=refusal)
+        return replace(begun, tell=(*begun.tell, resumed.tell))
     return advance(run, stages, now=now, refusal=refusal)
 
 
@@ -58,6 +79,7 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
     spec, old = run.spec, run.status
     batches = assess_all(run, jobs, now=now)
     status = accounted(old, batches, chained=spec.batches.cursor is not None, now=now)
+    status = with_gaps(run, status, batches)
     old_flight = {batch.index: batch for batch in batches}
     flight = [old_flight[index] for index in in_flight(status.batches)]
 
@@ -80,13 +102,13 @@ def advance(run: IngestRun, jobs: Sequence[JobView], *, now: datetime, refusal: 
             # One Job asks whether there is room again; the rest waits for the answer.
             creates, claims = creates[:1], 0 if creates else min(claims, 1)
         if claims:
-            first = status.batches.claimed.first_gap
             fetch = steps_of(spec)[0]
-            for index in range(first, first + claims):
+            new = next_claims(status.batches, claims)
+            for index in new:
                 start = Start(batch=index, step=fetch, attempt=0, input_attempt=None)
                 creates.append(_create(run, status, start))
-            claimed = status.batches.claimed | IndexRanges.span(first, first + claims - 1)
-            status = with_(status, batches=with_(status.batches, claimed=claimed), start_time=status.start_time or now)
+            claimed = with_(status.batches, claimed=status.batches.claimed | new, redo=status.batches.redo - new)
+            status = with_(status, batches=claimed, start_time=status.start_time or now)
         if held is not None and not creates:
             held = None
 
@@ -129,6 +151,9 @@ def _create(run: IngestRun, status: IngestRunStatus, start: Start) -> Create:
     if start.step.stage is not Stage.FETCH:
         return Create(start=start)
     partitions = run.spec.batches.partitions
+    gap = pending_gaps(status.batches).get(start.batch)
+    if gap is not None:
+        return Create(start=start, cursor=gap.cursor, limit=again_limit(gap))
     if partitions is None:
         return Create(start=start, cursor=cursor_of(run, status), limit=fetch_limit(run.spec, status.records))
     value = partitions.values[start.batch] if partitions.values is not None else str(start.batch)

@@ -21,6 +21,7 @@ from ingestrun.engine.decisions import Child, Create, Delete, Kill, Live, Parent
 from ingestrun.engine.ending import spent_blocks, unstarted
 from ingestrun.engine.facts import JobState, JobView, PodFacts
 from ingestrun.engine.failure import Failure, judge
+from ingestrun.engine.resuming import landed
 from ingestrun.engine.saying import counted, said
 from ingestrun.engine.steps import on_cancel_step, steps_of
 from ingestrun.model.contract import StageResult
@@ -139,13 +140,14 @@ def _quiet(run: IngestRun, status: IngestRunStatus, jobs: Sequence[JobView], *, 
         Claim(type=c.DRAINED, status="True", reason="Drained", message="no pod of this run is left running"),
         Claim(type=c.RECONCILING, status="False", reason="Finished"),
     ]
+    status = with_(status, after_end=landed(run, jobs))
     if status.cancellation is not None:
         publish = steps_of(run.spec)[-1].index
         ended = {
             job.job.batch: judge(job) for job in jobs if job.job.step == publish and job.state is JobState.SUCCEEDED
         }
         flight = in_flight(status.batches)
-        landed = IndexRanges(batch for batch, verdict in ended.items() if isinstance(verdict, StageResult))
+        late = IndexRanges(batch for batch, verdict in ended.items() if isinstance(verdict, StageResult))
         lost = IndexRanges(
             batch
             for batch, verdict in ended.items()
@@ -156,9 +158,9 @@ def _quiet(run: IngestRun, status: IngestRunStatus, jobs: Sequence[JobView], *, 
             cancellation=with_(
                 status.cancellation,
                 drained_at=now,
-                published=flight - (flight - landed),
+                published=flight - (flight - late),
                 unknown=flight - (flight - lost),
-                not_published=flight - landed - lost,
+                not_published=flight - late - lost,
             ),
         )
     return said(run, status, phase=None, claims=claims, now=now)
@@ -233,6 +235,7 @@ def _cleared(run: IngestRun) -> tuple[Announcement, ...]:
     if status.observed_generation == run.metadata.generation:
         return ()
     note = "spec.cancel was cleared, which changes nothing: a cancel is final. To go on, create a new run"
+    note += f" with resumeFrom: {{name: {run.metadata.name}}}"
     return (warning("CancelCleared", note, action="Ignore"),)
 
 

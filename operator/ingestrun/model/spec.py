@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from ingestrun.model.base import KubeModel
+from ingestrun.model.resume import ResumeFrom
 from ingestrun.model.stages import Seconds, StageSettings
 from ingestrun.model.worker import SecretKeySelector, Sink, Source, Validate, exactly_one
 
@@ -225,6 +226,7 @@ class IngestRunSpec(KubeModel):
     backpressure: Backpressure = Backpressure()
     active_deadline_seconds: Seconds | None = None
     parent_ref: ParentReference | None = None
+    resume_from: ResumeFrom | None = None
     on_cancel: Container | None = None
 
     @model_validator(mode="after")
