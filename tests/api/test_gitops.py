@@ -293,7 +293,8 @@ def test_patch_survives_the_tools_next_syncs(
     assert asked(cluster, namespace) is (None if reverts else True)
     if reverts:
         assert wait_for(lambda: warned(cluster, namespace), 20, "the Warning") == [
-            "Warning: spec.cancel was cleared, which changes nothing: a cancel is final. To go on, create a new run"
+            "Warning: spec.cancel was cleared, which changes nothing: a cancel is final. "
+            "To go on, create a new run with resumeFrom: {name: run}"
         ]
     release(cluster, namespace)
     run = wait_for(drained(cluster, namespace, "run"), 60, "Drained")

@@ -26,6 +26,7 @@ import structlog
 
 from ingestrun.control.events import event_body
 from ingestrun.control.podless import Podless
+from ingestrun.control.resuming import predecessor_of, take
 from ingestrun.control.store import Store, parents_of
 from ingestrun.control.turns import Turns
 from ingestrun.engine.announce import Announcement, announcements, normal, skipped
@@ -36,6 +37,7 @@ from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_jo
 from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest, job_name, spent_selector
 from ingestrun.engine.lifetime import expiry_of
 from ingestrun.engine.plan import plan
+from ingestrun.engine.resuming import awaits
 from ingestrun.engine.steps import ON_CANCEL_STEP
 from ingestrun.engine.verdicts import Verdict, rule_of
 from ingestrun.kube.errors import (
@@ -178,9 +180,13 @@ class Reconciler:
             parent=await self._cancelled_parent(key, ask=not primed),
             children=self._children(key) if ended else (),
             rivals=rivals,
+            predecessor=await predecessor_of(self._cluster, self._store, run) if awaits(run) else None,
             # The last to be asked for: nothing is awaited between the snapshot and the reservation of what it grants.
             capacity=self._store.usage.snapshot(uid, key.namespace, now=self._clock()),
         )
+        if planned.take is not None:
+            await take(self._cluster, self._store, planned.take)
+            return _Again()
         stages = [create for create in planned.creates if create.start.step.index != ON_CANCEL_STEP]
         self._store.usage.reserve(key, uid, [job_name(run, create) for create in stages], asks=planned.asks)
         in_doubt = not ended and planned.fenced and not self._answered[uid]

@@ -47,6 +47,7 @@ class Store:
         self._below: dict[RunKey, set[RunKey]] = {}
         self._parsed: dict[RunKey, tuple[Object, IngestRun]] = {}
         self._sharing: dict[tuple[str, str], set[RunKey]] = {}
+        self._resumers: dict[RunKey, set[RunKey]] = {}
 
     def run(self, key: RunKey) -> Object | None:
         """The newest body seen."""
@@ -92,12 +93,20 @@ class Store:
                 self._unshare(shared, key)
             else:
                 self._sharing.setdefault(shared, set()).add(key)
+        resumed = resumed_of(body)
+        if resumed is not None:
+            self._resumers.setdefault(resumed, set()).add(key)
         return key
 
     def sharing(self, body: Object) -> list[Object]:
         """The runs of this one's namespace and concurrency key, itself included, that are not over yet."""
         shared = _shared(body)
         return [self._runs[key] for key in sorted(self._sharing.get(shared, ()), key=str)] if shared else []
+
+    def resumers(self, key: RunKey) -> list[RunKey]:
+        """The runs that wait to resume this one, as far as they have been seen."""
+        known = [run for run in sorted(self._resumers.get(key, ()), key=str) if run in self._runs]
+        return [run for run in known if resumed_of(self._runs[run]) == key]
 
     def below(self, key: RunKey) -> list[Object]:
         """The runs right below this one, as far as they have been seen, in the order of their names."""
@@ -129,6 +138,9 @@ class Store:
             shared = _shared(body)
             if shared is not None:
                 self._unshare(shared, key)
+            resumed = named_in_resume(body)
+            if resumed is not None:
+                self._resumers.get(resumed, set()).discard(key)
             self._keys.pop(uid, None)
             self._drop_children(uid)
             self._closed.discard(uid)
@@ -269,6 +281,20 @@ def _resource_version(body: Object) -> str:
 def _shared(body: Object) -> tuple[str, str] | None:
     key = key_of(body)
     return None if key is None else (body["metadata"]["namespace"], key)
+
+
+def named_in_resume(body: Object) -> RunKey | None:
+    """The run that `spec.resumeFrom` names."""
+    name = ((body.get("spec") or {}).get("resumeFrom") or {}).get("name")
+    return RunKey(namespace=body["metadata"]["namespace"], name=name) if name else None
+
+
+def resumed_of(body: Object) -> RunKey | None:
+    """The run that this one has still to take over from; None where there is none."""
+    status = body.get("status") or {}
+    if "resumedFrom" in status or status.get("phase") in ("Succeeded", "Failed", "Cancelled"):
+        return None
+    return named_in_resume(body)
 
 
 def _version(body: Object) -> int:

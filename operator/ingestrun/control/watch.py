@@ -35,6 +35,8 @@ class Watch:
         if known is not None and known["metadata"]["uid"] == meta["uid"]:
             self._reconciler.forget(key)
             self._queue.forget(key)
+            for waiting in self._store.resumers(key):
+                self._queue.add(waiting, "resume")
             self._wake_rivals(body, gone=True)
 
     def _wake_rivals(self, body: Object, *, gone: bool) -> None:
@@ -48,7 +50,9 @@ class Watch:
                 self._queue.add(_key(other), "rival")
 
     def _look_around(self, key: RunKey, body: Object) -> None:
-        """A cancel goes on to the runs below, and what became of them is told above."""
+        """A cancel goes on to the runs below, what became of them is told above, and one that waits may resume."""
+        for waiting in self._store.resumers(key):
+            self._queue.add(waiting, "resume")
         cancellation = (body.get("status") or {}).get("cancellation") or {}
         if cancellation.get("cascade"):
             for child in self._store.below(key):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
+from itertools import islice
 from typing import Any, Final, TypeVar
 
 from ingestrun.engine.batches import Batch, Rules, assess
@@ -12,6 +14,7 @@ from ingestrun.engine.facts import JobView
 from ingestrun.engine.history import counted_retries
 from ingestrun.engine.steps import steps_of
 from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.resume import Gap
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import IngestRunSpec
 from ingestrun.model.status import BatchesStatus, CancellationStatus, IngestRunStatus, RecordsStatus, StageFailure
@@ -25,21 +28,34 @@ KEPT_LOGS: Final = 2
 
 
 def in_flight(batches: BatchesStatus) -> IndexRanges:
-    """The batches that are claimed and not accounted for yet."""
-    return batches.claimed - batches.published - batches.failed
+    """The batches that are claimed by this run and not accounted for yet."""
+    return batches.claimed - batches.published - batches.failed - batches.redo
+
+
+def pending_gaps(batches: BatchesStatus) -> dict[int, Gap]:
+    """The gaps that this run has to fetch again and has not yet, by batch: none but in a run that resumes another."""
+    return {gap.batch: gap for gap in batches.gaps if gap.batch not in batches.fetched}
 
 
 def claimable(spec: IngestRunSpec, batches: BatchesStatus, records: RecordsStatus) -> int:
     """How many more batches may be claimed now, `parallelism` apart.
 
     A chain's next batch needs the cursor of the one before, so there is at most one; and none once the source
-    has said `exhausted` or `limit` records have been read.
+    has said `exhausted` or `limit` records have been read. What a run that this one resumes has left comes on top:
+    where each of those begins is known.
     """
     if spec.batches.partitions is not None:
-        return spec.batches.partitions.total - batches.claimed.first_gap
+        return spec.batches.partitions.total - batches.claimed.first_gap + len(batches.redo)
     limit_reached = spec.batches.limit is not None and records.fetched >= spec.batches.limit
-    chain_waits = bool(batches.claimed - batches.fetched)
-    return 0 if batches.exhausted or limit_reached or chain_waits else 1
+    chain_waits = bool(batches.claimed - batches.fetched - IndexRanges(pending_gaps(batches)))
+    return len(batches.redo) + (0 if batches.exhausted or limit_reached or chain_waits else 1)
+
+
+def next_claims(batches: BatchesStatus, number: int) -> IndexRanges:
+    """The next batches to claim: first what is to be done again, then new ones."""
+    again = IndexRanges(islice(batches.redo, number))
+    first = batches.claimed.first_gap
+    return again | IndexRanges.span(first, first + number - len(again) - 1)
 
 
 def fetch_limit(spec: IngestRunSpec, records: RecordsStatus) -> int | None:
@@ -82,19 +98,36 @@ def assess_all(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> lis
         fetch_limit=fetch_limit(spec, status.records),
         now=now,
     )
+    gaps = pending_gaps(status.batches)
+
+    def rules_of(index: int) -> Rules:
+        gap = gaps.get(index)
+        return rules if gap is None else replace(rules, cursor=gap.cursor, fetch_limit=again_limit(gap), again=gap)
+
     return [
-        assess(rules, index, by_batch[index], fetch_accounted=index in status.batches.fetched)
+        assess(rules_of(index), index, by_batch[index], fetch_accounted=index in status.batches.fetched)
         for index in in_flight(status.batches)
     ]
+
+
+def again_limit(gap: Gap) -> int:
+    """What a batch that is fetched again may read: what it read before, as the next one began after that.
+
+    One that read none is let read one: a limit of 0 is none that the contract knows, and what it reads is checked.
+    """
+    return max(1, gap.read)
 
 
 def accounted(old: IngestRunStatus, seen: Sequence[Batch], *, chained: bool, now: datetime) -> IngestRunStatus:
     """Take newly ended fetches and batches into the counts: cursor, ranges and records move in one write."""
     batches, records, cursor = old.batches, old.records, old.cursor
     fetched = [batch for batch in seen if batch.fetched is not None and batch.index not in batches.fetched]
+    # A batch that is done again was counted when it was first fetched, and the chain has gone on from it since.
+    again = pending_gaps(batches)
+    first = [batch for batch in fetched if batch.index not in again]
     published = [batch for batch in seen if batch.published is not None]
     failed = [batch for batch in seen if batch.failed is not None]
-    for batch in fetched:
+    for batch in first:
         assert batch.fetched is not None  # noqa: S101  (for the type checker; just filtered)
         if chained:
             cursor = batch.fetched.next_cursor if batch.fetched.next_cursor is not None else cursor
@@ -103,10 +136,10 @@ def accounted(old: IngestRunStatus, seen: Sequence[Batch], *, chained: bool, now
         fetched=batches.fetched | IndexRanges(batch.index for batch in fetched),
         published=batches.published | IndexRanges(batch.index for batch in published),
         failed=batches.failed | IndexRanges(batch.index for batch in failed),
-        exhausted=batches.exhausted or (chained and any(b.fetched.exhausted for b in fetched if b.fetched)),
+        exhausted=batches.exhausted or (chained and any(b.fetched.exhausted for b in first if b.fetched)),
     )
     records = RecordsStatus(
-        fetched=records.fetched + sum(batch.fetched.read for batch in fetched if batch.fetched),
+        fetched=records.fetched + sum(batch.fetched.read for batch in first if batch.fetched),
         rejected=records.rejected + sum(batch.rejected for batch in published),
         published=records.published + sum(batch.published.written for batch in published if batch.published),
     )

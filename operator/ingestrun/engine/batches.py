@@ -13,6 +13,7 @@ from ingestrun.engine.memory import Memory, limit_of
 from ingestrun.engine.retrying import Allowance, Sequel, Spent, sequel
 from ingestrun.engine.steps import Step
 from ingestrun.model.contract import Stage, StageResult
+from ingestrun.model.resume import Gap, cursor_digest
 from ingestrun.model.spec import Backoff, OutOfMemory
 from ingestrun.model.status import StageFailure
 
@@ -75,6 +76,8 @@ class Rules:
     """Where the chain's newest fetch began; meaningless once that fetch is accounted for."""
     fetch_limit: int | None
     now: datetime
+    again: Gap | None = None
+    """What the batch's fetch was when a run that this one resumes did it; the batches after it are built on that."""
 
 
 def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted: bool) -> Batch:
@@ -237,6 +240,9 @@ def _checked(
         return mismatch
     if step.stage is not Stage.FETCH or fetch_accounted:
         return result
+    changed = _changed(rules.again, result) if rules.again is not None else None
+    if changed is not None:
+        return changed
     if rules.fetch_limit is not None and result.read > rules.fetch_limit:
         return Failure(
             reason="LimitExceeded",
@@ -251,6 +257,19 @@ def _checked(
                 message="the fetch returned the cursor that it was given, and did not say exhausted",
             )
     return result
+
+
+def _changed(before: Gap, result: StageResult) -> Failure | None:
+    """Whether a batch that is fetched again ends elsewhere than where the next one has begun: a gap, or a repeat."""
+    cursor = result.next_cursor
+    if result.read != before.read:
+        what = f"read {result.read} records where the run that is resumed read {before.read}"
+    elif before.next is not None and cursor is not None and cursor_digest(cursor) != before.next:
+        what = "ended at another cursor than in the run that is resumed"
+    else:
+        return None
+    message = f"the source has changed: the batch {what}, and the batch after it began there"
+    return Failure(reason="SourceChanged", message=message)
 
 
 def _rows(step: Step, result: StageResult, before: StageResult | None) -> Failure | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from ingestrun.engine import conditions as c
-from ingestrun.engine.accounting import accounted, assess_all, claimable, in_flight, with_
+from ingestrun.engine.accounting import accounted, assess_all, claimable, in_flight, next_claims, with_
 from ingestrun.engine.announce import Announcement, warning
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Cause, Parent, Plan, Skip
@@ -73,14 +73,15 @@ def cancel(
         status=status,
         skips=skips_of(run, jobs, now=now),
         fenced=True,
-        tell=() if run.spec.cancel or by_parent is not None or cause is not None else (cancel_cleared(),),
+        tell=() if run.spec.cancel or by_parent is not None or cause is not None else (cancel_cleared(run),),
         requeue_at=now,
     )
 
 
-def cancel_cleared() -> Announcement:
+def cancel_cleared(run: IngestRun) -> Announcement:
     """The answer to a `spec.cancel` that was taken back."""
     note = "spec.cancel was cleared, which changes nothing: a cancel is final. To go on, create a new run"
+    note += f" with resumeFrom: {{name: {run.metadata.name}}}"
     return warning("CancelCleared", note, action="Ignore")
 
 
@@ -98,5 +99,6 @@ def skips_of(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> tuple
     skips = [Skip(batch=start.batch, stage=start.step.label, attempt=start.attempt) for start in starts]
     status = accounted(run.status, batches, chained=run.spec.batches.cursor is not None, now=now)
     if claimable(run.spec, status.batches, status.records) and len(batches) < run.spec.parallelism:
-        skips.append(Skip(batch=status.batches.claimed.first_gap, stage=Stage.FETCH.value, attempt=0))
+        (following,) = next_claims(status.batches, 1)
+        skips.append(Skip(batch=following, stage=Stage.FETCH.value, attempt=0))
     return tuple(skips)

@@ -10,6 +10,7 @@ from ingestrun.engine.announce import Announcement
 from ingestrun.engine.batches import Start
 from ingestrun.engine.facts import JobFacts, PodFacts
 from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import IngestRunStatus, Phase
 
@@ -64,6 +65,24 @@ class Child:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Predecessor:
+    """The run that this one is to resume: read live once it has ended and is drained."""
+
+    run: IngestRun | None
+    """None: there is no such run."""
+    resumer: IngestRun | None = None
+    """The run that has claimed it, where that is another than this one and still there; read live."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Take:
+    """A write to another run's status, with its resourceVersion: that this run does its rest."""
+
+    of: IngestRun
+    status: IngestRunStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
     """A pod to end: SIGTERM, and SIGKILL after so many seconds (None: what the pod itself says)."""
 
@@ -115,6 +134,8 @@ class Plan:
     """What to do, in this order: write the status, then create, end, delete, announce, and look again."""
 
     status: IngestRunStatus
+    take: Take | None = None
+    """Before all else, and then all is planned anew."""
     creates: tuple[Create, ...] = ()
     kills: tuple[Kill, ...] = ()
     deletes: tuple[Delete, ...] = ()

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from ingestrun.engine import conditions as c
-from ingestrun.engine.accounting import claimable, with_
+from ingestrun.engine.accounting import claimable, pending_gaps, with_
 from ingestrun.engine.batches import Batch
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Delete, Refusal
@@ -39,7 +39,10 @@ def end_of(
     allowed = 0
     if spec.on_batch_failure is OnBatchFailure.CONTINUE:
         allowed = spec.max_failed_batches if spec.max_failed_batches is not None else MAX_FAILED_BATCHES
-    chain_broken = next((f for f in failed if spec.batches.cursor is not None and f.stage == Stage.FETCH), None)
+    # One that is done again is no link of the chain: that has gone on from it long since.
+    chained = spec.batches.cursor is not None
+    again = pending_gaps(status.batches)
+    chain_broken = next((f for f in failed if chained and f.stage == Stage.FETCH and f.batch not in again), None)
     if refusal is not None and refusal.permanent:
         return _failed(run, status, refusal.reason, refusal.message, now=now)
     if chain_broken is not None:
@@ -98,6 +101,11 @@ def _failed(run: IngestRun, status: IngestRunStatus, reason: str, message: str, 
         ],
         now=now,
     )
+
+
+def refused(run: IngestRun, reason: str, message: str, *, now: datetime) -> IngestRunStatus:
+    """The status of a run that ends before it has begun: what it asks for can't be done."""
+    return _failed(run, run.status, reason, message, now=now)
 
 
 def unstarted(jobs: Sequence[JobView]) -> tuple[Delete, ...]:

@@ -236,7 +236,7 @@ def _environment(run: IngestRun, create: Create, check: CancellationCheck | None
         k.ENV_ATTEMPT: str(start.attempt),
         k.ENV_CURSOR: create.cursor,
         k.ENV_LIMIT: str(create.limit) if create.limit is not None else None,
-        k.ENV_IDEMPOTENCY_KEY: f"{meta.uid}/{start.batch}",
+        k.ENV_IDEMPOTENCY_KEY: f"{run.origin_uid}/{start.batch}",
         k.ENV_CONFIG: step.config,
     }
     # The clean-up runs because of the cancel: there is nothing for it to ask.

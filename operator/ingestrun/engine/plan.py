@@ -7,29 +7,42 @@ a restarted operator needs no memory, an event that was missed costs nothing, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from itertools import repeat
 
 from ingestrun.engine import conditions as c
-from ingestrun.engine.accounting import accounted, assess_all, claimable, cursor_of, fetch_limit, in_flight, with_
+from ingestrun.engine.accounting import (
+    accounted,
+    again_limit,
+    assess_all,
+    claimable,
+    cursor_of,
+    fetch_limit,
+    in_flight,
+    next_claims,
+    pending_gaps,
+    with_,
+)
 from ingestrun.engine.announce import memory_raised
 from ingestrun.engine.batches import NO_ROOM, START_GRACE, Batch, Start
 from ingestrun.engine.cancelling import cancel
 from ingestrun.engine.capacity import NOT_COUNTED_YET, gives_up_at, held_back, made_room
 from ingestrun.engine.concurrency import Bar, Rival, bar_of, replaced
 from ingestrun.engine.conditions import Claim
-from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
+from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Predecessor, Refusal
 from ingestrun.engine.ending import end_of, out_of_patience
 from ingestrun.engine.facts import NO_POD_RELOOK, QUEUED_AFTER, JobView
 from ingestrun.engine.fairness import Capacity
+from ingestrun.engine.gaps import with_gaps
 from ingestrun.engine.images import moved, newly_pinned, pinned
 from ingestrun.engine.lifetime import FIRST_ATTEMPT, deadline_of, stale, stale_at
+from ingestrun.engine.resuming import Resumed, resume
 from ingestrun.engine.retention import spent
 from ingestrun.engine.saying import activity, said
 from ingestrun.engine.settling import settle
 from ingestrun.engine.steps import ON_CANCEL_STEP, steps_of
 from ingestrun.model.contract import Stage
-from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase
 
@@ -44,6 +57,7 @@ def plan(
     parent: Parent | None = None,
     children: Sequence[Child] = (),
     rivals: Sequence[Rival] = (),
+    predecessor: Predecessor | None = None,
     capacity: Capacity | None = None,
 ) -> Plan:
     """Decide for one run.
@@ -51,7 +65,8 @@ def plan(
     `jobs` are all that are known of the run. An ended run that is not drained is judged only by `live` ones:
     without them nothing is said about the drain. `parent` is a run above that is Cancelled with `cascade`;
     `children` are the runs right below, of interest once this one is Cancelled itself. `rivals` are the other
-    runs of its concurrency key; before a first batch is claimed they have to be listed live. `capacity` is what the
+    runs of its concurrency key; before a first batch is claimed they have to be listed live. `predecessor` is the run
+    that `spec.resumeFrom` names, of interest until this one has taken over from it. `capacity` is what the
     operator's caps and the namespace's quota leave for this run among the others; None: no limit.
     """
     stages = [job for job in jobs if job.job.step != ON_CANCEL_STEP]
@@ -68,6 +83,13 @@ def plan(
     bar = bar_of(run, rivals)
     if bar is not None and bar.final:
         refusal = Refusal(reason=bar.reason, message=bar.message, retry_at=now, permanent=True)
+    resumed = resume(run, predecessor, now=now) if bar is None else None
+    if isinstance(resumed, Plan):
+        return resumed
+    if isinstance(resumed, Resumed):
+        begins = run.model_copy(update={"status": resumed.status})
+        begun = advance(begins, stages, now=now, refusal=refusal, capacity=capacity)
+        return replace(begun, tell=(*begun.tell, resumed.tell))
     return advance(run, stages, now=now, refusal=refusal, bar=bar, capacity=capacity)
 
 
@@ -83,6 +105,7 @@ def advance(
     spec, old = run.spec, run.status
     batches = assess_all(run, jobs, now=now)
     status = accounted(old, batches, chained=spec.batches.cursor is not None, now=now)
+    status = with_gaps(run, status, batches)
     old_flight = {batch.index: batch for batch in batches}
     flight = [old_flight[index] for index in in_flight(status.batches)]
 
@@ -113,13 +136,13 @@ def advance(
         claims = min(claims, held.admits - len(ready))
     creates = [_create(run, status, start) for start in ready]
     if claims:
-        first = status.batches.claimed.first_gap
         fetch = steps_of(spec)[0]
-        for index in range(first, first + claims):
+        new = next_claims(status.batches, claims)
+        for index in new:
             start = Start(batch=index, step=fetch, attempt=0, input_attempt=None)
             creates.append(_create(run, status, start))
-        claimed = status.batches.claimed | IndexRanges.span(first, first + claims - 1)
-        status = with_(status, batches=with_(status.batches, claimed=claimed), start_time=status.start_time or now)
+        claimed = with_(status.batches, claimed=status.batches.claimed | new, redo=status.batches.redo - new)
+        status = with_(status, batches=claimed, start_time=status.start_time or now)
     still = stale_at(run, status, flight, jobs, now=now)
     if still is not None and not any(create.start.attempt == FIRST_ATTEMPT for create in creates):
         if now >= still:
@@ -197,6 +220,9 @@ def _create(run: IngestRun, status: IngestRunStatus, start: Start) -> Create:
     if start.step.stage is not Stage.FETCH:
         return Create(start=start)
     partitions = run.spec.batches.partitions
+    gap = pending_gaps(status.batches).get(start.batch)
+    if gap is not None:
+        return Create(start=start, cursor=gap.cursor, limit=again_limit(gap))
     if partitions is None:
         return Create(start=start, cursor=cursor_of(run, status), limit=fetch_limit(run.spec, status.records))
     value = partitions.values[start.batch] if partitions.values is not None else str(start.batch)

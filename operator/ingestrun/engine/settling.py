@@ -21,6 +21,7 @@ from ingestrun.engine.decisions import Child, Create, Delete, Kill, Live, Parent
 from ingestrun.engine.ending import unstarted
 from ingestrun.engine.facts import JobState, JobView, PodFacts
 from ingestrun.engine.failure import Failure, judge
+from ingestrun.engine.resuming import landed
 from ingestrun.engine.retention import all_go_at, spent_at_end, spent_but_kept
 from ingestrun.engine.saying import counted, said
 from ingestrun.engine.steps import on_cancel_step, steps_of
@@ -147,13 +148,14 @@ def _quiet(run: IngestRun, status: IngestRunStatus, jobs: Sequence[JobView], *, 
         Claim(type=c.DRAINED, status="True", reason="Drained", message="no pod of this run is left running"),
         Claim(type=c.RECONCILING, status="False", reason="Finished"),
     ]
+    status = with_(status, after_end=landed(run, jobs))
     if status.cancellation is not None:
         publish = steps_of(run.spec)[-1].index
         ended = {
             job.job.batch: judge(job) for job in jobs if job.job.step == publish and job.state is JobState.SUCCEEDED
         }
         flight = in_flight(status.batches)
-        landed = IndexRanges(batch for batch, verdict in ended.items() if isinstance(verdict, StageResult))
+        late = IndexRanges(batch for batch, verdict in ended.items() if isinstance(verdict, StageResult))
         lost = IndexRanges(
             batch
             for batch, verdict in ended.items()
@@ -164,9 +166,9 @@ def _quiet(run: IngestRun, status: IngestRunStatus, jobs: Sequence[JobView], *, 
             cancellation=with_(
                 status.cancellation,
                 drained_at=now,
-                published=flight - (flight - landed),
+                published=flight - (flight - late),
                 unknown=flight - (flight - lost),
-                not_published=flight - landed - lost,
+                not_published=flight - late - lost,
             ),
         )
     return said(run, status, phase=None, claims=claims, now=now)
@@ -243,7 +245,7 @@ def _cleared(run: IngestRun) -> tuple[Announcement, ...]:
         return ()  # the operator's own: no request was taken back
     if status.observed_generation == run.metadata.generation:
         return ()
-    return (cancel_cleared(),)
+    return (cancel_cleared(run),)
 
 
 def _stuck(pods: Sequence[PodFacts]) -> str:

@@ -62,6 +62,7 @@ TABLE: Final[Mapping[str, Rule]] = {
     "WorkerCancelled": _RETRY,
     "LimitExceeded": _FAIL_BATCH,
     "NoProgress": _FAIL_BATCH,
+    "SourceChanged": _FAIL_BATCH,
     # What was done to its pod.
     "Evicted": _NOBODYS_FAULT,
     "Preempted": _NOBODYS_FAULT,
@@ -73,6 +74,7 @@ TABLE: Final[Mapping[str, Rule]] = {
     # Why it never started.
     "ImagePull": _FAIL_BATCH,
     "ContainerConfig": _FAIL_BATCH,
+    "PodRefused": _FAIL_BATCH,
     "JobMissing": _FAIL_BATCH,
     # Why the API server would not take the Job.
     "JobRefused": _FAIL_RUN,

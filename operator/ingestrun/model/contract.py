@@ -57,7 +57,8 @@ ENV_WORKSPACE: Final = "INGEST_WORKSPACE"
 ENV_CONFIG: Final = "INGEST_CONFIG"
 """JSON: the configuration of the built-in source, hook or sink. Unset for one's own images."""
 ENV_IDEMPOTENCY_KEY: Final = "INGEST_IDEMPOTENCY_KEY"
-"""`<run uid>/<batch>`: the same for every attempt. Publishing twice under one key leaves one result."""
+"""`<run uid>/<batch>`: the same for every attempt. Publishing twice under one key leaves one result.
+A run that resumes another has that one's UID in it, so that a batch which is done again is still the same batch."""
 ENV_CANCELLATION_URL: Final = "INGEST_CANCELLATION_URL"
 """Where to ask whether this run is cancelled: GET, answered in JSON. Unset where the operator offers no check."""
 ENV_CANCELLATION_TOKEN: Final = "INGEST_CANCELLATION_TOKEN"  # noqa: S105  (the variable's name)

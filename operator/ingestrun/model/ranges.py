@@ -59,6 +59,11 @@ class IndexRanges:
         """The lowest index, from 0, that is not in the set."""
         return self._ranges[0][1] + 1 if self._ranges and self._ranges[0][0] == 0 else 0
 
+    @property
+    def end(self) -> int:
+        """One more than the highest index; 0 where there is none."""
+        return self._ranges[-1][1] + 1 if self._ranges else 0
+
     def __contains__(self, index: int) -> bool:
         at = bisect_right(self._ranges, (index, float("inf"))) - 1
         return at >= 0 and self._ranges[at][0] <= index <= self._ranges[at][1]

@@ -83,6 +83,12 @@ class IngestRun(KubeModel):
         """
         return self.spec.cancel or _latched(self.metadata.labels, self.metadata.managed_fields)
 
+    @property
+    def origin_uid(self) -> str:
+        """The UID that this run publishes under: its own, or that of the run whose batches it goes on with."""
+        resumed = self.status.resumed_from
+        return resumed.origin_uid if resumed is not None else self.metadata.uid
+
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> IngestRun:
         """Read a run's JSON.

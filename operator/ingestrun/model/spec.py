@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from ingestrun.model.base import KubeModel
+from ingestrun.model.resume import ResumeFrom
 from ingestrun.model.stages import Seconds, StageSettings
 from ingestrun.model.worker import SecretKeySelector, Sink, Source, Validate, exactly_one
 
@@ -270,6 +271,7 @@ class IngestRunSpec(KubeModel):
     concurrency: Concurrency | None = None
     job_retention: JobRetention = JobRetention()
     parent_ref: ParentReference | None = None
+    resume_from: ResumeFrom | None = None
     on_cancel: Container | None = None
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
 

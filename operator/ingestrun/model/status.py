@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from ingestrun.model.base import KubeModel
 from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.resume import Gap, LandedRecords
 from ingestrun.model.spec import CancellationPolicy
 
 
@@ -69,6 +70,8 @@ class BatchesStatus(KubeModel):
     fetched: Ranges = IndexRanges()
     published: Ranges = IndexRanges()
     failed: Ranges = IndexRanges()
+    redo: Ranges = IndexRanges()
+    gaps: list[Gap] = []
     active: Count = 0
     exhausted: bool = False
     progress: str = ""
@@ -154,6 +157,30 @@ class CancellationStatus(KubeModel):
     on_cancel: OnCancelStatus | None = None
 
 
+class AfterEndStatus(KubeModel):
+    """What was published after the run had ended: counted nowhere else."""
+
+    model_config = KubeModel.model_config | {"arbitrary_types_allowed": True}
+
+    published: Ranges = IndexRanges()
+    records: LandedRecords = LandedRecords()
+
+
+class ResumedFromStatus(KubeModel):
+    """Where this run went on from. `originUid` is the first run's in a row of resumes: the idempotency keys have it."""
+
+    name: str | None = None
+    uid: str | None = None
+    origin_uid: str
+
+
+class ResumedByStatus(KubeModel):
+    """The one run that does this one's rest."""
+
+    name: str
+    uid: str
+
+
 class IngestRunStatus(KubeModel):
     """What the operator knows of a run."""
 
@@ -170,6 +197,9 @@ class IngestRunStatus(KubeModel):
     completion_time: Time | None = None
     last_progress_time: Time | None = None
     cancellation: CancellationStatus | None = None
+    after_end: AfterEndStatus | None = None
+    resumed_from: ResumedFromStatus | None = None
+    resumed_by: ResumedByStatus | None = None
 
     def condition(self, kind: str) -> Condition | None:
         """The condition of that type, if there is one."""

@@ -16,9 +16,11 @@ from ingestrun.engine.lastwords import LOG_BYTES
 from ingestrun.model.base import KubeModel
 from ingestrun.model.contract import CURSOR_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.resume import Gap, LandedRecords
 from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARTITIONS
 from ingestrun.model.status import (
     MAX_IMAGE_PINS,
+    AfterEndStatus,
     BatchesStatus,
     CancellationStatus,
     Condition,
@@ -26,6 +28,8 @@ from ingestrun.model.status import (
     IngestRunStatus,
     Phase,
     RecordsStatus,
+    ResumedByStatus,
+    ResumedFromStatus,
     StageFailure,
 )
 
@@ -67,6 +71,8 @@ STATUSES = made(
         fetched=RANGES,
         published=RANGES,
         failed=RANGES,
+        redo=RANGES,
+        gaps=st.lists(made(Gap, batch=COUNTS, cursor=TEXT, read=COUNTS, next=st.none() | TEXT), max_size=3),
         active=COUNTS,
         exhausted=st.booleans(),
         progress=TEXT,
@@ -92,6 +98,9 @@ STATUSES = made(
         published=RANGES,
         not_published=RANGES,
     ),
+    after_end=st.none() | made(AfterEndStatus, published=RANGES, records=made(LandedRecords, rejected=COUNTS)),
+    resumed_from=st.none() | made(ResumedFromStatus, name=st.none() | TEXT, origin_uid=TEXT),
+    resumed_by=st.none() | made(ResumedByStatus, name=TEXT, uid=TEXT),
 )
 
 
@@ -240,6 +249,11 @@ def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) 
             published=IndexRanges(list(flying)[::2]),
             not_published=IndexRanges(list(flying)[1::2]),
         ),
+        after_end=AfterEndStatus(
+            published=IndexRanges(list(flying)[::2]), records=LandedRecords(rejected=2**53, published=2**53)
+        ),
+        resumed_from=ResumedFromStatus(name="n" * 253, uid="u" * 36, origin_uid="u" * 36),
+        resumed_by=ResumedByStatus(name="n" * 253, uid="u" * 36),
     )
 
 

@@ -1,0 +1,387 @@
+"""How a run takes over what an ended one has left (`spec.resumeFrom`): once, and before it claims its first batch.
+
+In this order, each step decided from the state alone, so that a restart between any two is harmless:
+
+1. wait until the other run has ended and is drained: only then is it known what has been published;
+2. refuse where the two don't fit, with a sentence;
+3. write `resumedBy` into the other run, by compare-and-set: a second run that resumes it finds that there;
+4. take over in the same write that claims the first batches. From then on the other run is not needed any more.
+
+Batches keep their indexes and are published under the first run's UID, so one that had landed without anybody's
+knowing is put there again, not beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from ingestrun.engine import conditions as c
+from ingestrun.engine.accounting import claimable, in_flight, with_
+from ingestrun.engine.announce import Announcement, normal
+from ingestrun.engine.conditions import Claim
+from ingestrun.engine.decisions import Plan, Predecessor, Take
+from ingestrun.engine.ending import refused
+from ingestrun.engine.facts import JobState, JobView
+from ingestrun.engine.failure import judge
+from ingestrun.engine.gaps import GAPS_BYTES, lost, size_of
+from ingestrun.engine.saying import counted, said
+from ingestrun.engine.steps import steps_of
+from ingestrun.model.contract import StageResult
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.resume import Gap, LandedRecords, SavedState
+from ingestrun.model.run import IngestRun
+from ingestrun.model.spec import Container, IngestRunSpec
+from ingestrun.model.stages import STAGE_SETTINGS
+from ingestrun.model.status import (
+    AfterEndStatus,
+    BatchesStatus,
+    IngestRunStatus,
+    Phase,
+    RecordsStatus,
+    ResumedByStatus,
+    ResumedFromStatus,
+)
+
+LOOK_AGAIN: Final = timedelta(seconds=15)
+"""How often a waiting run looks at the one it waits for, should the news of it be lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """The status that this run begins with, and what to tell people about it."""
+
+    status: IngestRunStatus
+    tell: Announcement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rest:
+    """What an ended run has left, whether read from it or saved by a user."""
+
+    of: str
+    uid: str
+    fetched: IndexRanges
+    published: IndexRanges
+    gaps: tuple[Gap, ...]
+    exhausted: bool
+    cursor: str | None
+    records: RecordsStatus
+
+
+def awaits(run: IngestRun) -> bool:
+    """Whether the run has still to take over from the one that it names."""
+    return _due(run) and run.spec.resume_from is not None and run.spec.resume_from.name is not None
+
+
+def resume(run: IngestRun, predecessor: Predecessor | None, *, now: datetime) -> Resumed | Plan | None:
+    """Decide for an active run: what it begins with, or what to do first; None where nothing is to be taken over."""
+    wanted = run.spec.resume_from
+    if wanted is None or not _due(run):
+        return None
+    if wanted.saved_state is not None:
+        try:
+            rest = _rest_of_saved(wanted.saved_state)
+        except ValueError as error:
+            return _refuse(run, str(error), now=now)
+        unfit = _unfit(run, rest)
+        return _refuse(run, unfit, now=now) if unfit else _taken_over(run, rest, by_name=None)
+    if predecessor is None:
+        return Plan(status=run.status, requeue_at=now)
+    old = predecessor.run
+    if old is None:
+        message = f"there is no run {wanted.name}: name one that exists, or give resumeFrom.savedState if its was kept"
+        return Plan(status=refused(run, "ResumeSourceNotFound", message, now=now), requeue_at=now)
+    why = _waits_for(old)
+    if why is not None and not _each_other(run, old):
+        return _wait(run, *why, now=now)
+    why_not = _refusal(run, predecessor, old)
+    if why_not is not None:
+        return _refuse(run, why_not, now=now)
+    holder = old.status.resumed_by
+    if holder is None or holder.uid != run.metadata.uid:
+        claimed = with_(old.status, resumed_by=ResumedByStatus(name=run.metadata.name, uid=run.metadata.uid))
+        return Plan(status=run.status, take=Take(of=old, status=claimed), requeue_at=now)
+    return _taken_over(run, _rest_of_run(old), by_name=old)
+
+
+def drained(run: IngestRun) -> bool:
+    """Whether the run has ended and nothing of it is left running: its rest changes no more."""
+    return _waits_for(run) is None
+
+
+def landed(run: IngestRun, jobs: Sequence[JobView]) -> AfterEndStatus | None:
+    """What of the batches in flight at the run's end was published after all; asked of a live list, once drained."""
+    publish = steps_of(run.spec)[-1].index
+    flight = in_flight(run.status.batches)
+    results: dict[tuple[int, int], StageResult] = {}
+    for job in sorted(jobs, key=lambda job: job.job.attempt):
+        verdict = judge(job) if job.job.batch in flight and job.state is JobState.SUCCEEDED else None
+        if isinstance(verdict, StageResult):
+            results[job.job.batch, job.job.step] = verdict
+    published = {batch: result.written for (batch, step), result in results.items() if step == publish}
+    if not published:
+        return None
+    return AfterEndStatus(
+        published=IndexRanges(published),
+        records=LandedRecords(
+            published=sum(published.values()),
+            rejected=sum(result.rejected for (batch, _), result in results.items() if batch in published),
+        ),
+    )
+
+
+def _due(run: IngestRun) -> bool:
+    ended = run.status.phase is not None and run.status.phase.ended
+    return run.status.resumed_from is None and not run.spec.suspend and not ended
+
+
+def _waits_for(old: IngestRun) -> tuple[str, str] | None:
+    name, phase = old.metadata.name, old.status.phase
+    if phase is None or not phase.ended:
+        return "WaitingForEnd", f"run {name}, which this one resumes, has not ended: cancel it, or wait"
+    done = old.status.condition(c.DRAINED)
+    if done is None or done.status != "True":
+        return "WaitingForDrain", f"run {name}, which this one resumes, is {phase.value}, but its last pods still run"
+    return None
+
+
+def _each_other(run: IngestRun, old: IngestRun) -> bool:
+    theirs = old.spec.resume_from
+    return theirs is not None and theirs.name == run.metadata.name and old.status.resumed_from is None
+
+
+def _wait(run: IngestRun, reason: str, message: str, *, now: datetime) -> Plan:
+    claims = [
+        Claim(type=c.SUCCEEDED, status="Unknown", reason=reason, message=message),
+        Claim(type=c.FINISHED, status="False", reason=Phase.PENDING.value),
+        Claim(type=c.RECONCILING, status="True", reason=reason, message=message),
+    ]
+    return Plan(
+        status=said(run, run.status, phase=Phase.PENDING, claims=claims, now=now),
+        requeue_at=now + LOOK_AGAIN,
+    )
+
+
+def _refuse(run: IngestRun, message: str, *, now: datetime) -> Plan:
+    return Plan(status=refused(run, "ResumeRefused", message, now=now), requeue_at=now)
+
+
+def _refusal(run: IngestRun, predecessor: Predecessor, old: IngestRun) -> str | None:
+    """Why the run can't resume that one, which has ended; None where it can."""
+    name, holder = old.metadata.name, old.status.resumed_by
+    if _each_other(run, old):
+        return f"run {name} is itself to resume this one: one of them must go without resumeFrom"
+    if old.spec.resume_from is not None and old.status.resumed_from is None:
+        first = old.spec.resume_from.name
+        instead = f"run {first}" if first is not None else "the saved state that it was given"
+        return f"run {name} ended before it had taken anything over: resume from {instead} instead"
+    if holder is not None and holder.uid != run.metadata.uid and not _let_go(predecessor, holder):
+        resumer = predecessor.resumer
+        if resumer is None or resumer.metadata.uid != holder.uid:
+            return (
+                f"run {name} was resumed by run {holder.name}, which is gone: "
+                "resume from that one's saved state, if it was kept"
+            )
+        return (
+            f"run {name} is already resumed by run {holder.name}: once that one has ended, "
+            f"resume from it (resumeFrom: {{name: {holder.name}}})"
+        )
+    differing = next(differences(old.spec, run.spec), None)
+    if differing is not None:
+        return f"spec.{differing} is not that of run {name}: a resumed run reads and publishes the same"
+    return _unfit(run, _rest_of_run(old))
+
+
+def _let_go(predecessor: Predecessor, holder: ResumedByStatus) -> bool:
+    """Whether the run that had claimed the rest has ended without taking it over: a cancel came in between."""
+    resumer = predecessor.resumer
+    if resumer is None or resumer.metadata.uid != holder.uid or resumer.status.resumed_from is not None:
+        return False
+    return resumer.status.phase is not None and resumer.status.phase.ended
+
+
+def _rest_of_run(old: IngestRun) -> _Rest:
+    status, late = old.status, old.status.after_end or AfterEndStatus()
+    return _rest(
+        of=f"run {old.metadata.name}",
+        uid=old.origin_uid,
+        batches=status.batches,
+        late=late.published,
+        cursor=status.cursor,
+        records=status.records,
+        landed_records=late.records,
+    )
+
+
+def _rest_of_saved(saved: SavedState) -> _Rest:
+    """Read a saved state.
+
+    Raises:
+        ValueError: its index ranges are not well-formed, or a batch is twice among the gaps.
+    """
+    numbers = [gap.batch for gap in saved.batches.gaps]
+    if len(set(numbers)) != len(numbers):
+        raise ValueError("the saved state has a batch twice in batches.gaps")
+    batches = BatchesStatus(
+        fetched=_ranges("batches.fetched", saved.batches.fetched),
+        published=_ranges("batches.published", saved.batches.published),
+        exhausted=saved.batches.exhausted,
+        gaps=sorted(saved.batches.gaps, key=lambda gap: gap.batch),
+    )
+    return _rest(
+        of="the saved state",
+        uid=saved.uid,
+        batches=batches,
+        late=_ranges("afterEnd.published", saved.after_end.published),
+        cursor=saved.cursor,
+        records=RecordsStatus(**saved.records.model_dump()),
+        landed_records=saved.after_end.records,
+    )
+
+
+def _ranges(field: str, text: str) -> IndexRanges:
+    try:
+        return IndexRanges.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{field} of the saved state: {error}") from None
+
+
+def _rest(
+    *,
+    of: str,
+    uid: str,
+    batches: BatchesStatus,
+    late: IndexRanges,
+    cursor: str | None,
+    records: RecordsStatus,
+    landed_records: LandedRecords,
+) -> _Rest:
+    published = batches.published | late
+    return _Rest(
+        of=of,
+        uid=uid,
+        fetched=batches.fetched | published,
+        published=published,
+        gaps=tuple(gap for gap in batches.gaps if gap.batch not in published),
+        exhausted=batches.exhausted,
+        cursor=cursor,
+        records=RecordsStatus(
+            fetched=records.fetched,
+            rejected=records.rejected + landed_records.rejected,
+            published=records.published + landed_records.published,
+        ),
+    )
+
+
+def _begun(spec: IngestRunSpec, rest: _Rest) -> BatchesStatus:
+    """What the run's ranges begin with. A batch that was being fetched at the end begins where the chain stands."""
+    chained = spec.batches.cursor is not None
+    end = max(rest.fetched.end, *(gap.batch + 1 for gap in rest.gaps), 0)
+    claimed = IndexRanges.span(0, end - 1)
+    return BatchesStatus(
+        claimed=claimed,
+        # Partitions that were read stay so: what they read is counted once. A chain's are checked against their gaps.
+        fetched=rest.published if chained else rest.fetched,
+        published=rest.published,
+        redo=claimed - rest.published,
+        gaps=list(rest.gaps),
+        exhausted=rest.exhausted,
+    )
+
+
+def _unfit(run: IngestRun, rest: _Rest) -> str | None:
+    """Why that rest can't be done by this run; None where it can."""
+    spec = run.spec
+    begun = _begun(spec, rest)
+    if spec.batches.partitions is not None:
+        if rest.gaps or rest.cursor is not None or rest.exhausted:
+            return f"{rest.of} is that of a cursor chain, and this run has partitions"
+        if begun.claimed.end > spec.batches.partitions.total:
+            total = spec.batches.partitions.total
+            return f"{rest.of} has batch {begun.claimed.end - 1}, and this run has {counted(total, 'batch', 'batches')}"
+    else:
+        unknown = lost(begun)
+        if unknown:
+            return (
+                f"where batch {unknown} of {rest.of} began is not known: a status has room for about 40 unpublished "
+                "batches of a chain. Ingest anew, from batches.cursor.start, what is not published"
+            )
+        if begun.claimed and rest.cursor is None and not rest.exhausted:
+            return f"{rest.of} has no cursor: copy it as well"
+        if size_of(rest.gaps) > GAPS_BYTES + len(rest.gaps):
+            return f"{rest.of} has too many gaps: {size_of(rest.gaps)} bytes, at most {GAPS_BYTES} can be kept"
+    if not begun.redo and not claimable(spec, begun, rest.records):
+        done = counted(len(begun.published), "batch is", "batches are")
+        return f"nothing is left of {rest.of}: {done} published, and none is missing"
+    return None
+
+
+def _taken_over(run: IngestRun, rest: _Rest, *, by_name: IngestRun | None) -> Resumed:
+    begun = _begun(run.spec, rest)
+    meta = by_name.metadata if by_name is not None else None
+    status = with_(
+        run.status,
+        batches=begun,
+        records=rest.records,
+        cursor=rest.cursor,
+        resumed_from=ResumedFromStatus(
+            name=meta.name if meta is not None else None,
+            uid=meta.uid if meta is not None else None,
+            origin_uid=rest.uid,
+        ),
+    )
+    again = f", again: batch {begun.redo}" if begun.redo else ""
+    note = f"goes on from {rest.of}: {counted(len(begun.published), 'batch', 'batches')} published before{again}"
+    return Resumed(status=status, tell=normal("TookOver", note, action="Resume"))
+
+
+def differences(old: IngestRunSpec, new: IngestRunSpec) -> Iterator[str]:
+    """The fields, as paths, in which two runs differ that must be the same for one to do the other's rest.
+
+    What is read and where it is published must be. How may differ, as it is often why a run failed: an image's
+    tag, resources, time-outs, hooks, credentials, `batches.size` and `limit`.
+    """
+    yield from _differing("", _compared(old), _compared(new))
+
+
+def _differing(path: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differing(f"{path}.{key}" if path else key, old.get(key), new.get(key))
+    elif old != new:
+        yield path
+
+
+def _compared(spec: IngestRunSpec) -> dict[str, Any]:
+    batches = spec.batches.model_dump(by_alias=True, exclude_none=True, exclude={"size", "limit"})
+    source = (
+        spec.source.model_dump(by_alias=True, exclude_none=True, exclude=set(STAGE_SETTINGS)) if spec.source else {}
+    )
+    for how in ("timeoutSeconds", "authorization"):
+        source.get("http", {}).pop(how, None)
+    return {
+        "source": source,
+        "fetch": _compared_container(spec.fetch),
+        "sink": spec.sink.model_dump(by_alias=True, exclude_none=True, exclude=set(STAGE_SETTINGS))
+        if spec.sink
+        else None,
+        "publish": _compared_container(spec.publish),
+        "workspace": spec.workspace.model_dump(by_alias=True) if spec.workspace else None,
+        "batches": batches,
+    }
+
+
+def _compared_container(container: Container | None) -> dict[str, Any] | None:
+    if container is None:
+        return None
+    told = container.model_dump(by_alias=True, exclude_none=True, include={"command", "args", "env", "env_from"})
+    return {"image": _repository(container.image), **told}
+
+
+def _repository(image: str) -> str:
+    """An image's name without tag and digest."""
+    path, slash, last = image.partition("@")[0].rpartition("/")
+    return f"{path}{slash}{last.partition(':')[0]}"

@@ -1,0 +1,95 @@
+"""What it takes to go on where an ended run stopped: in `spec.resumeFrom`, and kept in the status while a run works."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from ingestrun.model.base import KubeModel
+from ingestrun.model.contract import CURSOR_MAX_CHARS
+from ingestrun.model.worker import exactly_one
+
+MAX_SAVED_GAPS = 100
+
+Count = Annotated[int, Field(ge=0)]
+RangesText = Annotated[str, StringConstraints(max_length=3072)]
+"""Index ranges as a user gives them; read by the planner, so that what is wrong with them ends in a sentence."""
+
+
+class Gap(KubeModel):
+    """A batch of a chain that has been fetched and is not published: what it takes to fetch it again.
+
+    `next` is the digest of the cursor that the batch after it began with; None where the source said `exhausted`
+    and gave none.
+    """
+
+    batch: Count
+    cursor: Annotated[str, StringConstraints(max_length=CURSOR_MAX_CHARS)] = ""
+    read: Count
+    next: Annotated[str, StringConstraints(max_length=16)] | None = None
+
+
+def cursor_digest(cursor: str) -> str:
+    """Enough of a cursor to see whether another one is the same."""
+    return hashlib.sha256(cursor.encode()).hexdigest()[:8]
+
+
+class SavedBatches(KubeModel):
+    """The part of `status.batches` that a resumed run needs."""
+
+    fetched: RangesText = ""
+    published: RangesText = ""
+    exhausted: bool = False
+    gaps: Annotated[list[Gap], Field(max_length=MAX_SAVED_GAPS)] = []
+
+
+class SavedRecords(KubeModel):
+    """`status.records`."""
+
+    fetched: Count = 0
+    rejected: Count = 0
+    published: Count = 0
+
+
+class LandedRecords(KubeModel):
+    """Rows of batches that were published after their run had ended."""
+
+    rejected: Count = 0
+    published: Count = 0
+
+
+class SavedAfterEnd(KubeModel):
+    """`status.afterEnd`."""
+
+    published: RangesText = ""
+    records: LandedRecords = LandedRecords()
+
+
+class SavedState(KubeModel):
+    """What an ended run left, copied out of its status while it existed."""
+
+    uid: Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
+    batches: SavedBatches = SavedBatches()
+    cursor: Annotated[str, StringConstraints(max_length=CURSOR_MAX_CHARS)] | None = None
+    records: SavedRecords = SavedRecords()
+    after_end: SavedAfterEnd = SavedAfterEnd()
+
+
+class ResumeFrom(KubeModel):
+    """The ended run whose unpublished rest is to be done; exactly one of the two."""
+
+    name: (
+        Annotated[
+            str,
+            StringConstraints(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"),
+        ]
+        | None
+    ) = None
+    saved_state: SavedState | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        exactly_one(self, "name", "saved_state")
+        return self
