@@ -104,7 +104,6 @@ def test_cancel_while_a_retry_waits_starts_no_retry(
     wait_for(retrying, 60, "the first attempt to fail")
     cluster.cancel(namespace, "waits")
     run = wait_for(drained(cluster, namespace, "waits"), 60, "Drained")
-    # The retry would have been due within five seconds of the failure; the first sweep is told by an Event.
     wait_for(lambda: told(cluster, namespace, "waits")["StageSkipped"], 30, "the retry to be told as skipped")
     lines = operator.lines("ingest run cancelled, skipping")
     assert {(line["batch"], line["stage"], line["attempt"]) for line in lines} == {(0, "fetch", 1)}

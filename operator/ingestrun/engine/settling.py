@@ -122,7 +122,7 @@ def _after_drain(
     late = tuple(
         Delete(job=job.job) for job in jobs if live is not None and not job.state.finished and not job.job.deleting
     )
-    cleaning = status.cancellation is not None and _cleaning(status.cancellation)
+    unfinished = status.cancellation is not None and (_cleaning(status.cancellation) or _waiting(status.cancellation))
     over = now >= sweep_at
     return Plan(
         status=status,
@@ -130,7 +130,7 @@ def _after_drain(
         deletes=late,
         delete_blocks=spent_blocks(status.batches, jobs),
         fenced=False if over and live is not None and not late else None,
-        requeue_at=sweep_at if not over else now + DRAIN_RECHECK if cleaning or late else None,
+        requeue_at=sweep_at if not over else now + DRAIN_RECHECK if unfinished or late else None,
     )
 
 
@@ -199,6 +199,11 @@ def _cleaned(
 
 def _cleaning(record: CancellationStatus) -> bool:
     return record.on_cancel is not None and record.on_cancel.state in ("Claimed", "Running")
+
+
+def _waiting(record: CancellationStatus) -> bool:
+    """Whether runs below have not followed yet: what becomes of them is still to be told."""
+    return record.children is not None and record.children.waiting > 0
 
 
 def _followed(run: IngestRun, *, parent: Parent | None, children: Sequence[Child], now: datetime) -> IngestRunStatus:
