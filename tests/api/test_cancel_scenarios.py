@@ -1,6 +1,6 @@
 """What Tekton and Argo Workflows test of their cancel, stop and terminate, as black boxes, under names of our own.
 
-docs/cancel-scenarios.md maps each of their scenarios to a test of ours, those of other files included.
+docs/proof.md maps each of their scenarios to a test of ours, those of other files included.
 """
 
 from __future__ import annotations
