@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Final
 
-from tests.e2e.cluster import Json, Kubectl, phase, wait_for
+from tests.e2e.cluster import Json, Kubectl, image, phase, wait_for
 from tests.e2e.runs import flights, run_of
 from tests.e2e.test_flights import check_dataset, count
 
@@ -30,7 +31,7 @@ def ask(url, token):
         return error.code, json.load(error)
 
 another = url.replace(f"/{own}/", "/another/")
-print(json.dumps([url, ask(url, token), ask(another, token), ask(url, token[:-4] + "AAAA")]))
+print(json.dumps([url, ask(url, token), ask(another, token), ask(url, "made-up")]))
 """
 
 
@@ -75,20 +76,28 @@ def terminated(pod: Json) -> Json:
 def watched(kubectl: Kubectl, namespace: str, pod: str) -> Iterator[list[Json]]:
     """All that is seen of the pod until it is gone; read what is yielded after the block."""
     command = ["kubectl", "--context", kubectl.context, "-n", namespace, "get", "pods", "-w", "-o", "json"]
-    process = subprocess.Popen(
-        [*command, "--field-selector", f"metadata.name={pod}"], stdout=subprocess.PIPE, text=True
-    )
     seen: list[Json] = []
-    try:
-        yield seen
-    finally:
-        process.terminate()
-        text, _ = process.communicate(timeout=30)
-        decoder, at = json.JSONDecoder(), 0
-        while at < len(text.rstrip()):
-            body, at = decoder.raw_decode(text, at)
-            seen += body["items"] if body["kind"] == "List" else [body]
-            at += len(text[at:]) - len(text[at:].lstrip())
+    with tempfile.TemporaryFile("w+") as out:  # a pipe that nobody reads would hold kubectl up
+        process = subprocess.Popen([*command, "--field-selector", f"metadata.name={pod}"], stdout=out)
+        try:
+            yield seen
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+            out.seek(0)
+            seen += documents(out.read())
+
+
+def documents(text: str) -> Iterator[Json]:
+    """The objects of a stream of JSON, lists opened; the last one may be half written."""
+    decoder = json.JSONDecoder()
+    while text := text.lstrip():
+        try:
+            body, end = decoder.raw_decode(text)
+        except ValueError:
+            return
+        yield from body["items"] if body["kind"] == "List" else [body]
+        text = text[end:]
 
 
 def cancel(kubectl: Kubectl, namespace: str, run: str, **how: Any) -> None:
@@ -110,12 +119,12 @@ def test_worker_asks_by_the_service_and_stops_early(kubectl: Kubectl, namespace:
     kubectl.apply([slow(namespace, "asks")])
     pod = at_work(kubectl, namespace, "asks", "fetch", seconds=120)
     answers = json.loads(kubectl("-n", namespace, "exec", pod, "--", "/venv/bin/python", "-c", ASK))
-    url, own, another, forged = answers
+    url, own, another, made_up = answers
     assert url.startswith("http://ingestrun-operator.ingestrun-system.svc")
     assert own[0] == 200
     assert (own[1]["name"], own[1]["phase"], own[1]["cancelled"]) == ("asks", "Running", False)
     assert (another[0], another[1]["error"]) == (403, "forbidden")
-    assert (forged[0], forged[1]["error"]) == (401, "unauthorized")
+    assert (made_up[0], made_up[1]["error"]) == (401, "unauthorized")
 
     cancel(kubectl, namespace, "asks")
     run = drained(kubectl, namespace, "asks", seconds=30)
@@ -131,9 +140,21 @@ def test_worker_asks_by_the_service_and_stops_early(kubectl: Kubectl, namespace:
     assert result["written"] == 0
 
 
+def unasking(body: Json) -> Json:
+    """The same fetch by the same worker, which asks nobody: else it would hear of the cancel before its SIGTERM."""
+    source = json.dumps(body["spec"].pop("source"))
+    code = (
+        "import os, sys; del os.environ['INGEST_CANCELLATION_URL']; os.environ['INGEST_CONFIG'] = sys.argv[1]; "
+        "sys.argv[1:] = []; from ingestrun.worker.main import main; main()"
+    )
+    command = ["/venv/bin/python", "-c", code, source]
+    body["spec"]["fetch"] = {"image": image("WORKER_IMAGE"), "imagePullPolicy": "Never", "command": command}
+    return body
+
+
 def test_terminate_ends_a_fetch_in_mid_work(kubectl: Kubectl, namespace: str) -> None:
     """SIGTERM reaches the worker, which ends at once and hands on nothing; nobody waits its grace out."""
-    kubectl.apply([slow(namespace, "terminated")])
+    kubectl.apply([unasking(slow(namespace, "terminated"))])
     pod = at_work(kubectl, namespace, "terminated", "fetch", seconds=120)
     with watched(kubectl, namespace, pod) as seen:
         cancel(kubectl, namespace, "terminated", policy="Terminate", gracePeriodSeconds=GRACE)

@@ -93,9 +93,12 @@ class Store:
     def cancel_pending(self, key: RunKey) -> bool:
         """Whether the newest body asks for a cancel that has not been applied yet."""
         body = self._runs.get(key)
-        if body is None or not cancel_requested(body):
-            return False
-        return (body.get("status") or {}).get("phase") not in ("Succeeded", "Failed", "Cancelled")
+        return body is not None and cancel_requested(body) and not self.ended(key)
+
+    def ended(self, key: RunKey) -> bool:
+        """Whether the run has ended, as far as has been seen: what is left are its drain and its clean-up."""
+        status = self._runs.get(key, {}).get("status") or {}
+        return status.get("phase") in ("Succeeded", "Failed", "Cancelled")
 
     def forget(self, key: RunKey) -> None:
         """Drop a run that is gone, and its children's facts."""
