@@ -185,6 +185,12 @@ def parents_of(body: Object) -> list[RunKey]:
     return [key for key in dict.fromkeys(keys) if key.name != meta["name"]]
 
 
+def cancelled_with_cascade(body: Object) -> bool:
+    """Whether the run is Cancelled, and those right below it are to follow."""
+    status = body.get("status") or {}
+    return status.get("phase") == "Cancelled" and bool((status.get("cancellation") or {}).get("cascade"))
+
+
 def _resource_version(body: Object) -> str:
     return str(body["metadata"].get("resourceVersion", ""))
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Final
 
 from ingestrun.engine.facts import MESSAGE_CHARS, JobState, JobView
 from ingestrun.model.contract import EXIT_PERMANENT, Outcome, ResultError, StageResult, parse_result
 from ingestrun.model.spec import Backoff
+
+WORKER_CANCELLED: Final = "WorkerCancelled"
+"""The reason of a container that says it stopped for a cancel, in a run that has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,7 @@ def judge(ended: JobView) -> StageResult | Failure:
             # A run that is cancelled is past judging its attempts: whoever asks here has one that is not.
             words = f": {result.message}" if result.message else ""
             return Failure(
-                reason="WorkerCancelled",
+                reason=WORKER_CANCELLED,
                 message=f"the container stopped for a cancel that this run does not have{words}"[:MESSAGE_CHARS],
             )
         if result.outcome is not Outcome.DONE:
