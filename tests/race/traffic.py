@@ -209,7 +209,12 @@ class Traffic:
             self.refused[422] += 1
 
     def _kill(self, down_seconds: float) -> None:
-        with self._operator_lock:
+        # A successor waits for the lease: whose cancel comes meanwhile meets an operator that is down, as was planned.
+        if not self._operator_lock.acquire(blocking=not self._operator.lease):
+            return
+        try:
             self._operator.kill()
             time.sleep(down_seconds)
             self._operator.start()
+        finally:
+            self._operator_lock.release()
