@@ -280,7 +280,7 @@ def judge(console: Console, run: dict[str, Any]) -> bool:
         trail = read_trail(lines, run["metadata"]["uid"])
     console.say(timeline(trail))
     late = trail.created_after
-    created = [job for job in trail.jobs if job.code == 201]
+    created = trail.created
     return all(
         [
             console.verdict(trail.cancelled is not None, "the write of Cancelled is in the log"),

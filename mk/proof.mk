@@ -1,5 +1,5 @@
 # Cancellation on the real API server: the races, and what a cancel costs. docs/proof.md has results.
-export RUNS SEED WAVE ROUNDS BATCHES BENCH_RUNS BENCH_PODS
+export RUNS SEED WAVE LEASE_EVERY ROUNDS BATCHES BENCH_RUNS BENCH_PODS
 
 .PHONY: test-cancel-races test-race bench-cancel bench-cancel-many calls
 

@@ -1,6 +1,6 @@
 """What Tekton and Argo Workflows test of their cancel, stop and terminate, as black boxes, under names of our own.
 
-docs/cancel-scenarios.md maps each of their scenarios to a test of ours, those of other files included.
+docs/proof.md maps each of their scenarios to a test of ours, those of other files included.
 """
 
 from __future__ import annotations
@@ -104,7 +104,6 @@ def test_cancel_while_a_retry_waits_starts_no_retry(
     wait_for(retrying, 60, "the first attempt to fail")
     cluster.cancel(namespace, "waits")
     run = wait_for(drained(cluster, namespace, "waits"), 60, "Drained")
-    # The retry would have been due within five seconds of the failure; the first sweep is told by an Event.
     wait_for(lambda: told(cluster, namespace, "waits")["StageSkipped"], 30, "the retry to be told as skipped")
     lines = operator.lines("ingest run cancelled, skipping")
     assert {(line["batch"], line["stage"], line["attempt"]) for line in lines} == {(0, "fetch", 1)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo.audit import first_cancelled, name_of, stored_creates
 from kubernetes import client
 
 from tests.api.conftest import Cluster, Json, WaitFor
@@ -76,26 +77,26 @@ def jobs_reach(cluster: Cluster, namespace: str, number: int) -> bool:
 
 def created_jobs(entries: list[Json]) -> list[str]:
     """The Jobs that were stored, in their order."""
-    return [
-        entry["objectRef"].get("name") or entry["requestObject"]["metadata"]["name"]
+    creates = [
+        entry
         for entry in entries
         if entry["verb"] == "create"
         and entry["objectRef"]["resource"] == "jobs"
         and "subresource" not in entry["objectRef"]
-        and entry["responseStatus"]["code"] == 201
     ]
+    return [name_of(entry) for entry in stored_creates(creates)]
 
 
 def after_cancelled(entries: list[Json], run: str) -> list[Json]:
     """What came after `phase=Cancelled` was stored."""
-    for number, entry in enumerate(entries):
-        reference = entry["objectRef"]
-        of_run = (reference["resource"], reference.get("subresource"), reference.get("name"))
-        if of_run != ("ingestruns", "status", run) or entry["responseStatus"]["code"] != 200:
-            continue
-        if entry["responseObject"]["status"].get("phase") == "Cancelled":
-            return entries[number + 1 :]
-    raise AssertionError(f"the audit log has no write of phase=Cancelled for {run}")
+    places = [
+        number
+        for number, entry in enumerate(entries)
+        if (entry["objectRef"]["resource"], name_of(entry)) == ("ingestruns", run)
+    ]
+    found = first_cancelled([entries[number] for number in places])
+    assert found is not None, f"the audit log has no write of phase=Cancelled for {run}"
+    return entries[places[found] + 1 :]
 
 
 def assert_nothing_started_after_cancelled(audit: Audit, namespace: str, run: str) -> None:

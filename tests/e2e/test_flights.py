@@ -79,7 +79,7 @@ def test_cancel_half_way_starts_nothing_more(kubectl: Kubectl, namespace: str) -
     assert [line for line in log.splitlines() if CANCELLED_LINE in line and uid in line]
     reasons = {event["reason"] for event in kubectl.get("-n", namespace, "events")["items"]}
     assert {"Cancelled", "Drained"} <= reasons
-    files = _count(run["status"]["batches"]["published"]) + _count(run["status"]["cancellation"]["published"])
+    files = count(run["status"]["batches"]["published"]) + count(run["status"]["cancellation"]["published"])
     check_dataset(kubectl, namespace, "cancelled", "--part", str(files))
     audit = os.environ.get("INGESTRUN_AUDIT_LOG")
     if audit:  # a cluster of the user's own (CLUSTER=current) shows us none
@@ -90,6 +90,6 @@ def test_cancel_half_way_starts_nothing_more(kubectl: Kubectl, namespace: str) -
         assert trail.created_after == []
 
 
-def _count(ranges: str) -> int:
+def count(ranges: str) -> int:
     pairs = [part.partition("-") for part in ranges.split(",") if part]
     return sum(int(last or first) - int(first) + 1 for first, _, last in pairs)

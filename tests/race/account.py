@@ -78,6 +78,7 @@ class Operator(OperatorProcess):
         self, *, kubeconfig: Path, context: str, namespaces: list[str], log: Path, lease: bool = False
     ) -> None:
         super().__init__(kubeconfig=kubeconfig, context=context, namespace=",".join(namespaces), log=log)
+        self.lease = lease
         if lease:
             self._arguments.append("--lease")
         self.kills = 0

@@ -6,13 +6,14 @@ and those come with the number of runs, not with their length.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from ingestrun.model.spec import Cancellation
+from ingestrun.model.spec import CancellationPolicy
 
 Json = dict[str, Any]
 
@@ -21,14 +22,10 @@ ROWS: Final = 10
 QUIET_SECONDS: Final = 4.0
 """Longer than any retry or backpressure delay below: what would start after a cancel has started by then."""
 FALLBACK_SECONDS: Final = (6.0, 12.0)
-"""When a run is cancelled whose moment does not come, after its creation."""
-POLICIES: Final[tuple[str | None, ...]] = (
-    (None, "Drain", "Terminate") if "policy" in Cancellation.model_fields else (None,)
-)
-
-
+"""When a run is cancelled whose moment does not come, after its creation; one that ends before that, at its end."""
+POLICIES: Final[tuple[str | None, ...]] = (None, *CancellationPolicy)
 STORM_EVERY: Final = 3
-LEASE_EVERY: Final = 12
+LEASE_EVERY: Final = int(os.environ.get("LEASE_EVERY") or 12)
 """Every so many waves the operator takes part in the leader election; after a SIGKILL its successor waits 15 s."""
 
 
@@ -170,7 +167,7 @@ def _wave(rng: random.Random, number: int, size: int, *, kills: int, slots: int,
         slots=slots,
         quota_slots=(quota_slot,),
         quota=rng.randint(2, 8),
-        lift_quota_at=rng.uniform(6, 14),
+        lift_quota_at=rng.uniform(5, 10),
         lease=lease,
         runs=tuple(runs),
     )

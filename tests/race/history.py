@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from ingestrun.model.names import LABEL_CANCELLED
 from ingestrun.model.ranges import IndexRanges
 
 Json = dict[str, Any]
@@ -53,6 +54,7 @@ class Version:
     status_write: bool
     generation: int = 1
     cancel: bool = False
+    """It asks to be cancelled: by its spec, or by the operator's label, which outlives a cancel that is taken back."""
     reason: str | None = None
     """`spec.cancellation.reason`."""
     terminate: bool = False
@@ -346,7 +348,7 @@ def version_of(stored: Json) -> Version:
         actor="",
         status_write=False,
         generation=meta.get("generation", 1),
-        cancel=bool(spec.get("cancel")),
+        cancel=bool(spec.get("cancel")) or (meta.get("labels") or {}).get(LABEL_CANCELLED) == "true",
         reason=(spec.get("cancellation") or {}).get("reason"),
         terminate=(spec.get("cancellation") or {}).get("policy") == "Terminate",
         phase=status.get("phase"),

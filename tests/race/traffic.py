@@ -71,6 +71,7 @@ class _State:
     namespace: str
     uid: str = ""
     fired: bool = False
+    awaits_fallback: bool = False
     cancelled_seen: bool = False
 
 
@@ -87,7 +88,7 @@ class Traffic:
         self._operator_lock = threading.Lock()
         self.refused: Counter[int] = Counter()
         self.pending = 0
-        """Calls that are planned and not yet done."""
+        """Calls that are planned and not yet done; a fallback counts until its run's moment has come."""
 
     def submit(self, plan: RunPlan, namespace: str) -> None:
         """Have the run created at its time, and all that follows."""
@@ -137,7 +138,10 @@ class Traffic:
         elif cancel.signal is None:
             self._fire(state, cancel.delay)
         else:
-            self._later(cancel.fallback, lambda: self._fire(state, 0))
+            with self._lock:
+                state.awaits_fallback = not state.fired
+                self.pending += state.awaits_fallback
+            self._timers.after(cancel.fallback, lambda: self._fire(state, 0))
             if plan.suspend_at is not None:
                 self._later(plan.suspend_at, lambda: self._patch(state, {"suspend": True}))
         for seen in early:
@@ -151,17 +155,23 @@ class Traffic:
                 self._later(cancel.clear_after, lambda: self._patch(state, {"cancel": None, "cancellation": None}))
         if cancel.signal is not None and cancel.signal.matches(seen):
             self._fire(state, cancel.delay)
+        elif seen.kind in ("succeeded", "failed") and seen.stage is None:
+            self._fire(state, 0)  # its moment will not come any more; to be refused
 
     def _fire(self, state: _State, delay: float) -> None:
         with self._lock:
             if state.fired:
                 return
             state.fired = True
+            fallback, state.awaits_fallback = state.awaits_fallback, False
         cancel = state.plan.cancel
         lead = max(0.0, -cancel.kill) if cancel.kill is not None else 0.0
         if cancel.kill is not None:
             self._later(delay + lead + cancel.kill, lambda: self._kill(cancel.down_seconds))
         self._later(delay + lead, lambda: self._cancel(state))
+        if fallback:
+            with self._lock:
+                self.pending -= 1
 
     def _cancel(self, state: _State) -> None:
         plan = state.plan
@@ -199,7 +209,12 @@ class Traffic:
             self.refused[422] += 1
 
     def _kill(self, down_seconds: float) -> None:
-        with self._operator_lock:
+        # A successor waits for the lease: whose cancel comes meanwhile meets an operator that is down, as was planned.
+        if not self._operator_lock.acquire(blocking=not self._operator.lease):
+            return
+        try:
             self._operator.kill()
             time.sleep(down_seconds)
             self._operator.start()
+        finally:
+            self._operator_lock.release()

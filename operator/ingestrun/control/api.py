@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from ingestrun.control.store import parents_of
+from ingestrun.control.store import cancelled_with_cascade, parents_of
 from ingestrun.control.tokens import CheckKey, ForeignTokenError, TokenError, issue, verify
 from ingestrun.engine.jobs import CancellationCheck
 from ingestrun.kube.errors import KubeError, NotFound
@@ -106,23 +106,22 @@ class Api:
             return _refused(404, "gone", "the run is gone: another has its name now")
         said = answer(run)
         if not said["cancelled"] and not _ended(run):
-            said = {**said, "cancelled": await self._cancelled_above(run, frozenset({key}))}
+            said = {**said, "cancelled": await self._cancelled_above(run)}
         return web.json_response(said, headers={"Cache-Control": "no-store"})
 
-    async def _cancelled_above(self, run: Object, seen: frozenset[RunKey]) -> bool:
-        """Whether a cascading cancel above is on its way to this run.
+    async def _cancelled_above(self, run: Object) -> bool:
+        """Whether a run right above is Cancelled with `cascade`: this one's own status will say so in a moment.
 
-        Its own status will say so in a moment; a pod need not work on until then. A run above that is gone or can't
-        be read says nothing. The children of one run share one read of it, as its own pods do.
+        What is only asked for above does not count: a pod that stops must find its run's cancel inevitable, or its
+        result is a failure. A run above that is gone or can't be read says nothing. The children of one run share
+        one read of it, as its own pods do.
         """
-        for above in (key for key in parents_of(run) if key not in seen):
+        for above in parents_of(run):
             try:
                 parent = await self._look(above, "")
             except KubeError:
                 continue
-            if cancels_below(parent):
-                return True
-            if not _ended(parent) and await self._cancelled_above(parent, seen | {above}):
+            if cancelled_with_cascade(parent):
                 return True
         return False
 
@@ -163,14 +162,6 @@ def answer(run: Object) -> Mapping[str, Any]:
         "completed": phase == Phase.SUCCEEDED,
         "failed": phase == Phase.FAILED,
     }
-
-
-def cancels_below(run: Object) -> bool:
-    """Whether the run is cancelled together with those below it, or is about to be."""
-    record = (run.get("status") or {}).get("cancellation")
-    if _ended(run):
-        return bool((record or {}).get("cascade"))
-    return cancel_requested(run) and bool((run["spec"].get("cancellation") or {}).get("cascade"))
 
 
 def _ended(run: Object) -> bool:

@@ -134,7 +134,7 @@ async def _operate(
         defer=background.add,
     )
     queue: KeyedQueue[RunKey] = KeyedQueue(
-        reconciler.reconcile, concurrency=settings.concurrency, urgent=store.cancel_pending
+        reconciler.reconcile, concurrency=settings.concurrency, urgent=store.cancel_pending, patient=store.ended
     )
     handlers = registry(Watch(store, queue, reconciler))
 

@@ -7,6 +7,7 @@ nothing but "look at this key again", so whatever it finds is judged from the st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 60.0
+PATIENT = 4
+"""How many patient keys are handled side by side."""
 
 
 class Slots:
@@ -70,11 +73,17 @@ class KeyedQueue(Generic[K]):
         *,
         concurrency: int,
         urgent: Callable[[K], bool] = lambda _: False,
+        patient: Callable[[K], bool] = lambda _: False,
     ) -> None:
-        """At most `concurrency` keys are handled side by side; those that are `urgent` do not queue behind others."""
+        """At most `concurrency` keys are handled side by side; those that are `urgent` do not queue behind others.
+
+        Of those that are `patient` a few are handled at a time: what they ask of the server is asked beside the rest.
+        """
         self._handle = handle
         self._urgent = urgent
+        self._patient = patient
         self._slots = Slots(concurrency)
+        self._patient_slots = asyncio.Semaphore(PATIENT)
         self._running: dict[K, asyncio.Task[None]] = {}
         self._again: dict[K, str] = {}
         self._timers: dict[K, asyncio.TimerHandle] = {}
@@ -140,11 +149,12 @@ class KeyedQueue(Generic[K]):
 
     async def _serve(self, key: K, trigger: str) -> None:
         try:
-            await self._slots.take(first=self._urgent(key))
-            try:
-                delay = await self._handle(key, trigger)
-            finally:
-                self._slots.give()
+            async with self._patient_slots if self._patient(key) else contextlib.nullcontext():
+                await self._slots.take(first=self._urgent(key))
+                try:
+                    delay = await self._handle(key, trigger)
+                finally:
+                    self._slots.give()
             self._errors.pop(key, None)
             if delay is not None:
                 self.add_after(key, delay, "timer")

@@ -27,13 +27,14 @@ import structlog
 from ingestrun.control.events import event_body
 from ingestrun.control.podless import Podless
 from ingestrun.control.resuming import predecessor_of, take
-from ingestrun.control.store import Store, parents_of
+from ingestrun.control.store import Store, cancelled_with_cascade, parents_of
 from ingestrun.control.turns import Turns
 from ingestrun.engine.announce import Announcement, announcements, normal, skipped
 from ingestrun.engine.capacity import remembered
 from ingestrun.engine.concurrency import Rival
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
+from ingestrun.engine.failure import WORKER_CANCELLED, Failure, judge
 from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest, job_name, spent_selector
 from ingestrun.engine.lifetime import expiry_of
 from ingestrun.engine.plan import plan
@@ -177,7 +178,7 @@ class Reconciler:
             now=self._clock(),
             refusal=self._refusals.get(uid),
             live=live if ended else None,
-            parent=await self._cancelled_parent(key, ask=not primed),
+            parent=await self._cancelled_parent(key, ask=not primed or self._heard(key, jobs)),
             children=self._children(key) if ended else (),
             rivals=rivals,
             predecessor=await predecessor_of(self._cluster, self._store, run) if awaits(run) else None,
@@ -260,9 +261,10 @@ class Reconciler:
                 except NotFound:
                     continue
             found = self._store.run(above)
-            status = IngestRunStatus.model_validate((found or {}).get("status") or {})
-            record = status.cancellation
-            if status.phase is Phase.CANCELLED and record is not None and record.cascade:
+            if found is None or not cancelled_with_cascade(found):
+                continue
+            record = IngestRunStatus.model_validate(found["status"]).cancellation
+            if record is not None:
                 return Parent(
                     name=above.name,
                     reason=record.reason,
@@ -270,6 +272,17 @@ class Reconciler:
                     policy=record.policy or CancellationPolicy.DRAIN,
                 )
         return None
+
+    def _heard(self, key: RunKey, jobs: list[JobView]) -> bool:
+        """Whether a pod of a run with parents has stopped for a cancel that is not known here.
+
+        The check has told it of the parent's, which may be news that are still on their way to this process.
+        """
+        body = self._store.run(key)
+        if body is None or not parents_of(body) or self._store.cancel_requested(key):
+            return False
+        verdicts = (judge(job) for job in jobs if job.state is JobState.SUCCEEDED)
+        return any(isinstance(verdict, Failure) and verdict.reason == WORKER_CANCELLED for verdict in verdicts)
 
     def _children(self, key: RunKey) -> list[Child]:
         found = []

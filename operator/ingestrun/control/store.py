@@ -123,9 +123,12 @@ class Store:
     def cancel_pending(self, key: RunKey) -> bool:
         """Whether the newest body asks for a cancel that has not been applied yet."""
         body = self._runs.get(key)
-        if body is None or not cancel_requested(body):
-            return False
-        return (body.get("status") or {}).get("phase") not in ("Succeeded", "Failed", "Cancelled")
+        return body is not None and cancel_requested(body) and not self.ended(key)
+
+    def ended(self, key: RunKey) -> bool:
+        """Whether the run has ended, as far as has been seen: what is left are its drain and its clean-up."""
+        status = self._runs.get(key, {}).get("status") or {}
+        return status.get("phase") in ("Succeeded", "Failed", "Cancelled")
 
     def forget(self, key: RunKey) -> None:
         """Drop a run that is gone, and its children's facts."""
@@ -272,6 +275,12 @@ def parents_of(body: Object) -> list[RunKey]:
     named += [ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == names.KIND]
     keys = [RunKey(namespace=meta["namespace"], name=ref["name"]) for ref in named if ref.get("name")]
     return [key for key in dict.fromkeys(keys) if key.name != meta["name"]]
+
+
+def cancelled_with_cascade(body: Object) -> bool:
+    """Whether the run is Cancelled, and those right below it are to follow."""
+    status = body.get("status") or {}
+    return status.get("phase") == "Cancelled" and bool((status.get("cancellation") or {}).get("cascade"))
 
 
 def _resource_version(body: Object) -> str:

@@ -62,11 +62,13 @@ def memory_raised(old: IngestRunStatus, new: IngestRunStatus, starts: Iterable[S
 
 def skipped(starts: Iterable[tuple[int, str, int]]) -> list[Announcement]:
     """All that a cancel kept from starting, as (batch, stage, attempt): two Events at most, however many there are."""
+    whole: set[int] = set()
     by_stage: dict[str, set[int]] = {}
-    for batch, stage, _ in starts:
-        by_stage.setdefault(stage, set()).add(batch)
+    for batch, stage, attempt in starts:
+        # A batch that has been tried already was begun: what is left out is its next attempt.
+        unbegun = stage == Stage.FETCH.value and attempt == 0
+        (whole if unbegun else by_stage.setdefault(stage, set())).add(batch)
     told = []
-    whole = by_stage.pop(Stage.FETCH.value, None)
     if whole:
         told.append(normal("BatchSkipped", f"not begun after the cancel: batch {IndexRanges(whole)}", action="Skip"))
     if by_stage:

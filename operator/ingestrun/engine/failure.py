@@ -27,6 +27,9 @@ _NODE_REFUSED: Final = frozenset({"NodeAffinity", "NodeShutdown", "UnexpectedAdm
 _KILLED: Final = (137, 143)
 """SIGKILL and SIGTERM."""
 
+WORKER_CANCELLED: Final = "WorkerCancelled"
+"""The reason of a container that says it stopped for a cancel, in a run that has none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
@@ -63,7 +66,7 @@ def _result(ended: JobView) -> StageResult | Failure:
         # A run that is cancelled is past judging its attempts: whoever asks here has one that is not.
         words = f": {clean(result.message)}" if result.message else ""
         return Failure(
-            reason="WorkerCancelled",
+            reason=WORKER_CANCELLED,
             message=f"the container stopped for a cancel that this run does not have{words}"[:MESSAGE_CHARS],
         )
     if result.outcome is not Outcome.DONE:

@@ -124,7 +124,7 @@ def _after_drain(
     late = tuple(
         Delete(job=job.job) for job in jobs if live is not None and not job.state.finished and not job.job.deleting
     )
-    cleaning = status.cancellation is not None and _cleaning(status.cancellation)
+    unfinished = status.cancellation is not None and (_cleaning(status.cancellation) or _waiting(status.cancellation))
     over = now >= sweep_at
     swept = over and live is not None and not late
     found = (*jobs, *((clean_up,) if clean_up is not None else ()))
@@ -135,10 +135,10 @@ def _after_drain(
         status=status,
         creates=creates,
         deletes=late,
-        spent=spent_at_end(run, found, now=now) if swept and not cleaning else None,
+        spent=spent_at_end(run, found, now=now) if swept and not unfinished else None,
         fenced=False if swept else None,
-        settled=swept and not cleaning,
-        requeue_at=sweep_at if not over else now + DRAIN_RECHECK if cleaning or late else go_at,
+        settled=swept and not unfinished,
+        requeue_at=sweep_at if not over else now + DRAIN_RECHECK if unfinished or late else go_at,
     )
 
 
@@ -208,6 +208,11 @@ def _cleaned(
 
 def _cleaning(record: CancellationStatus) -> bool:
     return record.on_cancel is not None and record.on_cancel.state in ("Claimed", "Running")
+
+
+def _waiting(record: CancellationStatus) -> bool:
+    """Whether runs below have not followed yet: what becomes of them is still to be told."""
+    return record.children is not None and record.children.waiting > 0
 
 
 def _followed(run: IngestRun, *, parent: Parent | None, children: Sequence[Child], now: datetime) -> IngestRunStatus:

@@ -122,40 +122,47 @@ def above(cluster: FakeCluster, name: str, parent: str | None = None) -> RunKey:
     return RunKey(namespace="default", name=name)
 
 
-async def test_a_cascading_cancel_above_counts_before_it_has_come_down() -> None:
-    """Of the run above, or of one above that; nothing has been applied yet."""
-    cluster = a_run(parentRef={"name": "branch"})
-    above(cluster, "branch", "root")
+@pytest.mark.parametrize(
+    ("phase", "cascade", "cancelled"),
+    [("Cancelled", True, True), ("Cancelled", False, False), ("Failed", True, False), ("Running", True, False)],
+)
+async def test_a_cascading_cancel_above_counts_before_it_has_come_down(
+    phase: str, cascade: bool, cancelled: bool
+) -> None:
+    """Once it is applied there: what is only asked for might look different to the leader when the pod has stopped."""
+    cluster = a_run(parentRef={"name": "root"})
     root = above(cluster, "root", KEY.name)  # a circle, to be survived
     async with serving(cluster) as asker:
-        token = asker.told().token
-        assert (await asker.ask(token))[1]["cancelled"] is False
-        cluster.user_patch_spec(root, {"cancel": True})
-        assert (await asker.ask(token))[1]["cancelled"] is False, "without cascade it concerns that run alone"
-        cluster.user_patch_spec(root, {"cancellation": {"cascade": True}})
-        assert (await asker.ask(token))[1]["cancelled"] is True
+        body = cluster.run(root)
+        record = {"acceptedAt": "2026-11-23T00:00:00Z", "cascade": cascade}
+        spec = {**body["spec"], "cancel": True, "cancellation": {"cascade": cascade}}
+        cluster._store(
+            "IngestRun", {**body, "spec": spec, "status": {"phase": phase, "cancellation": record}}, "MODIFIED"
+        )
+        assert (await asker.ask(asker.told().token))[1]["cancelled"] is cancelled
 
 
-@pytest.mark.parametrize(
-    ("status", "cancelled"),
-    [
-        ({"phase": "Cancelled", "cancellation": {"acceptedAt": "2026-11-23T00:00:00Z", "cascade": True}}, True),
-        ({"phase": "Cancelled", "cancellation": {"acceptedAt": "2026-11-23T00:00:00Z", "cascade": False}}, False),
-        ({"phase": "Failed"}, False),
-    ],
-    ids=["with cascade", "without", "failed"],
-)
-async def test_what_has_become_of_the_run_above(status: dict[str, Any], cancelled: bool) -> None:
-    """One that has ended in another way stands between: what is above it does not reach down."""
-    cluster = a_run(parentRef={"name": "branch"})
-    branch = above(cluster, "branch", "root")
-    root = above(cluster, "root")
-    async with serving(cluster) as asker:
-        token = asker.told().token
-        body = cluster.run(branch)
-        cluster._store("IngestRun", {**body, "status": {**body["status"], **status}}, "MODIFIED")
-        cluster.user_patch_spec(root, {"cancel": True, "cancellation": {"cascade": True}})
-        assert (await asker.ask(token))[1]["cancelled"] is cancelled
+async def test_a_pod_that_heard_of_the_cancel_above_is_no_failure_of_its_run() -> None:
+    """Its end comes before the news of its parent's cancel: the parent is asked, not the watch."""
+    world = World()
+    parent = manifest()
+    parent["metadata"]["name"] = "root"
+    world.cluster.user_create_run(parent)
+    world.create(parentRef={"name": "root"}, retries=0)
+    await world.settle()
+    world.deaf.add("IngestRun")
+    root = RunKey(namespace="default", name="root")
+    body = world.cluster.run(root)
+    record = {"acceptedAt": "2026-11-23T12:00:00Z", "cascade": True, "policy": "Drain"}
+    status = {**body["status"], "phase": "Cancelled", "cancellation": record}
+    world.cluster._store("IngestRun", {**body, "status": status}, "MODIFIED")
+    uid = world.cluster.run(KEY)["metadata"]["uid"]
+    own = next(job for job in world.active_jobs() if job["metadata"]["labels"]["ingestrun.dev/run-uid"] == uid)
+    world.work(own, result='{"v":"v1","outcome":"cancelled","message":"the run is cancelled"}')
+    await world.settle()
+    assert world.phase == "Cancelled"
+    assert world.status["cancellation"]["parent"] == "root"
+    assert world.status["failures"] == []
 
 
 async def test_a_run_above_that_can_not_be_read_says_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -470,6 +471,7 @@ async def test_cycles_are_survived() -> None:
     assert world.cluster.run(RunKey(namespace="default", name="other"))["status"]["phase"] == "Cancelled"
 
 
+SWEPT = datetime(2026, 11, 23, 12, 5, tzinfo=UTC)
 CLEAN_UP = {"image": "example/clean:1"}
 
 
@@ -565,6 +567,51 @@ async def test_what_was_skipped_is_two_events_at_most() -> None:
     notes = {event["reason"]: event["note"] for event in world.cluster.events()}
     assert notes["StageSkipped"] == "not started after the cancel: hook check of batch 0-2"
     assert [event["reason"] for event in world.cluster.events()].count("StageSkipped") == 1
+
+
+async def test_skipped_retry_is_told_as_a_stage_and_not_as_a_batch_that_was_not_begun() -> None:
+    world = World()
+    world.create(batches={"partitions": {"count": 2}}, parallelism=1)
+    await world.settle()
+    world.work(world.active_jobs()[0], exit_code=1)
+    await world.settle()
+    world.cancel()
+    await world.play()
+    notes = {event["reason"]: event["note"] for event in world.cluster.events()}
+    assert notes["StageSkipped"] == "not started after the cancel: fetch of batch 0"
+    assert "BatchSkipped" not in notes
+
+
+async def test_parent_is_looked_at_until_the_last_child_has_followed() -> None:
+    """However long that takes: its own drain and last sweep are over long before."""
+    world = World()
+    world.create(batches={"partitions": {"count": 1}}, hooks=None)
+    world.cluster.user_create_run(child("late", parentRef={"name": KEY.name}))
+    await world.settle()
+    world.cluster.fail_next(
+        "patch", "ingestruns/status", Forbidden("no"), times=200, match=lambda call: call.name == "late"
+    )
+    world.cancel(cancellation={"cascade": True})
+    for _ in range(60):
+        await world.settle(400)
+        for job in world.active_jobs():
+            world.work(job)
+        world.now = max(world.now, min(world.due.values()))
+        if "ingestrun.dev/cancelled" not in world.cluster.run(KEY)["metadata"].get("labels", {}) and world.now > SWEPT:
+            break
+    assert world.status["cancellation"]["children"]["waiting"] == 1
+    world.cluster.faults.clear()
+    for _ in range(60):
+        await world.settle()
+        if not world.due:
+            break
+        world.now = max(world.now, min(world.due.values()))
+    assert world.status["cancellation"]["children"] == {
+        "cancelled": 1,
+        "endedBefore": 0,
+        "endedBeforeNames": [],
+        "waiting": 0,
+    }
 
 
 async def test_cancel_that_the_watch_has_not_shown_is_seen_by_the_read_before_a_create() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from ingestrun.control.background import Background
-from ingestrun.control.queue import KeyedQueue
+from ingestrun.control.queue import PATIENT, KeyedQueue
 
 
 async def test_one_pass_at_a_time_for_a_key_and_requests_in_between_are_one() -> None:
@@ -114,3 +114,32 @@ async def test_background_work_that_takes_too_long_is_dropped_at_the_end() -> No
         background.add(never())
     await background.finish(seconds=0.01)
     task.cancel()
+
+
+async def test_few_patient_keys_are_handled_at_a_time_and_they_hold_up_nobody() -> None:
+    """Draining runs, while hundreds are being cancelled."""
+    at_once, most = 0, 0
+    order: list[str] = []
+    gate = asyncio.Event()
+
+    async def handle(key: str, _: str) -> None:
+        nonlocal at_once, most
+        order.append(key)
+        if key.startswith("drain"):
+            at_once += 1
+            most = max(most, at_once)
+            await gate.wait()
+            at_once -= 1
+
+    queue: KeyedQueue[str] = KeyedQueue(handle, concurrency=64, patient=lambda key: key.startswith("drain"))
+    for number in range(20):
+        queue.add(f"drain-{number}", "timer")
+    for _ in range(3):
+        await asyncio.sleep(0)
+    queue.add("cancel", "run")
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert order[PATIENT:] == ["cancel"]
+    gate.set()
+    await queue.idle()
+    assert (most, len(order)) == (PATIENT, 21)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,7 +15,7 @@ from tests.fakes.loopback import Loopback, loopback, status_body
 
 from ingestrun.kube import errors
 from ingestrun.kube.client import KubernetesCluster, connect
-from ingestrun.kube.connection import Connection
+from ingestrun.kube.connection import Connection, proxy_for
 from ingestrun.kube.protocol import RunKey
 
 KEY = RunKey(namespace="default", name="geo")
@@ -509,3 +510,24 @@ async def test_settings_are_checked() -> None:
     server = Loopback(stalls, url="http://127.0.0.1:1")
     with pytest.raises(ValueError, match="request_timeout"):
         Connection(await server.configuration(), reload=server.configuration, request_timeout=0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "proxy"),
+    [
+        ({}, None),
+        ({"https_proxy": "http://proxy:3128"}, "http://proxy:3128"),
+        ({"http_proxy": "http://proxy:3128"}, None),
+        ({"https_proxy": "http://proxy:3128", "no_proxy": "10.96.0.1,.svc"}, None),
+    ],
+    ids=["none", "for https", "for http alone", "not for this address"],
+)
+def test_the_proxy_of_the_environment(
+    environment: dict[str, str], proxy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked up once, for the whole connection."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert proxy_for("https://10.96.0.1:443") == proxy
