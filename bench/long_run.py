@@ -1,8 +1,8 @@
 """`make bench-long-run BATCHES=100000`: the whole operator but its client, before a cluster in memory.
 
-Two Jobs a batch. Prints CPU time and calls per batch by tenths of the run, the largest version of the object, and how many
-Jobs the cluster held and the operator knew of at most. tests/unit/control/test_scale.py holds what is printed here,
-counted instead of timed.
+Two Jobs a batch. Prints CPU time and calls per batch by tenths of the run, the largest version of the object, and how
+many Jobs the cluster held and the operator knew of at most. tests/unit/control/test_scale.py holds what is printed
+here, counted instead of timed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`make bench-scale BATCHES=1500`: one run of so many partitions, fetch and publish each, played by KWOK.
 
 Prints Jobs per second and the operator's calls per batch, by tenths of the run from the audit log; the largest version
-of the object, how many Jobs there were at most, and the operator's memory. Whether the run Succeeded is all that is judged.
+of the object, how many Jobs there were at most, and the operator's memory. Whether the run Succeeded is all that is
+judged.
 """
 
 from __future__ import annotations
