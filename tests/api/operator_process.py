@@ -61,6 +61,12 @@ class OperatorProcess:
             assert time.monotonic() < deadline, f"the operator does not lead: {self.log.read_text()[-3000:]}"
             time.sleep(0.05)
 
+    @property
+    def pid(self) -> int:
+        """Of the process, which must have been started."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
     def kill(self) -> None:
         """SIGKILL: it gets no word in."""
         self._end(signal.SIGKILL)

@@ -168,7 +168,7 @@ RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
     "a partition of two lines": (
         OWN,
         {"batches": {"cursor": None, "partitions": {"values": ["a", "b\nc"]}}},
-        "spec.batches.partitions.values[1]: Invalid value: write the partition without control characters",
+        'spec.batches.partitions.values[1]: Invalid value: "b\\nc": write the partition without control characters',
     ),
     "a list without its length": (
         OWN,
@@ -183,12 +183,12 @@ RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
     "a list outside of the workspace": (
         FILES,
         {"batches": {"cursor": None, "partitions": {"count": 1, "file": "lists/../../etc/passwd"}}},
-        "spec.batches.partitions.file: Invalid value: give a path inside the workspace",
+        'spec.batches.partitions.file: Invalid value: "lists/../../etc/passwd": give a path inside the workspace',
     ),
     "a list with an absolute path": (
         FILES,
         {"batches": {"cursor": None, "partitions": {"count": 1, "file": "/workspace/a.txt"}}},
-        "spec.batches.partitions.file: Invalid value: give a path inside the workspace",
+        'spec.batches.partitions.file: Invalid value: "/workspace/a.txt": give a path inside the workspace',
     ),
     "files by a list without a place": (
         FILES,
@@ -198,7 +198,7 @@ RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
     "a cursor with a line break": (
         OWN,
         {"batches": {"cursor": {"start": "a\nb"}}},
-        "spec.batches.cursor.start: Invalid value: write the cursor without control characters",
+        'spec.batches.cursor.start: Invalid value: "a\\nb": write the cursor without control characters',
     ),
     "a cursor of 10 KiB": (
         OWN,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ingestrun.model.contract import ENV_PARTITION_FILE
+from ingestrun.worker.failure import PermanentError
 
 from .support import Answer, Bench, Site, page
 
@@ -64,7 +65,8 @@ def test_a_line_goes_into_an_url(bench: Bench, site: Site) -> None:
         (b"a\na\n", 1, 2, "lists/stations.txt: line 2 is the same as line 1 ('a'): remove one"),
         (b"a\nb\tc\n", 1, 2, "lists/stations.txt: line 2 has a control character in it"),
         (b"a\n\xff\n", 1, 2, "lists/stations.txt: line 2 is not UTF-8"),
-        (b"a\n" + b"x" * 1025 + b"\nc\n", 0, 3, "lists/stations.txt: line 2 is longer than 1024 bytes"),
+        (b"a\n" + b"x" * 1025 + b"\nc\n", 1, 3, "lists/stations.txt: line 2 is longer than 1024 bytes"),
+        (b"a\n" + b"x" * 2**21, 0, 2, "lists/stations.txt: line 2 is longer than 1024 bytes"),
         (None, 0, 1, "lists/stations.txt, the list of partitions, is not in the workspace: put it there first"),
     ],
 )
@@ -104,11 +106,27 @@ def test_a_long_list_is_read_in_constant_memory(bench: Bench, tmp_path: Path) ->
 
     path = tmp_path / "long.txt"
     with path.open("w") as out:
-        out.writelines(f"station-{number:011d}\n" for number in range(200_000))
+        out.writelines(f"station-{number:011d}\n" for number in range(500_000))
     tracemalloc.start()
     try:
-        assert _partition(path, "long.txt", 199_999, 200_000) == "station-00000199999"
+        assert _partition(path, "long.txt", 499_999, 500_000) == "station-00000499999"
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 2 * 2**20 + 2**18, f"{peak} bytes for a list of {path.stat().st_size}"
+    assert peak < path.stat().st_size, f"{peak} bytes for a list of {path.stat().st_size}"
+
+
+def test_a_list_of_many_blocks_is_counted_and_found_like_a_short_one(tmp_path: Path) -> None:
+    """Lines of every length around the blocks in which the file is read."""
+    from ingestrun.worker import partition_list
+
+    lines = [f"{'x' * (number % 97)}{number}" for number in range(60_000)]
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(lines))
+    assert path.stat().st_size > 2 * partition_list._BLOCK
+    for index in [*range(0, 60_000, 1777), 59_999]:
+        assert partition_list._partition(path, "long.txt", index, 60_000) == lines[index]
+    lines[59_999] = lines[3]
+    path.write_text("\n".join(lines))
+    with pytest.raises(PermanentError, match="line 60000 is the same as line 4"):
+        partition_list._partition(path, "long.txt", 59_999, 60_000)
