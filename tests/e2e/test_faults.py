@@ -1,4 +1,4 @@
-"""The demo's ingest with each fault of the worker, on a real kubelet: exact counts after the retries, or the right reason.
+"""Each fault of the worker in the demo's ingest, on a real kubelet: exact counts after retries, or the right reason.
 
 The stages are the worker's image as containers of one's own: what the operator gives the built-in worker
 (INGEST_CONFIG), and the fault, come from ConfigMaps by `envFrom`. So nothing in the product knows of faults.
