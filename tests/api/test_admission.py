@@ -356,6 +356,24 @@ RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
         {"backoff": {"initialSeconds": 60, "maxSeconds": 30}},
         "spec.backoff.maxSeconds: Invalid value: set maxSeconds to no less than initialSeconds",
     ),
+    "more memory without a cap": (
+        OWN,
+        {"outOfMemory": {"retries": 2}},
+        "spec.outOfMemory.maxMemory: Invalid value: set maxMemory, or set retries to 0 and leave maxMemory out, "
+        "because without a cap no limit is raised",
+    ),
+    "no more memory, with a cap": (
+        OWN,
+        {"outOfMemory": {"retries": 0, "maxMemory": "1Gi"}},
+        "set maxMemory, or set retries to 0 and leave maxMemory out",
+    ),
+    "thousandths of a byte": (
+        OWN,
+        {"outOfMemory": {"maxMemory": "512m"}},
+        "spec.outOfMemory.maxMemory: Invalid value: set maxMemory to 1Mi or more (512Mi; the suffix m means a "
+        "thousandth)",
+    ),
+    "less than nothing": (OWN, {"outOfMemory": {"maxMemory": "-1Gi"}}, "set maxMemory to 1Mi or more"),
     "backoff below its default": (OWN, {"backoff": {"maxSeconds": 5}}, "set maxSeconds to no less than initialSeconds"),
 }
 
@@ -585,6 +603,7 @@ CHANGES: Final[dict[str, tuple[dict[str, Any], str | None]]] = {
     "backoff": ({"backoff": {"maxSeconds": 601}}, "backoff"),
     "onBatchFailure": ({"onBatchFailure": "Continue"}, "onBatchFailure"),
     "maxFailedBatches": ({"onBatchFailure": "Continue", "maxFailedBatches": 1}, "maxFailedBatches"),
+    "outOfMemory": ({"outOfMemory": {"maxMemory": "4Gi"}}, "outOfMemory"),
     "backpressure": ({"backpressure": {"retrySeconds": 61}}, "backpressure"),
     "a parent": ({"parentRef": {"name": "above"}}, "parentRef"),
     "a clean-up": ({"onCancel": {"image": "clean:1"}}, "onCancel"),
@@ -840,9 +859,11 @@ def test_the_worst_run_of_a_million_batches_stays_below_16_kib(cluster: Cluster,
                     "reason": "R" * 32,
                     "message": "m" * 256,
                     "time": now,
+                    **({"log": "l" * 350} if n >= 3 else {}),
                 }
-            ]
-            * 5,
+                for n in range(5)
+            ],
+            "retries": [{"stage": "fetch", "reason": f"R{n}", "count": 2**31} for n in range(8)],
             "startTime": now,
             "completionTime": now,
             "lastProgressTime": now,

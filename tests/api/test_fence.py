@@ -26,7 +26,7 @@ from ingestrun.engine.decisions import Create
 from ingestrun.engine.jobs import WorkerImage, job_manifest
 from ingestrun.engine.steps import steps_of
 from ingestrun.kube.answers import error_for
-from ingestrun.kube.errors import Forbidden
+from ingestrun.kube.errors import Denied
 from ingestrun.model import names
 from ingestrun.model.run import IngestRun
 from tests.api.conftest import REPOSITORY, Cluster, Json, WaitFor, _wait_for, refusal
@@ -301,7 +301,7 @@ def test_create_that_is_delayed_past_the_cancel_is_refused(
     assert caught.value.status == 403
     assert SENTENCE.format("held") in refusal(caught.value)
     told = error_for(403, (caught.value.body or "").encode(), method="POST")
-    assert type(told) is Forbidden, "the operator's client takes it for what it is"
+    assert type(told) is Denied, "the operator's client takes it for what it is"
 
     assert_nothing_started_after_cancelled(audit, namespace, "held")
     assert len(created_jobs(audit(namespace))) == before

@@ -206,8 +206,8 @@ class Reconciler:
             told = [*announcements(stored, run_now.status), *planned.tell]
             if any(announcement.reason == "Drained" for announcement in told):
                 told += skipped(self._skipped.get(uid, ()))
-            await self._tell(run_now, told)
             self._log_failures(key, stored, run_now, planned)
+            await self._tell(run_now, told)
             self._log_phase(key, stored, run_now)
             if run_now.status.phase is Phase.CANCELLED and not ended:
                 # The drain can wait a moment; the other runs that were cancelled in this second can't.

@@ -11,9 +11,8 @@ from typing import Final
 
 from ingestrun.model.status import RetryCount
 
-MAX_ENTRIES: Final = 12
 MAX_BYTES: Final = 450
-"""Of all entries as JSON; what has no room is counted under `OTHER`."""
+"""Of all entries as JSON, about eight; what has no room is counted under `OTHER`."""
 OTHER: Final = "Other"
 _ENTRY_BYTES: Final = len('{"stage":"","reason":"","count":1234567890},')
 
@@ -35,5 +34,4 @@ def counted_retries(old: Iterable[RetryCount], retried: Iterable[tuple[str, str]
 def _room(known: Iterable[tuple[str, str]], new: tuple[str, str]) -> bool:
     """Whether one more entry fits, with the one for the rest beside it."""
     entries = [*known, new, (OTHER, OTHER)]
-    size = sum(len(stage.encode()) + len(reason.encode()) + _ENTRY_BYTES for stage, reason in entries)
-    return len(entries) <= MAX_ENTRIES and size <= MAX_BYTES
+    return sum(len(stage.encode()) + len(reason.encode()) + _ENTRY_BYTES for stage, reason in entries) <= MAX_BYTES

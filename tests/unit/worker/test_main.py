@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from ingestrun.model.contract import ResultError, parse_result
+from ingestrun.worker import faults
 from ingestrun.worker.stopping import Stop, Stopped
 
 from .support import Bench, Reply, Request, Site, page
@@ -207,6 +208,23 @@ def test_a_pod_that_runs_the_same_attempt_again_replaces_its_output(bench: Bench
 
 
 # --- faults
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "limited"),
+    [
+        ("memory.max", "268435456", True),
+        ("memory.max", "max", False),
+        ("memory/memory.limit_in_bytes", "268435456", True),
+        ("memory/memory.limit_in_bytes", "9223372036854771712", False),
+        ("cgroup.procs", "1", False),
+    ],
+)
+def test_oom_takes_memory_only_where_there_is_a_limit(tmp_path: Path, name: str, text: str, limited: bool) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text + "\n")
+    assert faults._memory_is_limited(tmp_path) is limited
 
 
 @pytest.mark.parametrize(
