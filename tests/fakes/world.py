@@ -89,6 +89,7 @@ class World:
         self.cluster = FakeCluster(now=lambda: self.now)
         self.source = Source()
         self.worker = "example/worker:1"
+        self.pull_policy = "IfNotPresent"
         self.due: dict[RunKey, datetime] = {}
         self.asked: dict[RunKey, str] = {}
         self.deaf: set[str] = set()
@@ -104,7 +105,7 @@ class World:
         self.reconciler = Reconciler(
             self.cluster,
             self.store,
-            worker=WorkerImage(name=self.worker),
+            worker=WorkerImage(name=self.worker, pull_policy=self.pull_policy),
             instance="test",
             clock=lambda: self.now,
             drain_pause_seconds=0,

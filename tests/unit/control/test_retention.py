@@ -150,6 +150,8 @@ async def test_cancelled_run_keeps_none_once_it_is_told_what_became_of_them(worl
 async def test_the_clean_up_keeps_its_job_until_all_go(world: World) -> None:
     world.create(onCancel={"image": "example/clean:1"})
     await world.settle()
+    world.work(world.active_jobs()[0])
+    await world.settle()
     world.cancel()
     await world.play()
     assert [environment(job)["INGEST_STAGE"] for job in world.cluster.jobs()] == ["on-cancel"]

@@ -104,6 +104,55 @@ async def test_it_costs_no_write_of_its_own(world: World) -> None:
     assert len(world.cluster.history) == len(plain.cluster.history)
 
 
+async def test_a_pod_that_starts_is_no_reason_to_write(world: World) -> None:
+    world.cluster.image_ids["example/worker:1"] = f"docker.io/example/worker@{A}"
+    world.create()
+    await world.settle()
+    writes = len(world.cluster.calls("patch", "ingestruns/status"))
+    world.cluster.start_pod(world.active_jobs()[0]["metadata"]["name"])
+    await world.settle()
+    assert len(world.cluster.calls("patch", "ingestruns/status")) == writes
+    assert not world.status.get("images")
+
+
+async def test_what_is_learned_last_holds_for_the_very_next_job(world: World) -> None:
+    """The publish of a batch changes nothing in the status; the digest is stored all the same before it is named."""
+    world.create(batches={"partitions": {"count": 1}})
+    await world.settle()
+    world.work(world.active_jobs()[0])
+    await world.settle()
+    world.cluster.image_ids["example/worker:1"] = f"docker.io/example/worker@{A}"
+    world.work(world.active_jobs()[0])
+    await world.settle()
+    assert images(world)[-1] == (0, "publish", f"example/worker@{A}")
+    assert world.status["images"] == [{"steps": "0-2", "digest": A}]
+
+
+async def test_a_digest_that_is_stored_stays(world: World) -> None:
+    """The pod that it was learned from is gone, and the only one left ran another image."""
+    world.cluster.image_ids["example/worker:1"] = f"docker.io/example/worker@{A}"
+    world.create(batches={"partitions": {"count": 3}}, parallelism=2)
+    await world.settle()
+    first, second = world.active_jobs()
+    world.work(first)
+    await world.settle()
+    for _ in range(2):
+        (job,) = [job for job in world.active_jobs() if environment(job)["INGEST_BATCH"] == "0"]
+        world.work(job)
+        await world.settle()
+    assert world.status["batches"]["published"] == "0"
+    for job in world.cluster.jobs():
+        if environment(job)["INGEST_BATCH"] == "0":
+            world.cluster.expire_job(job["metadata"]["name"])
+    world.cluster.image_ids["example/worker:1"] = f"docker.io/example/worker@{B}"
+    world.work(second)
+    world.restart()
+    await world.play()
+    assert world.phase == "Succeeded"
+    assert world.status["images"] == [{"steps": "0-2", "digest": A}]
+    assert {image for _, _, image in images(world)[2:]} == {f"example/worker@{A}"}
+
+
 async def test_a_retry_runs_the_same_image(world: World) -> None:
     world.cluster.image_ids["example/worker:1"] = f"docker.io/example/worker@{A}"
     world.create(parallelism=1)
@@ -223,6 +272,16 @@ async def test_what_is_never_pulled_keeps_its_tag(world: World) -> None:
     assert world.phase == "Succeeded"
     assert {image for _, stage, image in images(world) if stage == "publish"} == {"example/worker:1"}
     assert {image for _, stage, image in images(world)[1:] if stage != "publish"} == {f"example/worker@{A}"}
+
+
+async def test_a_worker_that_is_never_pulled_keeps_its_tag(world: World) -> None:
+    world.cluster.image_ids["example/worker:1"] = f"docker.io/example/worker@{A}"
+    world.pull_policy = "Never"
+    world.start()
+    world.create(**built_in())
+    await world.play()
+    assert world.phase == "Succeeded"
+    assert {image for _, _, image in images(world)} == {"example/worker:1"}
 
 
 async def test_the_clean_up_runs_what_a_stage_with_its_image_ran(world: World) -> None:
