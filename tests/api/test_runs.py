@@ -134,7 +134,7 @@ def test_partitions_with_retries(
     assert (failure["batch"], failure["stage"], failure["attempt"]) == (2, "hook check", 0)
     events = cluster.core.list_namespaced_event(namespace, field_selector="reason=StageFailed").items
     assert [event.message for event in events] == [
-        "batch 2, hook check, attempt 1: Error: exit code 1: simulated failure"
+        "batch 2, hook check, attempt 1: Error: exit code 1: simulated failure; retry 1 of 3 in 1 s"
     ]
 
 

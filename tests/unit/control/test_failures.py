@@ -118,6 +118,21 @@ async def test_killed_for_memory_it_gets_twice_as_much(world: World, stage: str,
     assert world.status["failures"][0]["log"] == "row 7\nrow 8"
 
 
+async def test_a_raise_is_told_once_though_the_status_is_written_again(world: World) -> None:
+    world.create(**own(batches={"partitions": {"count": 3}}, parallelism=3, backoff={"initialSeconds": 600}))
+    await world.settle()
+    first, *others = world.active_jobs()
+    world.work(first, **OOM)
+    await world.settle()
+    for _ in range(3):
+        for job in others:
+            world.work(job)
+        await world.settle()
+        others = world.active_jobs()
+    assert world.status["batches"]["published"] == "1-2"
+    assert len(notes(world, "MemoryRaised")) == 1
+
+
 async def test_raised_memory_is_kept_for_another_failure(world: World) -> None:
     world.create(**own(retries=1))
     await world.play(each=failing("fetch", OOM, {"exit_code": 1}, EVICTED))
@@ -372,3 +387,18 @@ async def test_an_attempt_that_was_deleted_by_hand_counts_as_a_retry(world: Worl
     await world.play()
     assert world.phase == "Succeeded"
     assert world.status["retries"] == [{"stage": "fetch", "reason": "JobMissing", "count": 1}]
+
+
+async def test_deleting_failed_attempts_wins_no_retries(world: World) -> None:
+    world.create(**own(retries=1))
+    for attempt in (0, 1):
+        await world.settle()
+        (fetch,) = world.active_jobs()
+        assert environment(fetch)["INGEST_ATTEMPT"] == str(attempt)
+        world.work(fetch, exit_code=1)
+        await world.settle()
+        if attempt == 0:
+            world.now = world.due[KEY]
+            await world.settle()
+            world.cluster.expire_job(fetch["metadata"]["name"])
+    assert world.phase == "Failed"

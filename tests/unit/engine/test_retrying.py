@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingestrun.engine.conditions import MESSAGE_CHARS
 from ingestrun.engine.failure import Failure
 from ingestrun.engine.retrying import FREE_DISRUPTIONS, Allowance, Sequel, Spent, sequel
+from ingestrun.engine.saying import sentence
 from ingestrun.engine.verdicts import TABLE, Verdict
 from ingestrun.model.quantity import render_bytes
 from ingestrun.model.spec import Backoff, OutOfMemory
+from ingestrun.model.status import StageFailure
 
 MI = 2**20
 NONE = Backoff(initial_seconds=0)
@@ -114,3 +118,19 @@ def test_no_course_is_endless_and_no_cap_exceeded(
     for then in told:
         assert then.memory is None or (then.memory.before or 0) < then.memory.limit <= cap
         assert then.memory is None or render_bytes(then.memory.limit) in then.said
+
+
+def test_a_long_sentence_keeps_what_comes_of_it() -> None:
+    then = "retry 1 of 3 with 512Mi instead of 256Mi in 20 s"
+    failure = StageFailure(
+        batch=999_999,
+        stage=f"hook {'h' * 63}",
+        attempt=99,
+        reason="R" * 32,
+        message=f"{'m' * 200}; {then}",
+        time=datetime(2026, 11, 23, tzinfo=UTC),
+    )
+    told = sentence(failure)
+    assert len(told) == MESSAGE_CHARS
+    assert told.startswith("batch 999999, hook ")
+    assert told.endswith(then)
