@@ -92,11 +92,11 @@ def published(run: Json) -> int:
 def test_a_big_and_a_small_run_share_a_cap(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor
 ) -> None:
-    cluster.create_run(namespace, partitions(200, 50), name="big")
+    cluster.create_run(namespace, partitions(200, 50, {"run-seconds": "1"}), name="big")
     held = wait_for(lambda: backpressured(cluster, namespace, "big", "JobLimitReached"), 60, "the cap")
     assert "limit of 4 unfinished Jobs in all (INGESTRUN_MAX_JOBS)" in held["message"]
     most = 0
-    cluster.create_run(namespace, partitions(3, 3), name="small")
+    cluster.create_run(namespace, partitions(3, 3, {"run-seconds": "1"}), name="small")
     deadline = time.monotonic() + 90
     while cluster.run(namespace, "small")["status"].get("phase") != "Succeeded":
         most = max(most, unfinished(cluster, namespace))

@@ -15,8 +15,8 @@ from tests.race.calls import READS_PER_BATCH, WRITES_PER_BATCH, count_calls, rea
 BATCHES = 12
 ONCE_WRITES = 2
 """The first claim, and the end."""
-ONCE_READS = 4
-"""The resync's list of runs, the first look at the run's Jobs and pods; the last list after the end."""
+ONCE_READS = 5
+"""The resync's list of runs and of all Jobs, the first look at the run's Jobs and pods; the last list after the end."""
 
 
 def test_a_batch_keeps_to_its_budget_of_calls(

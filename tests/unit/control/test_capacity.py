@@ -15,7 +15,8 @@ from tests.fakes.cluster import Call
 from tests.fakes.world import KEY, World, environment, manifest
 
 from ingestrun.control.resync import resync_once
-from ingestrun.engine.fairness import Caps
+from ingestrun.control.settings import Settings
+from ingestrun.engine.fairness import IN_ALL, PER_NAMESPACE, PER_RUN, Caps
 from ingestrun.kube.errors import Unknown
 from ingestrun.kube.protocol import Object, RunKey
 
@@ -200,6 +201,15 @@ async def test_a_clean_up_is_neither_counted_nor_held() -> None:
     await world.settle()
     stages = Counter(environment(job)["INGEST_STAGE"] for job in world.active_jobs())
     assert stages == {"fetch": 1, "on-cancel": 1}
+
+
+def test_the_settings_are_the_caps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ((PER_RUN, "2"), (PER_NAMESPACE, "30"), (IN_ALL, "400")):
+        monkeypatch.setenv(name, value)
+    assert Settings().caps == Caps(per_run=2, per_namespace=30, in_all=400)
+    for name in (PER_RUN, PER_NAMESPACE, IN_ALL):
+        monkeypatch.delenv(name)
+    assert Settings().caps == Caps(in_all=500)
 
 
 def refusals(world: World) -> int:
@@ -421,6 +431,20 @@ async def test_the_normal_course_reads_no_events() -> None:
         add(world, name, **partitions(5, 4))
     await world.play()
     assert world.cluster.calls("list", "events") == []
+
+
+@pytest.mark.parametrize("batches", [4, 10])
+async def test_waiting_under_a_cap_costs_no_call_per_batch(batches: int) -> None:
+    """The budget of a batch of three Jobs holds for runs that wait for each other, however long they are."""
+    world = World(Caps(in_all=3))
+    keys = [add(world, name, **partitions(batches, 4)) for name in ("a", "b", "c")]
+    await world.play(rounds=1000)
+    assert all(world.cluster.run(key)["status"]["phase"] == "Succeeded" for key in keys)
+    calls = [call for call in world.cluster.history if call.resource != "events"]
+    reads = sum(1 for call in calls if call.verb in ("get", "list"))
+    assert sum(1 for call in calls if call.verb == "create") == 3 * 3 * batches
+    assert len(calls) - reads <= 3 * (5 * batches + 6)
+    assert reads <= 3 * (3 * batches + 6)
 
 
 async def test_a_look_at_a_namespace_serves_all_its_runs() -> None:
