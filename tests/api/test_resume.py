@@ -67,7 +67,7 @@ def test_chain_with_a_gap(cluster: Cluster, namespace: str, operator: OperatorPr
     assert {env["INGEST_IDEMPOTENCY_KEY"] for env in told} == {f"{old['metadata']['uid']}/{batch}" for batch in done}
     assert cluster.run(namespace, "old")["status"]["resumedBy"]["uid"] == new["metadata"]["uid"]
     (event,) = cluster.core.list_namespaced_event(namespace, field_selector="reason=TookOver").items
-    assert event.message.startswith("goes on from run old: ")
+    assert str(event.message).startswith("goes on from run old: ")
 
 
 def test_partitions_wait_for_the_drain_and_the_second_run_is_refused(
@@ -85,14 +85,13 @@ def test_partitions_wait_for_the_drain_and_the_second_run_is_refused(
     operator.kill()
     operator.start()
     ended = ("Succeeded", "Failed")
-    runs = wait_for(
-        lambda: (
-            [run for run in cluster.runs(namespace) if run["status"].get("phase") in ended][1:]
-            and {run["metadata"]["name"]: run for run in cluster.runs(namespace)}
-        ),
-        120,
-        "both to end",
-    )
+
+    def both_ended() -> dict[str, Json]:
+        found = {run["metadata"]["name"]: run for run in cluster.runs(namespace)}
+        assert all(found[name]["status"].get("phase") in ended for name in ("first", "second")), found
+        return found
+
+    runs = wait_for(both_ended, 120, "both to end")
     by_phase = {runs[name]["status"]["phase"]: name for name in ("first", "second")}
     assert set(by_phase) == set(ended)
     winner, loser = by_phase["Succeeded"], by_phase["Failed"]

@@ -72,8 +72,10 @@ class _Rest:
 
 
 def awaits(run: IngestRun) -> bool:
-    """Whether the run has still to take over from the one that it names."""
-    return _due(run) and run.spec.resume_from is not None and run.spec.resume_from.name is not None
+    """Whether the run has still to take over from the one that it names. A cancel waits for no news of another run."""
+    return (
+        _due(run) and not run.spec.cancel and run.spec.resume_from is not None and run.spec.resume_from.name is not None
+    )
 
 
 def resume(run: IngestRun, predecessor: Predecessor | None, *, now: datetime) -> Resumed | Plan | None:

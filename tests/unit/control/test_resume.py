@@ -232,7 +232,7 @@ def judge_end(world: Runs, last: str, *, expected: int) -> None:
 
 async def test_gaps_of_a_chain_are_done_again_and_then_the_chain_goes_on(runs: Runs) -> None:
     """0-3 and 5 are published, 4 has failed, and the chain stands behind 5."""
-    runs.begin("old", batches={"cursor": {}, "size": 60}, onBatchFailure="Continue", retries=0, parallelism=3)
+    runs.begin("old", batches={"cursor": {}, "size": 100}, onBatchFailure="Continue", retries=0, parallelism=3)
     while runs.of("old").get("batches", {}).get("published") != "0-3,5":
         await runs.settle()
         job = min(runs.active_jobs(), key=lambda job: int(environment(job)["INGEST_BATCH"]))
@@ -244,13 +244,13 @@ async def test_gaps_of_a_chain_are_done_again_and_then_the_chain_goes_on(runs: R
     runs.stop("old")
     await runs.play()
     before = runs.of("old")["records"]
-    runs.begin("new", after="old", batches={"cursor": {}, "size": 60}, parallelism=1)
+    runs.begin("new", after="old", batches={"cursor": {}, "size": 100}, parallelism=1)
     await runs.settle()
     (again,) = runs.jobs_of("new")
     told = environment(again)
     origin = runs.cluster.run(key("old"))["metadata"]["uid"]
     assert (told["INGEST_BATCH"], told["INGEST_STAGE"]) == ("4", "fetch")
-    assert (told["INGEST_CURSOR"], told["INGEST_LIMIT"]) == (gap["cursor"], str(gap["read"]))
+    assert (told["INGEST_CURSOR"], told["INGEST_LIMIT"]) == (gap["cursor"], str(gap["read"])) == ("280", "70")
     assert told["INGEST_IDEMPOTENCY_KEY"] == f"{origin}/4"
     assert told["INGEST_RUN_UID"] != origin
     assert runs.of("new")["records"] == before
@@ -612,3 +612,25 @@ async def test_a_take_over_costs_one_read_and_one_write_more(runs: Runs) -> None
     without.create()
     await without.settle()
     assert without.cluster.calls("get", "ingestruns") == []
+
+
+async def test_what_is_done_again_keeps_to_the_parallelism(runs: Runs) -> None:
+    parts = {"partitions": {"count": 9}}
+    runs.begin("old", batches=parts, parallelism=6, retries=0, onBatchFailure="Continue")
+    await runs.settle()
+    for job in runs.active_jobs()[:4]:
+        runs.work(job, exit_code=65)
+    await runs.settle()
+    runs.stop("old")
+    await runs.play()
+    assert len(IndexRanges.parse(runs.of("old")["batches"]["claimed"])) == 9
+    # Something has to be behind the gaps: a batch that was published last.
+    state = saved_state(runs.cluster.run(key("old")))
+    state["batches"] |= {"fetched": "8", "published": "8"}
+    runs.begin("new", saved=state, batches=parts, parallelism=2)
+    await runs.settle()
+    assert runs.of("new")["batches"]["redo"] == "2-7"
+    assert runs.of("new")["batches"]["active"] == 2
+    assert {environment(job)["INGEST_BATCH"] for job in runs.active_jobs()} == {"0", "1"}
+    await runs.play()
+    assert runs.of("new")["batches"]["published"] == "0-8"

@@ -72,7 +72,10 @@ STATUSES = made(
         published=RANGES,
         failed=RANGES,
         redo=RANGES,
-        gaps=st.lists(made(Gap, batch=COUNTS, cursor=TEXT, read=COUNTS, next=st.none() | TEXT), max_size=3),
+        gaps=st.lists(
+            made(Gap, batch=COUNTS, cursor=TEXT, read=COUNTS, next=st.none() | TEXT.map(lambda text: text[:16])),
+            max_size=3,
+        ),
         active=COUNTS,
         exhausted=st.booleans(),
         progress=TEXT,

@@ -51,6 +51,15 @@ def test_publishing_again_leaves_one_result(bench: Bench) -> None:
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_a_run_that_resumes_finds_what_had_landed_without_anybodys_knowing(bench: Bench) -> None:
+    """The key has the first run's UID, and the file's name comes of the key, not of the run."""
+    bench.hand_on(ROWS)
+    assert bench.run("publish", SINK).code == 0
+    again = bench.run("publish", SINK, run_uid="another-run", idempotency_key=f"{UID}/0")
+    assert again.code == 0
+    assert published(bench) == [f"{UID}-000000.parquet"]
+
+
 def test_other_rows_under_the_same_key(bench: Bench) -> None:
     bench.hand_on(ROWS)
     assert bench.run("publish", SINK).code == 0
