@@ -37,7 +37,7 @@ async def test_each_tenth_of_a_run_costs_the_same() -> None:
     assert second.per_batch("get") == second.per_batch("list") == 0
     assert second.per_batch("deletecollection") <= 1 / SPENT_BATCHES
     assert crowd.cluster.largest_run < 2_000
-    assert crowd.most_facts <= 2 * (20 + 20 + SPENT_BATCHES), "in flight, ended in one go, and not worth a delete yet"
+    assert crowd.most_facts <= 2 * (20 + 20 + 32), "in flight, ended in one go, and not worth a delete yet"
     assert crowd.cluster.jobs == {}
 
 
@@ -55,7 +55,7 @@ async def test_the_object_stays_small_when_every_second_batch_fails() -> None:
     failed = IndexRanges.parse(crowd.cluster.run["status"]["batches"]["failed"])
     assert failed == IndexRanges(range(1, 2 * MAX_FAILED_BATCHES, 2))
     assert crowd.cluster.largest_run < 8 * 1024
-    assert crowd.cluster.most_jobs <= 2 * (10 + 10 + SPENT_BATCHES + 3)
+    assert crowd.cluster.most_jobs <= 2 * (10 + 10 + 32 + 3)
     assert {job["metadata"]["labels"]["ingestrun.dev/batch"] for job in crowd.cluster.jobs.values()} == {
         "195", "197", "199",
     }  # fmt: skip
