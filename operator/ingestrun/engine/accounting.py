@@ -21,7 +21,7 @@ from ingestrun.model.status import BatchesStatus, CancellationStatus, IngestRunS
 
 Model = TypeVar("Model", IngestRunStatus, BatchesStatus, CancellationStatus)
 
-KEPT_FAILURES: Final = 5
+KEPT_FAILURES: Final = 4
 """How many failed attempts the status shows: the latest ones."""
 KEPT_LOGS: Final = 2
 """How many of those keep the last lines of their log."""

@@ -22,7 +22,7 @@ SUSPENDED: Final = "Suspended"
 RECONCILING: Final = "Reconciling"
 STALLED: Final = "Stalled"
 
-MESSAGE_CHARS: Final = 320
+MESSAGE_CHARS: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ ObjectName = Annotated[
 MAX_PARTITIONS = 1_000_000
 MAX_PARALLELISM = 100
 """Each batch in flight may cut the ranges of the status in two, as each failed one may."""
-MAX_FAILED_BATCHES = 100
+MAX_FAILED_BATCHES = 80
 """Every failed batch may cut three ranges of the status in two (35 bytes); this many keep the object below 16 KiB."""
 
 MAX_KEPT_BATCHES = 20

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ingestrun.engine.accounting import KEPT_FAILURES, KEPT_LOGS
+from ingestrun.engine.gaps import FREE_BYTES
 from ingestrun.engine.history import counted_retries
 from ingestrun.engine.lastwords import LOG_BYTES
 from ingestrun.model.base import KubeModel
@@ -196,7 +198,7 @@ def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) 
                 type=kind,
                 status="Unknown",
                 reason="CompletedWithFailedBatches",
-                message="m" * 320,
+                message="m" * 256,
                 last_transition_time=NOW,
                 observed_generation=100,
             )
@@ -215,6 +217,7 @@ def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) 
             failed=lost,
             active=in_flight,
             progress=f"{batches}/{batches}",
+            gaps=[Gap(batch=batches, cursor="c" * (FREE_BYTES - 60), read=2**53, next="d" * 8)],
         ),
         records=RecordsStatus(fetched=2**53, rejected=2**53, published=2**53),
         cursor="c" * CURSOR_MAX_CHARS,
@@ -226,9 +229,9 @@ def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) 
                 reason="R" * 32,
                 message="m" * 256,
                 time=NOW,
-                log="l" * LOG_BYTES if n >= 3 else None,
+                log="l" * LOG_BYTES if n < KEPT_LOGS else None,
             )
-            for n in range(5)
+            for n in range(KEPT_FAILURES)
         ],
         retries=[
             entry.model_copy(update={"count": 10**9})
