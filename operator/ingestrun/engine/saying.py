@@ -12,6 +12,7 @@ from ingestrun.engine.batches import Batch
 from ingestrun.engine.capacity import Held
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.facts import QUEUED_AFTER
+from ingestrun.engine.fitting import fitted
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase, StageFailure
 
@@ -27,7 +28,7 @@ def said(
     ended = (phase or status.phase or Phase.PENDING).ended
     if ended and status.condition(c.SUSPENDED) is not None:
         claims = [*claims, Claim(type=c.SUSPENDED, status="False", reason="Finished")]
-    return with_(
+    told = with_(
         status,
         phase=phase or status.phase,
         observed_generation=generation,
@@ -38,6 +39,7 @@ def said(
         ),
         conditions=c.updated(status.conditions, claims, now=now, generation=generation),
     )
+    return fitted(told)
 
 
 def activity(phase: Phase, seen: Sequence[Batch], stuck: Batch | None, held: Held | None, *, now: datetime) -> Claim:

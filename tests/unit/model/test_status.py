@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ingestrun.engine.accounting import KEPT_FAILURES, KEPT_LOGS
+from ingestrun.engine.fitting import STATUS_BYTES, fitted
 from ingestrun.engine.gaps import FREE_BYTES
 from ingestrun.engine.history import counted_retries
 from ingestrun.engine.lastwords import LOG_BYTES
@@ -19,7 +20,7 @@ from ingestrun.model.base import KubeModel
 from ingestrun.model.contract import CURSOR_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.resume import Gap, LandedRecords
-from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARTITIONS
+from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARALLELISM, MAX_PARTITIONS
 from ingestrun.model.status import (
     MAX_IMAGE_PINS,
     AfterEndStatus,
@@ -263,13 +264,20 @@ def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) 
     )
 
 
-@pytest.mark.parametrize("in_flight", [0, 4, 16])
-def test_the_worst_status_leaves_room_in_16_kib(in_flight: int) -> None:
+@pytest.mark.parametrize("failed", [0, 40, MAX_FAILED_BATCHES])
+@pytest.mark.parametrize("in_flight", [0, 4, 16, 50, MAX_PARALLELISM])
+def test_the_worst_status_leaves_room_in_16_kib(failed: int, in_flight: int) -> None:
     """3 KiB for the spec, the metadata and the managed fields; tests/api measures a whole object."""
-    status = worst_status(failed=MAX_FAILED_BATCHES, in_flight=in_flight)
+    status = worst_status(failed=failed, in_flight=in_flight)
+    fit = fitted(status)
 
-    assert len(status.batches.failed) == MAX_FAILED_BATCHES
-    assert len(dumped(status).encode()) < 13 * 1024
+    assert len(dumped(fit).encode()) <= STATUS_BYTES
+    assert fitted(fit) == fit
+    assert fit.batches == status.batches
+    assert fit.cancellation == status.cancellation
+    assert fit.failures[-1].message == status.failures[-1].message
+    if len(dumped(status).encode()) <= STATUS_BYTES:
+        assert fit == status
 
 
 def test_a_status_without_failures_is_small_at_a_million_batches() -> None:
