@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-import time
+from time import sleep
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
@@ -82,7 +82,7 @@ class Stop:
     def wait(self, seconds: float) -> None:
         """Sleep, with a safe point every two seconds and at the end. Raises as `check` does."""
         while seconds > 0:
-            time.sleep(min(seconds, WAIT_SLICE))
+            sleep(min(seconds, WAIT_SLICE))
             seconds -= WAIT_SLICE
             self.check()
 

@@ -106,7 +106,7 @@ def test_cancelled_while_the_source_asks_to_wait(
 ) -> None:
     """A minute's Retry-After holds no cancelled pod: it asks every two seconds."""
     slept: list[float] = []
-    monkeypatch.setattr("ingestrun.worker.stopping.time.sleep", slept.append)
+    monkeypatch.setattr("ingestrun.worker.stopping.sleep", slept.append)
     site.answer = lambda _request: Reply(429, b"", {"retry-after": "55"})
     check.answer = lambda _request: says(len(slept) >= 3)
     answer = bench.run("fetch", http(site), limit=45, **told(check))
@@ -117,7 +117,7 @@ def test_cancelled_while_the_source_asks_to_wait(
 
 def test_wait_is_as_long_as_it_was_asked_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("ingestrun.worker.stopping.time.sleep", slept.append)
+    monkeypatch.setattr("ingestrun.worker.stopping.sleep", slept.append)
     for seconds in (0.5, 4, 5.5, 0):
         Stop().wait(seconds)
     assert slept == [0.5, 2, 2, 2, 2, 1.5]
