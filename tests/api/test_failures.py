@@ -87,9 +87,8 @@ def test_the_limit_of_a_limit_range_is_raised(
     made = spec(annotations, batches={"partitions": {"count": 1}}, retries=0, outOfMemory={"maxMemory": "1Gi"})
     cluster.create_run(namespace, made, name="given")
     wait_for(in_phase(cluster, namespace, "given", "Succeeded"), 120, "Succeeded")
-    assert notes(cluster, namespace, "MemoryRaised") == [
-        "batch 0, publish, attempt 2: memory limit 200Mi instead of 100Mi"
-    ]
+    told = wait_for(lambda: notes(cluster, namespace, "MemoryRaised"), 30, "the Event")
+    assert told == ["batch 0, publish, attempt 2: memory limit 200Mi instead of 100Mi"]
 
 
 def test_an_eviction_is_not_taken_from_the_retries(

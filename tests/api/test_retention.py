@@ -48,7 +48,8 @@ def test_jobs_go_in_numbers_and_the_newest_failed_ones_stay_with_their_pods(
     )
     run = wait_for(in_phase(cluster, namespace, "many", "Succeeded"), 200, "Succeeded")
     assert run["status"]["batches"]["failed"] == "7"
-    assert len(batches_left(cluster, namespace)) <= 33 + 1
+    # Too few for a call of their own, what was in flight at the end, and the failed one.
+    assert len(batches_left(cluster, namespace)) <= 31 + 20 + 1
     wait_for(lambda: batches_left(cluster, namespace) == {7}, 100, "the last sweep")
     pods = cluster.pods(namespace, "ingestrun.dev/batch=7,ingestrun.dev/stage=publish")
     assert [pod.status.phase for pod in pods] == ["Failed"]

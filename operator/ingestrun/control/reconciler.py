@@ -30,6 +30,7 @@ from ingestrun.control.resuming import predecessor_of, take
 from ingestrun.control.store import Store, cancelled_with_cascade, parents_of
 from ingestrun.control.turns import Turns
 from ingestrun.engine.announce import Announcement, announcements, normal, skipped
+from ingestrun.engine.batches import JOB_MISSING
 from ingestrun.engine.capacity import remembered
 from ingestrun.engine.concurrency import Rival
 from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
@@ -185,6 +186,9 @@ class Reconciler:
             # The last to be asked for: nothing is awaited between the snapshot and the reservation of what it grants.
             capacity=self._store.usage.snapshot(uid, key.namespace, now=self._clock()),
         )
+        if live is None and _lacks_a_job(run.status, planned.status):
+            self._store.distrust(uid)  # a watch may lag behind; what is missing in a live list is gone
+            return _Again()
         if planned.take is not None:
             await take(self._cluster, self._store, planned.take)
             return _Again()
@@ -577,6 +581,12 @@ class Reconciler:
 def _without_name(message: str, name: str) -> str:
     """The server's sentence without the Job's name in it: the same for each Job, so that a status need not change."""
     return message.replace(f'"{name}" ', "")
+
+
+def _lacks_a_job(before: IngestRunStatus, after: IngestRunStatus) -> bool:
+    """Whether a batch is to fail for a Job that is not there, as far as is known."""
+    known = {failure.key for failure in before.failures}
+    return any(failure.reason == JOB_MISSING and failure.key not in known for failure in after.failures)
 
 
 def _json(status: IngestRunStatus) -> dict[str, Any]:

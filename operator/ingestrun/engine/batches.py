@@ -17,6 +17,8 @@ from ingestrun.model.resume import Gap, cursor_digest
 from ingestrun.model.spec import Backoff, OutOfMemory
 from ingestrun.model.status import StageFailure
 
+JOB_MISSING: Final = "JobMissing"
+"""The reason of a batch that lacks a Job which nothing can stand in for."""
 START_GRACE: Final = timedelta(seconds=120)
 """How long a pod may wait for its image or configuration before its batch fails: one ErrImagePull is no verdict."""
 NO_ROOM: Final = frozenset({"Unschedulable", "QuotaExceeded"})
@@ -106,7 +108,7 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
             can_start = before_attempt is not None or (step.index == 0 and not (rules.chained and fetch_accounted))
             if not can_start:
                 gone = Failure(
-                    reason="JobMissing", message="the Job of the stage before is gone, and its result with it"
+                    reason=JOB_MISSING, message="the Job of the stage before is gone, and its result with it"
                 )
                 failed = _told(index, step, 0, gone, "", rules.now)
                 return Batch(index=index, failed=failed, failures=(*failures, failed), retried=tuple(retried))
@@ -115,7 +117,7 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
 
         latest = attempts[-1]
         known, spent = _earlier(rules, index, step, attempts[:-1], latest.job.attempt, before)
-        failures += [failure for failure in known if failure.reason != "JobMissing"]
+        failures += [failure for failure in known if failure.reason != JOB_MISSING]
         retried += [(failure.stage, failure.reason) for failure in known]
         verdict: StageResult | Failure
         if not latest.state.finished:
@@ -172,7 +174,7 @@ def _earlier(
     for attempt in range(latest):
         job = seen.get(attempt)
         if job is None:
-            gone = Failure(reason="JobMissing", message="the attempt's Job is gone")
+            gone = Failure(reason=JOB_MISSING, message="the attempt's Job is gone")
             spent = replace(spent, retries=spent.retries + 1)
             failures.append(_told(index, step, attempt, gone, "", rules.now))
             continue

@@ -30,7 +30,7 @@ from ingestrun.engine.cancelling import cancel
 from ingestrun.engine.capacity import NOT_COUNTED_YET, gives_up_at, held_back, made_room
 from ingestrun.engine.concurrency import Bar, Rival, bar_of, replaced
 from ingestrun.engine.conditions import Claim
-from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Predecessor, Refusal
+from ingestrun.engine.decisions import Cause, Child, Create, Delete, Live, Parent, Plan, Predecessor, Refusal
 from ingestrun.engine.ending import end_of, out_of_patience
 from ingestrun.engine.facts import NO_POD_RELOOK, QUEUED_AFTER, JobView
 from ingestrun.engine.fairness import Capacity
@@ -75,10 +75,13 @@ def plan(
         return settle(run, stages, clean_up, now=now, live=live, parent=parent, children=children)
     if run.metadata.deletion_timestamp is not None:
         return Plan(status=run.status)
-    if run.cancel_requested or parent is not None:
+    if run.spec.cancel or parent is not None:
         return cancel(run, stages, now=now, parent=parent)
     cause = replaced(run, rivals)
-    if cause is not None:
+    if run.cancel_requested:
+        # By the mark alone: of a request that was taken back, or the operator's own before it wrote the rest.
+        cause = cause or overdue(run, stages, now=now)
+    if run.cancel_requested or cause is not None:
         return cancel(run, stages, now=now, parent=None, cause=cause)
     bar = bar_of(run, rivals)
     if bar is not None and bar.final:
@@ -91,6 +94,17 @@ def plan(
         begun = advance(begins, stages, now=now, refusal=refusal, capacity=capacity)
         return replace(begun, tell=(*begun.tell, resumed.tell))
     return advance(run, stages, now=now, refusal=refusal, bar=bar, capacity=capacity)
+
+
+def overdue(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> Cause | None:
+    """Whether the run has stood still for too long."""
+    if run.spec.stale_after_seconds is None:
+        return None
+    batches = assess_all(run, jobs, now=now)
+    status = accounted(run.status, batches, chained=run.spec.batches.cursor is not None, now=now)
+    flight = [batch for batch in batches if batch.index in in_flight(status.batches)]
+    still = stale_at(run, status, flight, jobs, now=now)
+    return stale(run) if still is not None and now >= still else None
 
 
 def advance(

@@ -163,8 +163,12 @@ async def test_forbid_waits_for_one_that_has_ended_and_drains(world: World) -> N
     assert_alone(world)
 
 
-async def test_replace_cancels_the_older_and_starts_when_it_is_drained(world: World) -> None:
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_replace_cancels_the_older_and_starts_when_it_is_drained(world: World, restarted: bool) -> None:
+    """After a restart the fence's label goes first: it must not be taken for somebody's request."""
     job = await start(world, "one", "Replace")
+    if restarted:
+        world.restart()
     create(world, "two", "Replace")
     await world.settle()
     record = status(world, "one")["cancellation"]

@@ -56,10 +56,13 @@ def run_pod(world: World) -> str:
 # ---- staleness --------------------------------------------------------------------------------------------------
 
 
-async def test_run_without_progress_cancels_itself(world: World) -> None:
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_run_without_progress_cancels_itself(world: World, restarted: bool) -> None:
     first = await start(world, staleAfterSeconds=600, onCancel={"image": "example/clean:1"})
     await after(world, 599)
     assert world.phase == "Running"
+    if restarted:
+        world.restart()
     await after(world, 2)
     assert world.phase == "Cancelled"
     record = world.status["cancellation"]

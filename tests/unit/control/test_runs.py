@@ -296,3 +296,18 @@ async def test_foreign_job_under_the_name_is_not_adopted(world: World) -> None:
     create = Create(start=Start(batch=0, step=steps_of(run.spec)[0], attempt=0, input_attempt=None))
     assert uid == run.metadata.uid
     assert not adoptable(run, create, stranger)
+
+
+async def test_a_job_is_missing_only_where_a_live_list_lacks_it(world: World) -> None:
+    """The watch of runs may be ahead of that of Jobs: what has not been shown yet is not gone."""
+    world.create(batches={"partitions": {"count": 1}})
+    await world.settle()
+    world.work(world.active_jobs()[0])
+    await world.settle()
+    uid = world.cluster.run(KEY)["metadata"]["uid"]
+    for job in world.store.views(uid):
+        world.store.lost_job(run_uid=uid, job_uid=job.job.uid)
+    await world.reconciler.reconcile(KEY, "test")
+    assert world.phase == "Running"
+    await world.play()
+    assert world.phase == "Succeeded"
