@@ -300,7 +300,7 @@ async def test_foreign_job_under_the_name_is_not_adopted(world: World) -> None:
 
 async def test_a_job_is_missing_only_where_a_live_list_lacks_it(world: World) -> None:
     """The watch of runs may be ahead of that of Jobs: what has not been shown yet is not gone."""
-    world.create(batches={"partitions": {"count": 1}})
+    world.create()
     await world.settle()
     world.work(world.active_jobs()[0])
     await world.settle()
