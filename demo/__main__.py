@@ -154,6 +154,7 @@ def cancel_half_way(console: Console) -> dict[str, Any]:
     console.run(
         ["kubectl", "-n", NAMESPACE, "get", "ingestrun", CANCELLED_RUN, "-o", "jsonpath-as-json={.status.cancellation}"]
     )
+    await_events(console)
     console.say("\nThe run's events:")
     columns = "custom-columns=TIME:.eventTime,TYPE:.type,REASON:.reason,MESSAGE:.message"
     about = f"involvedObject.name={CANCELLED_RUN}"
@@ -310,6 +311,16 @@ def wait_quietly(console: Console, condition: str, timeout: str) -> None:
     console.capture(
         ["kubectl", "-n", NAMESPACE, "wait", f"ingestrun/{CANCELLED_RUN}", condition, f"--timeout={timeout}"]
     )
+
+
+def await_events(console: Console) -> None:
+    """Events come a moment after what they tell of; the last of them is the one of what was skipped."""
+    given_up = time.monotonic() + 15
+    about = f"involvedObject.name={CANCELLED_RUN},reason=BatchSkipped"
+    while time.monotonic() < given_up:
+        if "BatchSkipped" in console.capture(["kubectl", "-n", NAMESPACE, "get", "events", "--field-selector", about]):
+            return
+        time.sleep(0.2)
 
 
 def built(variable: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import yaml
 
-from tests.e2e.cluster import ROOT, Json, Kubectl
+from tests.e2e.cluster import ROOT, Json, Kubectl, wait_for
 
 ROWS: Final = 336_776
 
@@ -40,3 +40,13 @@ def without_image(namespace: str) -> Json:
     del body["spec"]["source"]
     body["spec"]["fetch"] = {"image": "localhost/no-such-image:1", "imagePullPolicy": "Never"}
     return body
+
+
+def events(kubectl: Kubectl, namespace: str, name: str, reason: str) -> list[str]:
+    """What was told of a run with that reason, once it was: Events come a moment after the status."""
+
+    def told() -> list[str]:
+        items = kubectl.get("-n", namespace, "events")["items"]
+        return [e["message"] for e in items if e["reason"] == reason and e["involvedObject"]["name"] == name]
+
+    return wait_for(told, seconds=30, what=f"an Event {reason}")

@@ -7,18 +7,13 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Json, Kubectl, condition, phase, wait_for
-from tests.e2e.runs import ended, flights, run_of
+from tests.e2e.runs import ended, events, flights, run_of
 
 
 def with_url(namespace: str, name: str, url: str, **changes: Any) -> Json:
     body = flights(namespace, name, **changes)
     body["spec"]["source"]["http"]["url"] = url.format(namespace=namespace)
     return body
-
-
-def events(kubectl: Kubectl, namespace: str, name: str, reason: str) -> list[str]:
-    items = kubectl.get("-n", namespace, "events")["items"]
-    return [e["message"] for e in items if e["reason"] == reason and e["involvedObject"]["name"] == name]
 
 
 @pytest.mark.parametrize(

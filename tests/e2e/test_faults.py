@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 
 from tests.e2e.cluster import Json, Kubectl, condition, image, phase
-from tests.e2e.runs import ended, flights
+from tests.e2e.runs import ended, events, flights
 from tests.e2e.test_flights import check_dataset
 
 SIZE: Final = 10_000
@@ -102,6 +102,24 @@ def faulty(namespace: str, name: str, case: Case) -> tuple[Json, list[Json]]:
     return body, config
 
 
+def test_memory_is_raised_in_the_pod(kubectl: Kubectl, namespace: str, started: None) -> None:
+    """The first of these tests: a minute after the run's end its Jobs go, and the pods with them."""
+    ended(kubectl, namespace, "fault-oom", seconds=240)
+    selector = "ingestrun.dev/run=fault-oom,ingestrun.dev/stage=hook,ingestrun.dev/batch=1"
+    pods = kubectl.get("-n", namespace, "pods", "-l", selector)["items"]
+    pods.sort(key=lambda pod: str(pod["metadata"]["labels"]["ingestrun.dev/attempt"]))
+    found = [pod["spec"]["containers"][0]["resources"] for pod in pods]
+    assert [(each["requests"]["memory"], each["limits"]["memory"]) for each in found] == [
+        ("128Mi", "256Mi"),
+        ("200Mi", "400Mi"),
+    ]
+    first = pods[0]["status"]["containerStatuses"][0]["state"]["terminated"]
+    assert first["reason"] == "OOMKilled"
+    assert events(kubectl, namespace, "fault-oom", "MemoryRaised") == [
+        "batch 1, hook validate, attempt 2: memory limit 400Mi instead of 256Mi"
+    ]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_fault_ends_in_exact_counts(kubectl: Kubectl, namespace: str, started: None, name: str) -> None:
     case, run_name = CASES[name], f"fault-{name}"
@@ -115,26 +133,6 @@ def test_a_fault_ends_in_exact_counts(kubectl: Kubectl, namespace: str, started:
     )
     if case.fault.partition(",")[0].partition(":")[0] in ("hang", "exit-after", "missing"):
         check_dataset(kubectl, namespace, run_name, "--part", "2")
-
-
-def test_memory_is_raised_in_the_pod(kubectl: Kubectl, namespace: str, started: None) -> None:
-    ended(kubectl, namespace, "fault-oom", seconds=240)
-    selector = "ingestrun.dev/run=fault-oom,ingestrun.dev/stage=hook,ingestrun.dev/batch=1"
-    pods = kubectl.get("-n", namespace, "pods", "-l", selector)["items"]
-    pods.sort(key=lambda pod: str(pod["metadata"]["labels"]["ingestrun.dev/attempt"]))
-    found = [pod["spec"]["containers"][0]["resources"] for pod in pods]
-    assert [(each["requests"]["memory"], each["limits"]["memory"]) for each in found] == [
-        ("128Mi", "256Mi"),
-        ("200Mi", "400Mi"),
-    ]
-    first = pods[0]["status"]["containerStatuses"][0]["state"]["terminated"]
-    assert first["reason"] == "OOMKilled"
-    notes = [
-        event["message"]
-        for event in kubectl.get("-n", namespace, "events")["items"]
-        if event["reason"] == "MemoryRaised" and event["involvedObject"]["name"] == "fault-oom"
-    ]
-    assert notes == ["batch 1, hook validate, attempt 2: memory limit 400Mi instead of 256Mi"]
 
 
 def test_the_last_lines_of_the_log_are_in_the_status(kubectl: Kubectl, namespace: str, started: None) -> None:

@@ -11,7 +11,7 @@ from demo.__main__ import check_job
 from demo.audit import read_trail
 
 from tests.e2e.cluster import SYSTEM, Kubectl, condition, image, phase, wait_for
-from tests.e2e.runs import ROWS, ended, flights, published, run_of
+from tests.e2e.runs import ROWS, ended, events, flights, published, run_of
 
 CANCELLED_LINE = "ingest run cancelled, skipping"
 
@@ -77,8 +77,8 @@ def test_cancel_half_way_starts_nothing_more(kubectl: Kubectl, namespace: str) -
     uid = run["metadata"]["uid"]
     log = kubectl("-n", SYSTEM, "logs", "deployment/ingestrun-operator")
     assert [line for line in log.splitlines() if CANCELLED_LINE in line and uid in line]
-    reasons = {event["reason"] for event in kubectl.get("-n", namespace, "events")["items"]}
-    assert {"Cancelled", "Drained"} <= reasons
+    assert events(kubectl, namespace, "cancelled", "Cancelled")
+    assert events(kubectl, namespace, "cancelled", "Drained")
     files = count(run["status"]["batches"]["published"]) + count(run["status"]["cancellation"]["published"])
     check_dataset(kubectl, namespace, "cancelled", "--part", str(files))
     audit = os.environ.get("INGESTRUN_AUDIT_LOG")
