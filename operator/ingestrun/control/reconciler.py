@@ -15,7 +15,6 @@ written, every create of this run has been answered, or has timed out; a timed-o
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,36 +23,28 @@ from typing import Any, Final
 
 import structlog
 
-from ingestrun.control.events import event_body
 from ingestrun.control.podless import Podless
 from ingestrun.control.resuming import predecessor_of, take
+from ingestrun.control.starting import Starter
 from ingestrun.control.store import Store, cancelled_with_cascade, parents_of
+from ingestrun.control.telling import Teller
 from ingestrun.control.turns import Turns
-from ingestrun.engine.announce import Announcement, announcements, normal, skipped
+from ingestrun.engine.announce import announcements, normal, skipped
 from ingestrun.engine.batches import JOB_MISSING
 from ingestrun.engine.capacity import remembered
 from ingestrun.engine.concurrency import Rival
-from ingestrun.engine.decisions import Child, Create, Delete, Live, Parent, Plan, Refusal
+from ingestrun.engine.decisions import Child, Delete, Live, Parent, Plan
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
 from ingestrun.engine.failure import WORKER_CANCELLED, Failure, judge
-from ingestrun.engine.jobs import CheckFor, WorkerImage, adoptable, job_manifest, job_name, spent_selector
+from ingestrun.engine.jobs import CheckFor, WorkerImage, job_name, spent_selector
 from ingestrun.engine.lifetime import expiry_of
 from ingestrun.engine.plan import plan
 from ingestrun.engine.resuming import awaits
 from ingestrun.engine.steps import ON_CANCEL_STEP
-from ingestrun.engine.verdicts import Verdict, rule_of
 from ingestrun.kube.errors import (
-    AlreadyExists,
     Conflict,
-    Denied,
-    Forbidden,
-    Invalid,
     KubeError,
-    NamespaceTerminating,
     NotFound,
-    QuotaExceeded,
-    Unknown,
-    WebhookUnavailable,
 )
 from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model import names
@@ -62,9 +53,6 @@ from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import IngestRunStatus, Phase
 
 logger = structlog.get_logger("ingestrun")
-
-CANCELLED_LINE: Final = "ingest run cancelled, skipping"
-"""The line that operators search their logs for. Source: the first seed document."""
 
 MAX_ROUNDS: Final = 8
 """How often one pass starts over because the run changed under it, before the queue's backoff takes over."""
@@ -99,19 +87,13 @@ class Reconciler:
         self._cluster = cluster
         self._store = store
         self._podless = Podless(cluster, store.usage)
-        self._worker = worker
-        self._instance = instance
-        self._check = check
         self._clock = clock
-        self._refusals: dict[str, Refusal] = {}
-        self._unclear: dict[str, dict[str, float]] = {}
-        self._skipped: dict[str, set[tuple[int, str, int]]] = {}
-        self._defer = defer
+        self._teller = Teller(cluster, instance=instance, clock=clock, defer=defer)
         self._must_read: set[RunKey] = set()
+        self._starter = Starter(cluster, store, worker=worker, check=check, clock=clock, must_read=self._must_read.add)
+        self._unclear: dict[str, dict[str, float]] = {}
         self._drain_pause = timedelta(seconds=drain_pause_seconds)
         self._looked: dict[str, datetime] = {}
-        self._answered: dict[str, bool] = {}
-        """By UID, whether each create of the run was sent by this process and answered: then none arrives late."""
         self._turns = Turns(cluster, store)
 
     async def reconcile(self, key: RunKey, trigger: str) -> float | None:
@@ -159,8 +141,7 @@ class Reconciler:
         ended = run.status.phase is not None and run.status.phase.ended
         live = None
         primed = self._store.primed(uid)
-        # A claim is stored before its first create is sent: first seen without one, a run has no creates but ours.
-        self._answered.setdefault(uid, not run.status.batches.claimed)
+        self._starter.met(run)
         if ended:
             # A draining run is looked at live, by two lists: not at every event of its pods.
             wait = self._drain_pause - (self._clock() - self._looked.get(uid, datetime.min.replace(tzinfo=UTC)))
@@ -169,7 +150,7 @@ class Reconciler:
         if ended or not primed:
             live = await self._list_live(run)
             if not ended and not primed and (refusal := remembered(run, now=self._clock())) is not None:
-                self._refusals.setdefault(uid, refusal)
+                self._starter.remember(uid, refusal)
         jobs, unclear = await self._judgeable(run, self._store.views(uid))
         if not ended:
             jobs = await self._podless.explained(key, run, jobs, now=self._clock())
@@ -177,7 +158,7 @@ class Reconciler:
             run,
             jobs,
             now=self._clock(),
-            refusal=self._refusals.get(uid),
+            refusal=self._starter.refusal(uid),
             live=live if ended else None,
             parent=await self._cancelled_parent(key, ask=not primed or self._heard(key, jobs)),
             children=self._children(key) if ended else (),
@@ -194,12 +175,12 @@ class Reconciler:
             return _Again()
         stages = [create for create in planned.creates if create.start.step.index != ON_CANCEL_STEP]
         self._store.usage.reserve(key, uid, [job_name(run, create) for create in stages], asks=planned.asks)
-        in_doubt = not ended and planned.fenced and not self._answered[uid]
+        in_doubt = not ended and planned.fenced and self._starter.in_doubt(uid)
         if in_doubt and await self._fence(key, run, wanted=True):
             # A create may still arrive: the fence has to stand when Cancelled is stored.
             return _Again()
         if ended:
-            self._log_skips(key, run, planned, trigger)
+            self._teller.log_skips(key, run, planned, trigger)
 
         stored, run_now = run.status, run
         if _json(planned.status) != _json(run.status):
@@ -209,10 +190,10 @@ class Reconciler:
             run_now = written
             told = [*announcements(stored, run_now.status), *planned.tell]
             if any(announcement.reason == "Drained" for announcement in told):
-                told += skipped(self._skipped.get(uid, ()))
-            self._log_failures(key, stored, run_now, planned)
-            await self._tell(run_now, told)
-            self._log_phase(key, stored, run_now)
+                told += skipped(self._teller.skipped(uid))
+            self._teller.log_failures(key, stored, run_now, planned)
+            await self._teller.tell(run_now, told)
+            self._teller.log_phase(key, stored, run_now)
             if run_now.status.phase is Phase.CANCELLED and not ended:
                 # The drain can wait a moment; the other runs that were cancelled in this second can't.
                 self._looked[uid] = self._clock()
@@ -222,7 +203,7 @@ class Reconciler:
             if fresh["metadata"]["resourceVersion"] != run.metadata.resource_version:
                 return _Again()
         if not ended:
-            self._log_skips(key, run_now, planned, trigger)
+            self._teller.log_skips(key, run_now, planned, trigger)
 
         if not await self._create_all(key, run_now, planned):
             return _Again()
@@ -366,82 +347,9 @@ class Reconciler:
                 return False
             if not cancelled and self._turns.replaced(key, run):
                 return False
-            if not await self._create(key, run, create):
+            if not await self._starter.create(key, run, create):
                 return False
         return True
-
-    async def _create(self, key: RunKey, run: IngestRun, create: Create) -> bool:
-        uid, start = run.metadata.uid, create.start
-        check = self._check(run, start.step.deadline_seconds) if self._check is not None else None
-        manifest = job_manifest(run, create, worker=self._worker, check=check)
-        name = manifest["metadata"]["name"]
-        try:
-            try:
-                job = await self._cluster.create_job(manifest)
-            except AlreadyExists:
-                job = await self._cluster.get_job(namespace=run.metadata.namespace, name=name)
-                if not adoptable(run, create, job):
-                    self._refuse(run, "NameTaken", f"a Job {name} exists that is not of this run: delete it")
-                    return False
-        except QuotaExceeded as error:
-            until = self._refuse(run, "QuotaExceeded", _without_name(str(error), name))
-            self._store.usage.refused(key.namespace, self._refusals[uid].message, until=until)
-            return False
-        except Denied as error:
-            self._refuse(run, "AdmissionDenied", f"batch {start.batch}, {start.step.label}: {error}")
-            return False
-        except Forbidden as error:
-            self._refuse(run, "Forbidden", f"the operator lacks a right that an administrator has to grant: {error}")
-            return False
-        except Invalid as error:
-            self._refuse(run, "JobRefused", f"batch {start.batch}, {start.step.label}: {error}")
-            return False
-        except NamespaceTerminating:
-            namespace = run.metadata.namespace
-            self._refuse(
-                run, "NamespaceTerminating", f"namespace {namespace} is being deleted: nothing can start there"
-            )
-            return False
-        except WebhookUnavailable as error:
-            self._refuse(run, "WebhookUnavailable", str(error))
-            return False
-        except Unknown:
-            self._answered[uid] = False
-            self._store.usage.doubt(uid, name)
-            self._store.distrust(uid)
-            raise
-        except NotFound:
-            # The namespace is gone, or the adopted Job went meanwhile: look again from the start.
-            self._must_read.add(key)
-            raise
-        except BaseException:
-            self._answered[uid] = False
-            raise
-        self._store.saw_job(read_job(job))
-        self._store.usage.admitted(key.namespace)
-        logger.info(
-            "job created", run=run.metadata.name, namespace=run.metadata.namespace, uid=uid, batch=start.batch,
-            stage=start.step.label, attempt=start.attempt, job=name,
-            **({"memory": str(start.memory)} if start.memory is not None else {}),
-        )  # fmt: skip
-        # The first Job after a refusal: there is room again, and the plan may be a larger one.
-        return self._refusals.pop(uid, None) is None
-
-    def _refuse(self, run: IngestRun, reason: str, message: str) -> datetime:
-        """Remember that the server would not take a Job; the next round says so. Returns when to ask again."""
-        wait = run.spec.backpressure.retry_seconds * random.uniform(0.9, 1.1)  # noqa: S311  (jitter, no secret)
-        retry_at = self._clock() + timedelta(seconds=wait)
-        self._refusals[run.metadata.uid] = Refusal(
-            reason=reason,
-            message=message,
-            retry_at=retry_at,
-            permanent=rule_of(reason).verdict is Verdict.FAIL_RUN,
-        )
-        logger.warning(
-            "job refused", run=run.metadata.name, namespace=run.metadata.namespace, uid=run.metadata.uid,
-            reason=reason, why=message,
-        )  # fmt: skip
-        return retry_at
 
     async def _delete_all(self, run: IngestRun, planned: Plan) -> None:
         meta = run.metadata
@@ -507,7 +415,7 @@ class Reconciler:
         logger.info("ingest run deleted, its time is over", run=meta.name, namespace=meta.namespace, uid=meta.uid,
                     phase=run.status.phase, ttl_seconds_after_finished=seconds)  # fmt: skip
         note = f"deleted, as ttlSecondsAfterFinished of {seconds} says; it had ended as {run.status.phase}"
-        await self._tell(run, [normal("Expired", note, action="Delete")])
+        await self._teller.tell(run, [normal("Expired", note, action="Delete")])
         self.forget(key)
         return None
 
@@ -519,68 +427,10 @@ class Reconciler:
         self._store.forget(key)
 
     def _drop(self, uid: str) -> None:
-        for kept in (self._refusals, self._skipped, self._unclear, self._looked, self._answered):
-            kept.pop(uid, None)
-
-    async def _tell(self, run: IngestRun, told: list[Announcement]) -> None:
-        """Post Events: for people, so nothing waits for them where they can be deferred."""
-        if self._defer is not None and told:
-            self._defer(self._post(run, told))
-        else:
-            await self._post(run, told)
-
-    async def _post(self, run: IngestRun, told: list[Announcement]) -> None:
-        for announcement in told:
-            try:
-                await self._cluster.create_event(
-                    event_body(run, announcement, now=self._clock(), instance=self._instance)
-                )
-            except KubeError as error:
-                logger.warning(
-                    "an Event could not be posted", run=run.metadata.name, reason=announcement.reason, error=str(error)
-                )
-
-    def _log_skips(self, key: RunKey, run: IngestRun, planned: Plan, trigger: str) -> None:
-        """One line for everything that a cancel has kept from starting, each once."""
-        known = self._skipped.setdefault(run.metadata.uid, set()) if planned.skips else set()
-        for skip in planned.skips:
-            identity = (skip.batch, skip.stage, skip.attempt)
-            if identity in known:
-                continue
-            known.add(identity)
-            logger.info(
-                CANCELLED_LINE, run=key.name, namespace=key.namespace, uid=run.metadata.uid, batch=skip.batch,
-                stage=skip.stage, attempt=skip.attempt, trigger=trigger,
-            )  # fmt: skip
-
-    def _log_failures(self, key: RunKey, before: IngestRunStatus, run: IngestRun, planned: Plan) -> None:
-        """One line for each failed attempt that has come into the status, and for each raise of memory."""
-        known = {failure.key for failure in before.failures}
-        for failure in run.status.failures:
-            if failure.key not in known:
-                logger.warning(
-                    "stage failed", run=key.name, namespace=key.namespace, uid=run.metadata.uid, batch=failure.batch,
-                    stage=failure.stage, attempt=failure.attempt, reason=failure.reason, why=failure.message,
-                )  # fmt: skip
-        for told in planned.tell:
-            if told.reason == "MemoryRaised":
-                logger.info("memory raised", run=key.name, namespace=key.namespace, uid=run.metadata.uid, why=told.note)
-
-    def _log_phase(self, key: RunKey, before: IngestRunStatus, run: IngestRun) -> None:
-        phase = run.status.phase
-        if phase is before.phase or phase is None:
-            return
-        said = run.status.condition("Succeeded")
-        log = logger.warning if phase is Phase.FAILED else logger.info
-        log(
-            f"ingest run {phase.value.lower()}", run=key.name, namespace=key.namespace, uid=run.metadata.uid,
-            why=said.message if said else "", published=run.status.records.published,
-        )  # fmt: skip
-
-
-def _without_name(message: str, name: str) -> str:
-    """The server's sentence without the Job's name in it: the same for each Job, so that a status need not change."""
-    return message.replace(f'"{name}" ', "")
+        self._starter.forget(uid)
+        self._teller.forget(uid)
+        self._unclear.pop(uid, None)
+        self._looked.pop(uid, None)
 
 
 def _lacks_a_job(before: IngestRunStatus, after: IngestRunStatus) -> bool:
