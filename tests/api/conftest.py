@@ -124,6 +124,15 @@ class Cluster:
         items: list[Json] = found["items"]
         return items
 
+    def told(self, namespace: str, reason: str, run: str | None = None) -> list[str]:
+        """What Events of that reason say, once there is one: they come a moment after the status."""
+
+        def look() -> list[str]:
+            items = self.core.list_namespaced_event(namespace, field_selector=f"reason={reason}").items
+            return [str(item.message) for item in items if run in (None, item.involved_object.name)]
+
+        return _wait_for(look, 30, f"an Event {reason}")
+
     def patch_run(self, namespace: str, name: str, patch: Mapping[str, Any]) -> Json:
         """A merge patch, as in `kubectl patch --type merge`."""
         patched: Json = self.custom.patch_namespaced_custom_object(

@@ -27,11 +27,6 @@ __all__ = ["operator"]
 THREE = {"partitions": {"count": 3}}
 
 
-def events(cluster: Cluster, namespace: str, run: str, reason: str) -> list[str]:
-    items = cluster.core.list_namespaced_event(namespace, field_selector=f"reason={reason}").items
-    return [str(item.message) for item in items if item.involved_object.name == run]
-
-
 def three_running(cluster: Cluster, namespace: str) -> bool:
     pods = cluster.pods(namespace)
     return len(pods) == 3 and all(pod.status.phase == "Running" for pod in pods)
@@ -47,7 +42,7 @@ def test_terminate_ends_running_pods_and_their_jobs(
     assert run["status"]["cancellation"]["policy"] == "Terminate"
     assert run["status"]["cancellation"]["notPublished"] == "0-2"
     wait_for(lambda: not cluster.jobs(namespace), 30, "the Jobs to go")
-    assert events(cluster, namespace, "hard", "Terminating") == ["pods that run get SIGTERM"]
+    assert cluster.told(namespace, "Terminating", "hard") == ["pods that run get SIGTERM"]
     assert_nothing_started_after_cancelled(audit, namespace, "hard")
 
 
@@ -119,7 +114,7 @@ def test_clean_up_is_the_one_job_after_cancelled(
     job = cluster.batch.read_namespaced_job(name, namespace)
     assert job.metadata is not None
     assert (job.metadata.labels or {})["ingestrun.dev/stage"] == "on-cancel"
-    assert events(cluster, namespace, "cleaned", "OnCancelSucceeded")
+    assert cluster.told(namespace, "OnCancelSucceeded", "cleaned")
 
 
 def test_failed_clean_up_is_shown_and_changes_nothing_else(
@@ -147,7 +142,7 @@ def test_cancelling_again_changes_nothing_and_clearing_is_answered(
     before = wait_for(drained(cluster, namespace, "again"), 60, "Drained")
     cluster.cancel(namespace, "again", "second")
     cluster.patch_spec(namespace, "again", cancel=None)
-    wait_for(lambda: events(cluster, namespace, "again", "CancelCleared"), 30, "the answer")
+    assert cluster.told(namespace, "CancelCleared", "again")
     after = cluster.run(namespace, "again")
     assert after["status"]["phase"] == "Cancelled"
     assert after["status"]["cancellation"] == before["status"]["cancellation"]

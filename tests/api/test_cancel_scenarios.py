@@ -87,6 +87,7 @@ def test_pod_that_fails_after_the_cancel_is_not_retried(
         assert run["status"]["cancellation"]["notPublished"] == "0"
         assert run["status"].get("failures", []) == [], "what comes late is no failure of the run"
         assert_nothing_started_after_cancelled(audit, namespace, name)
+        assert cluster.told(namespace, "Cancelled", name)
         events = told(cluster, namespace, name)
         assert (events["Cancelled"], events["StageFailed"], events["Failed"]) == (1, 0, 0)
     assert len(created_jobs(audit(namespace))) == len(kinds)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from ingestrun.kube import errors
@@ -205,6 +206,9 @@ async def test_the_server_keeps_our_time_out_too(kube: KubernetesCluster) -> Non
         header_params={"Accept": "application/json"},
         auth_settings=["BearerToken"],
     )
-    response = await kube.connection.api.call_api(*request, _request_timeout=5.0, _preload_content=False)
+    try:
+        response = await kube.connection.api.call_api(*request, _request_timeout=5.0, _preload_content=False)
+    except aiohttp.ServerDisconnectedError:
+        return  # its time was over before it had a line to send: then the server hangs up
     assert response.status in (200, 504)
     await response.read()  # type: ignore[no-untyped-call]

@@ -40,8 +40,7 @@ def limited(**changes: Any) -> Json:
 
 
 def notes(cluster: Cluster, namespace: str, reason: str) -> list[str]:
-    items = cluster.core.list_namespaced_event(namespace, field_selector=f"reason={reason}").items
-    return sorted(str(event.message) for event in items)
+    return sorted(cluster.told(namespace, reason))
 
 
 def memory(cluster: Cluster, namespace: str, stage: str) -> list[tuple[str, str]]:
@@ -87,8 +86,9 @@ def test_the_limit_of_a_limit_range_is_raised(
     made = spec(annotations, batches={"partitions": {"count": 1}}, retries=0, outOfMemory={"maxMemory": "1Gi"})
     cluster.create_run(namespace, made, name="given")
     wait_for(in_phase(cluster, namespace, "given", "Succeeded"), 120, "Succeeded")
-    told = wait_for(lambda: notes(cluster, namespace, "MemoryRaised"), 30, "the Event")
-    assert told == ["batch 0, publish, attempt 2: memory limit 200Mi instead of 100Mi"]
+    assert notes(cluster, namespace, "MemoryRaised") == [
+        "batch 0, publish, attempt 2: memory limit 200Mi instead of 100Mi"
+    ]
 
 
 def test_an_eviction_is_not_taken_from_the_retries(

@@ -18,7 +18,7 @@ from kubernetes import client
 
 from tests.api.conftest import REPOSITORY, Cluster, Json, WaitFor, refusal
 from tests.api.operator_process import OperatorProcess
-from tests.api.test_cancel import THREE, events, three_running
+from tests.api.test_cancel import THREE, three_running
 from tests.api.test_runs import (
     Audit,
     assert_nothing_started_after_cancelled,
@@ -98,7 +98,7 @@ def test_run_without_progress_cancels_itself_and_cleans_up(
     release(cluster, namespace, "stuck")
     wait_for(drained(cluster, namespace, "stuck"), 60, "Drained")
     wait_for(lambda: len(cluster.jobs(namespace, "ingestrun.dev/stage=on-cancel")) == 1, 30, "the clean-up")
-    (note,) = events(cluster, namespace, "stuck", "Cancelled")
+    (note,) = cluster.told(namespace, "Cancelled", "stuck")
     assert note == "cancelled by ingestrun-operator: no progress for 5 s (staleAfterSeconds)"
 
 
@@ -380,7 +380,7 @@ def test_ended_runs_are_deleted_in_their_time(
     assert deletes.keys() == ended.keys()
     for name, at in deletes.items():
         assert at - ended[name] >= timedelta(seconds=62 if name == "later" else 60), name
-    assert events(cluster, namespace, "done", "Expired")
+    assert cluster.told(namespace, "Expired", "done")
     assert {line["run"] for line in operator.lines("ingest run deleted, its time is over")} == set(ended)
     release(cluster, namespace, "draining")
     wait_for(lambda: [run["metadata"]["name"] for run in cluster.runs(namespace)] == ["kept"], 60, "the drained one")

@@ -66,8 +66,8 @@ def test_chain_with_a_gap(cluster: Cluster, namespace: str, operator: OperatorPr
     assert done == set(range(16)) - published(old) - late
     assert {env["INGEST_IDEMPOTENCY_KEY"] for env in told} == {f"{old['metadata']['uid']}/{batch}" for batch in done}
     assert cluster.run(namespace, "old")["status"]["resumedBy"]["uid"] == new["metadata"]["uid"]
-    (event,) = cluster.core.list_namespaced_event(namespace, field_selector="reason=TookOver").items
-    assert str(event.message).startswith("goes on from run old: ")
+    (told_so,) = cluster.told(namespace, "TookOver")
+    assert told_so.startswith("goes on from run old: ")
 
 
 def test_partitions_wait_for_the_drain_and_the_second_run_is_refused(

@@ -132,8 +132,7 @@ def test_partitions_with_retries(
     assert run["status"]["records"]["published"] == 30
     (failure,) = run["status"]["failures"]
     assert (failure["batch"], failure["stage"], failure["attempt"]) == (2, "hook check", 0)
-    events = cluster.core.list_namespaced_event(namespace, field_selector="reason=StageFailed").items
-    assert [event.message for event in events] == [
+    assert cluster.told(namespace, "StageFailed") == [
         "batch 2, hook check, attempt 1: Error: exit code 1: simulated failure; retry 1 of 3 in 1 s"
     ]
 
@@ -213,8 +212,8 @@ def test_cancel_with_pods_running_pending_and_unborn(
     skipped = {(line["batch"], line["stage"]) for line in operator.lines(CANCELLED_LINE)}
     assert {(0, "hook check"), (1, "hook check"), (2, "hook check")} <= skipped
     assert_nothing_started_after_cancelled(audit, namespace, "held")
-    reasons = {event.reason for event in cluster.core.list_namespaced_event(namespace).items}
-    assert {"Cancelled", "Drained"} <= reasons
+    assert cluster.told(namespace, "Cancelled")
+    assert cluster.told(namespace, "Drained")
 
 
 def test_cancel_deletes_pods_that_have_not_started(
