@@ -248,11 +248,14 @@ class Histories:
         self.actors: dict[str, set[str]] = {}
         """Who wrote a status or created a Job, by namespace: more than one address is more than one operator."""
         self._names: dict[tuple[str, str], str] = {}
+        self._over: set[str] = set()
 
     def add(self, entry: Json) -> None:
         """Take one entry of the audit log."""
         target = entry["objectRef"]
         namespace, resource = target.get("namespace", ""), target.get("resource")
+        if namespace in self._over:
+            return  # the operator's last calls there, written down after all was judged
         code = int((entry.get("responseStatus") or {}).get("code", 0))
         if entry["user"]["username"] == OPERATOR:
             call = call_name(entry)
@@ -268,8 +271,9 @@ class Histories:
             self._job(entry, code)
 
     def forget(self, namespaces: Iterable[str]) -> None:
-        """Drop all that is kept of these namespaces."""
+        """Drop all that is kept of these namespaces, and take nothing of them any more."""
         gone = set(namespaces)
+        self._over |= gone
         self.runs = {uid: run for uid, run in self.runs.items() if run.namespace not in gone}
         self._names = {key: uid for key, uid in self._names.items() if key[0] not in gone}
         for namespace in gone:

@@ -363,7 +363,10 @@ def test_audit_log_is_read_as_it_grows_across_a_rotation(tmp_path: Path) -> None
     assert (run.terminal.resource_version, run.terminal.answered - run.terminal.received) == (3, 249_999)
     assert histories.calls == {"mine-0": {"patch ingestruns/status": 3}}
     histories.forget(["mine-0"])
-    assert histories.runs == {}
+    with path.open("a") as log:  # the last sweep's call, answered when all was judged
+        log.write(audit_line("mine-0", number=5, phase="Cancelled"))
+    assert poll() == []
+    assert (histories.runs, histories.calls) == ({}, {})
     tail.close()
 
 
