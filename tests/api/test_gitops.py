@@ -249,6 +249,12 @@ def asked(cluster: Cluster, namespace: str) -> bool | None:
     return found
 
 
+def fenced(cluster: Cluster, namespace: str) -> Json:
+    """The run, once it carries the label that the fence selects by; empty before."""
+    run = cluster.run(namespace, "run")
+    return run if run["metadata"]["labels"].get(LABEL) == "true" else {}
+
+
 def warned(cluster: Cluster, namespace: str) -> list[str]:
     events = cluster.core.list_namespaced_event(namespace, field_selector="reason=CancelCleared").items
     return [f"{event.type}: {event.message}" for event in events]
@@ -297,7 +303,10 @@ def test_patch_survives_the_tools_next_syncs(
             "To go on, create a new run with resumeFrom: {name: run}"
         ]
     release(cluster, namespace)
-    run = wait_for(drained(cluster, namespace, "run"), 60, "Drained")
+    wait_for(drained(cluster, namespace, "run"), 60, "Drained")
+    # The fence's label comes with the first look after the cancel, which may be the one that says Drained, just after
+    # it. Then the operator is done with the run until its last sweep, a minute after the cancel.
+    run = wait_for(lambda: fenced(cluster, namespace), 30, "the fence's label")
     assert run["status"]["phase"] == "Cancelled"
     assert record.items() <= run["status"]["cancellation"].items()
     assert_nothing_started_after_cancelled(audit, namespace, "run")
