@@ -127,6 +127,25 @@ def test_a_big_and_a_small_run_share_a_quota_on_jobs(
     assert condition(run, "Backpressured")["status"] == "False"
 
 
+@pytest.mark.parametrize("mode", ["chain", "partitions"])
+def test_a_quota_of_one_job_is_enough(
+    mode: str, cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor, audit: Audit
+) -> None:
+    """What ended Jobs have come to is kept in the status, and they go: nothing hangs, no Job is created twice."""
+    quota(cluster, namespace, wait_for, **{JOBS: "1"})
+    changes: Json = {"parallelism": 3, "backpressure": {"retrySeconds": 2}}
+    if mode == "chain":
+        body = spec({"batches": "3"}, batches={"cursor": {}, "size": 10}, **changes)
+    else:
+        body = spec(batches={"partitions": {"count": 3}}, **changes)
+    cluster.create_run(namespace, body, name="run")
+    run = wait_for(in_phase(cluster, namespace, "run", "Succeeded"), 120, "Succeeded")
+    assert run["status"]["records"] == {"fetched": 30, "rejected": 0, "published": 30}
+    assert run["status"]["batches"]["published"] == "0-2"
+    made = created_jobs(audit(namespace))
+    assert len(made) == 3 * (2 + len(body.get("hooks", ())))
+
+
 def test_a_quota_on_pods_is_backpressure_by_the_job_controllers_event(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor
 ) -> None:

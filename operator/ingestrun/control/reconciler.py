@@ -380,8 +380,8 @@ class Reconciler:
         await self._cluster.delete_job(namespace=meta.namespace, name=job.name, uid=job.uid)
         self._store.lost_job(run_uid=meta.uid, job_uid=job.uid)
         logger.info(
-            "job deleted before it started", run=meta.name, namespace=meta.namespace, uid=meta.uid,
-            batch=job.batch, job=job.name,
+            "job deleted", run=meta.name, namespace=meta.namespace, uid=meta.uid,
+            batch=job.batch, job=job.name, why=delete.why,
         )  # fmt: skip
 
     def _next_look(self, run: IngestRun, planned: Plan, *, unclear: bool) -> float | None:

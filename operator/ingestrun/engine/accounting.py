@@ -100,9 +100,11 @@ def assess_all(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> lis
     )
     gaps = pending_gaps(status.batches)
 
+    parked = {entry.batch: entry for entry in status.batches.parked}
+
     def rules_of(index: int) -> Rules:
-        gap = gaps.get(index)
-        return rules if gap is None else replace(rules, cursor=gap.cursor, fetch_limit=again_limit(gap), again=gap)
+        own, gap = replace(rules, parked=parked.get(index)), gaps.get(index)
+        return own if gap is None else replace(own, cursor=gap.cursor, fetch_limit=again_limit(gap), again=gap)
 
     return [
         assess(rules_of(index), index, by_batch[index], fetch_accounted=index in status.batches.fetched)
@@ -138,6 +140,8 @@ def accounted(old: IngestRunStatus, seen: Sequence[Batch], *, chained: bool, now
         failed=batches.failed | IndexRanges(batch.index for batch in failed),
         exhausted=batches.exhausted or (chained and any(b.fetched.exhausted for b in first if b.fetched)),
     )
+    flight = in_flight(batches)
+    batches = with_(batches, parked=[entry for entry in batches.parked if entry.batch in flight])
     records = RecordsStatus(
         fetched=records.fetched + sum(batch.fetched.read for batch in first if batch.fetched),
         rejected=records.rejected + sum(batch.rejected for batch in published),

@@ -1,4 +1,8 @@
-"""One batch: from its Jobs to where it stands. Its whole state is in them; the status only says claimed or done."""
+"""One batch: from its Jobs to where it stands. Its whole state is in them; the status only says claimed or done.
+
+The one exception: where a quota counts ended Jobs too, the status keeps what the next Job needs of them (`Parked`), so
+that they can go.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from ingestrun.engine.steps import Step
 from ingestrun.model.contract import Stage, StageResult
 from ingestrun.model.resume import Gap, cursor_digest
 from ingestrun.model.spec import Backoff, OutOfMemory
-from ingestrun.model.status import StageFailure
+from ingestrun.model.status import Parked, StageFailure
 
 JOB_MISSING: Final = "JobMissing"
 """The reason of a batch that lacks a Job which nothing can stand in for."""
@@ -54,7 +58,9 @@ class Batch:
     failures: tuple[StageFailure, ...] = ()
     """All failed attempts that can still be seen, the final one included."""
     retried: tuple[tuple[str, str], ...] = ()
-    """Of a batch that is published or failed: each attempt that was tried again, as stage and reason."""
+    """Each attempt that was tried again, or is to be, as stage and reason; without those that were parked with it."""
+    parks: Parked | None = None
+    """With `start`: what the status has to keep for it, so that the Jobs so far can go."""
 
     @property
     def obstacle(self) -> Obstacle | None:
@@ -80,6 +86,13 @@ class Rules:
     now: datetime
     again: Gap | None = None
     """What the batch's fetch was when a run that this one resumes did it; the batches after it are built on that."""
+    parked: Parked | None = None
+    """What the status keeps of the batch's Jobs that may be gone."""
+
+
+def covers(parked: Parked, job: JobView) -> bool:
+    """Whether all that is needed of the Job is in the status."""
+    return job.job.batch == parked.batch and (job.job.step, job.job.attempt) < (parked.step or 0, parked.attempt or 0)
 
 
 def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted: bool) -> Batch:
@@ -88,35 +101,54 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
     A Job that should be there and is not makes the batch fail, unless the step can be repeated without harm:
     a missing Job is never a success.
     """
+    parked = rules.parked or Parked(batch=index)
     by_step: dict[int, list[JobView]] = {}
     for job in sorted(jobs, key=lambda job: job.job.attempt):
-        by_step.setdefault(job.job.step, []).append(job)
+        if not covers(parked, job):
+            by_step.setdefault(job.job.step, []).append(job)
     reached = max(by_step, default=0)
+    first = parked.step or 0
     failures: list[StageFailure] = []
     retried: list[tuple[str, str]] = []
     fetched: StageResult | None = None
-    before: StageResult | None = None
-    before_attempt: int | None = None
-    rejected = 0
+    published: StageResult | None = None
+    handed = parked.written
+    input_attempt = (parked.input or 0) if first else None
+    rejected = parked.rejected or 0
 
-    for step in rules.steps:
+    for step in rules.steps[first:]:
         attempts = by_step.get(step.index, [])
+        begun, spent = _begun(parked, step)
         if not attempts:
             if step.index < reached:
-                before, before_attempt = None, None
+                handed, input_attempt = None, None
                 continue
-            can_start = before_attempt is not None or (step.index == 0 and not (rules.chained and fetch_accounted))
+            can_start = input_attempt is not None or (step.index == 0 and not (rules.chained and fetch_accounted))
             if not can_start:
                 gone = Failure(
                     reason=JOB_MISSING, message="the Job of the stage before is gone, and its result with it"
                 )
                 failed = _told(index, step, 0, gone, "", rules.now)
                 return Batch(index=index, failed=failed, failures=(*failures, failed), retried=tuple(retried))
-            start = Start(batch=index, step=step, attempt=0, input_attempt=before_attempt)
-            return Batch(index=index, fetched=fetched, rejected=rejected, start=start, failures=tuple(failures))
+            start = Start(
+                batch=index,
+                step=step,
+                attempt=begun,
+                input_attempt=input_attempt,
+                memory=Memory(limit=parked.memory_limit) if begun and parked.memory_limit is not None else None,
+            )
+            return Batch(
+                index=index,
+                fetched=fetched,
+                rejected=rejected,
+                start=start,
+                failures=tuple(failures),
+                retried=tuple(retried),
+                parks=_parks(start, handed, rejected, spent),
+            )
 
         latest = attempts[-1]
-        known, spent = _earlier(rules, index, step, attempts[:-1], latest.job.attempt, before)
+        known, spent = _earlier(rules, index, step, attempts[:-1], range(begun, latest.job.attempt), handed, spent)
         failures += [failure for failure in known if failure.reason != JOB_MISSING]
         retried += [(failure.stage, failure.reason) for failure in known]
         verdict: StageResult | Failure
@@ -128,11 +160,11 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
         else:
             verdict = judge(latest)
             if isinstance(verdict, StageResult):
-                verdict = _checked(rules, step, verdict, before, fetch_accounted=fetch_accounted)
+                verdict = _checked(rules, step, verdict, handed, fetch_accounted=fetch_accounted)
             ended_at = latest.job.finished_at or rules.now
         if isinstance(verdict, Failure):
             then = _sequel(rules, index, step, latest, verdict, spent)
-            input_known = step.index == 0 or before_attempt is not None
+            input_known = step.index == 0 or input_attempt is not None
             goes_on = then.retried and input_known
             failed = _told(index, step, latest.job.attempt, verdict, then.said if input_known else "", ended_at)
             failures.append(failed)
@@ -144,34 +176,73 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
                 batch=index,
                 step=step,
                 attempt=latest.job.attempt + 1,
-                input_attempt=before_attempt,
+                input_attempt=input_attempt,
                 not_before=ended_at + then.delay,
                 memory=then.memory or _kept(rules, latest),
             )
-            return Batch(index=index, fetched=fetched, rejected=rejected, start=start, failures=tuple(failures))
+            return Batch(
+                index=index,
+                fetched=fetched,
+                rejected=rejected,
+                start=start,
+                failures=tuple(failures),
+                retried=(*retried, (failed.stage, failed.reason)),
+                parks=_parks(start, handed, rejected, then.spent) if latest.state.finished else None,
+            )
         if step.stage is Stage.FETCH:
             fetched = verdict
         rejected += verdict.rejected
-        before, before_attempt = verdict, latest.job.attempt
+        published, handed, input_attempt = verdict, verdict.written, latest.job.attempt
 
     return Batch(
         index=index,
         fetched=fetched,
-        published=before,
+        published=published,
         rejected=rejected,
         failures=tuple(failures),
         retried=tuple(retried),
     )
 
 
+def _begun(parked: Parked, step: Step) -> tuple[int, Spent]:
+    """With which attempt the stage begins, and what those before it have taken from its budgets."""
+    if step.index != (parked.step or 0):
+        return 0, Spent()
+    spent = Spent(retries=parked.retries or 0, memory=parked.memory_retries or 0, disruptions=parked.disruptions or 0)
+    return parked.attempt or 0, spent
+
+
+def _parks(start: Start, handed: int | None, rejected: int, spent: Spent) -> Parked | None:
+    """What the status has to keep for that start; None for a batch that has had no Job."""
+    if start.step.index == 0 and not start.attempt:
+        return None
+    return Parked(
+        batch=start.batch,
+        step=start.step.index or None,
+        attempt=start.attempt or None,
+        input=start.input_attempt or None,
+        written=handed,
+        rejected=rejected or None,
+        retries=spent.retries or None,
+        memory_retries=spent.memory or None,
+        disruptions=spent.disruptions or None,
+        memory_limit=start.memory.limit if start.memory is not None else None,
+    )
+
+
 def _earlier(
-    rules: Rules, index: int, step: Step, attempts: Sequence[JobView], latest: int, before: StageResult | None
+    rules: Rules,
+    index: int,
+    step: Step,
+    attempts: Sequence[JobView],
+    numbers: range,
+    handed: int | None,
+    spent: Spent,
 ) -> tuple[list[StageFailure], Spent]:
-    """The attempts before the latest, all of them failed, and what they have taken from the stage's budgets."""
+    """The attempts before the latest, all of them failed, and what has been taken from the stage's budgets by then."""
     seen = {job.job.attempt: job for job in attempts}
     failures: list[StageFailure] = []
-    spent = Spent()
-    for attempt in range(latest):
+    for attempt in numbers:
         job = seen.get(attempt)
         if job is None:
             gone = Failure(reason=JOB_MISSING, message="the attempt's Job is gone")
@@ -181,7 +252,7 @@ def _earlier(
         verdict = judge(job)
         if isinstance(verdict, StageResult):
             # It was judged when it was the latest: held to the stage before, or to a cursor that has moved on since.
-            verdict = _rows(step, verdict, before) or Failure(
+            verdict = _rows(step, verdict, handed) or Failure(
                 reason="ResultInvalid", message="the result could not be taken"
             )
         then = _sequel(rules, index, step, job, verdict, spent)
@@ -234,10 +305,10 @@ def _given_up(job: JobView, now: datetime) -> Failure | None:
 
 
 def _checked(
-    rules: Rules, step: Step, result: StageResult, before: StageResult | None, *, fetch_accounted: bool
+    rules: Rules, step: Step, result: StageResult, handed: int | None, *, fetch_accounted: bool
 ) -> StageResult | Failure:
     """Hold a result to what the stage was asked: no row lost, no chain that stands still."""
-    mismatch = _rows(step, result, before)
+    mismatch = _rows(step, result, handed)
     if mismatch is not None:
         return mismatch
     if step.stage is not Stage.FETCH or fetch_accounted:
@@ -274,12 +345,12 @@ def _changed(before: Gap, result: StageResult) -> Failure | None:
     return Failure(reason="SourceChanged", message=message)
 
 
-def _rows(step: Step, result: StageResult, before: StageResult | None) -> Failure | None:
+def _rows(step: Step, result: StageResult, handed: int | None) -> Failure | None:
     """Whether rows went missing, or came from nowhere, between two stages or inside one."""
-    if before is not None and result.read != before.written:
+    if handed is not None and result.read != handed:
         return Failure(
             reason="RowsMismatch",
-            message=f"read {result.read} rows of the {before.written} that the stage before handed on",
+            message=f"read {result.read} rows of the {handed} that the stage before handed on",
         )
     if step.stage is not Stage.FETCH and result.read != result.written + result.rejected:
         return Failure(

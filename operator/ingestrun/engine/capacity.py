@@ -13,6 +13,7 @@ from ingestrun.engine.batches import NO_ROOM, Batch
 from ingestrun.engine.decisions import Refusal, Spent
 from ingestrun.engine.facts import JobState, JobView
 from ingestrun.engine.fairness import Capacity
+from ingestrun.engine.retention import kept_failed
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 
@@ -75,28 +76,25 @@ def held_back(
     )
 
 
-def made_room(
-    run: IngestRun, jobs: Sequence[JobView], flight: Sequence[Batch], capacity: Capacity | None, *, waits: bool
-) -> Spent | None:
-    """The Jobs that are to go at once because a quota on Jobs, which counts finished ones too, is used up.
+def used_up(capacity: Capacity | None) -> bool:
+    """Whether a quota on Jobs, which counts ended ones too, is used up as far as is known."""
+    return capacity is not None and capacity.quota is not None and not capacity.quota.free
 
-    Those of published batches, as the stored status has it, are of no use any more. Where that is not enough and
-    nothing of ours runs in the namespace, batches that each hold Jobs and wait for one more would wait for ever:
-    then the newest partition in flight gives its Jobs back, and begins anew later, from its fetch. A chain can't do
-    that, as its cursor has moved on.
+
+def made_room(
+    run: IngestRun, jobs: Sequence[JobView], capacity: Capacity | None, *, last: bool = False
+) -> Spent | None:
+    """The Jobs that are to go at once under such a quota: those of batches that are over, as the stored status has it.
+
+    Those of failed batches that are kept for their logs only go as a `last` resort, one batch's at a time.
     """
-    quota = capacity.quota if capacity is not None else None
-    if capacity is None or quota is None:
+    if capacity is None or capacity.quota is None:
         return None
+    batches = run.status.batches
+    over = batches.published | batches.failed if last else (batches.published | batches.failed) - kept_failed(run)
     seen = {job.job.batch for job in jobs if job.state.finished and not job.job.deleting}
-    spent = sorted(batch for batch in seen if batch in run.status.batches.published)[:DELETED_AT_ONCE]
-    namespace = capacity.run.namespace
-    if spent or not waits or quota.free or capacity.in_namespace.get(namespace) or run.spec.batches.cursor is not None:
-        return Spent(batches=IndexRanges(spent)) if spent else None
-    holding = [batch.index for batch in flight if batch.index in seen]
-    first = all(capacity.run.uid < other.uid for other in capacity.others if other.namespace == namespace)
-    newest = holding[1 if first else 0 :][-1:]
-    return Spent(batches=IndexRanges(newest)) if newest else None
+    done = sorted(batch for batch in seen if batch in over)[: 1 if last else DELETED_AT_ONCE]
+    return Spent(batches=IndexRanges(done)) if done else None
 
 
 def retry_pause(run: IngestRun) -> timedelta:

@@ -97,6 +97,8 @@ class Delete:
 
     job: JobFacts
     pod: PodFacts | None = None
+    why: str = "it has not started"
+    """For the log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from ingestrun.engine.accounting import (
 from ingestrun.engine.announce import memory_raised
 from ingestrun.engine.batches import NO_ROOM, START_GRACE, Batch, Start
 from ingestrun.engine.cancelling import cancel
-from ingestrun.engine.capacity import NOT_COUNTED_YET, gives_up_at, held_back, made_room
+from ingestrun.engine.capacity import NOT_COUNTED_YET, gives_up_at, held_back, made_room, used_up
 from ingestrun.engine.concurrency import Bar, Rival, bar_of, replaced
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Cause, Child, Create, Delete, Live, Parent, Plan, Predecessor, Refusal
@@ -37,6 +37,7 @@ from ingestrun.engine.fairness import Capacity
 from ingestrun.engine.gaps import with_gaps
 from ingestrun.engine.images import moved, newly_pinned, pinned
 from ingestrun.engine.lifetime import FIRST_ATTEMPT, deadline_of, stale, stale_at
+from ingestrun.engine.parking import holds_room, unneeded, with_parked
 from ingestrun.engine.resuming import Resumed, resume
 from ingestrun.engine.retention import spent
 from ingestrun.engine.saying import activity, said
@@ -144,8 +145,17 @@ def advance(
         claims = max(0, min(spec.parallelism - len(flight), claimable(spec, status.batches, status.records)))
     wants = len(ready) + claims
     held = held_back(run, flight, refusal, capacity, wants=wants, now=now) if may_start else None
+    room = made_room(run, jobs, capacity)
     if held is not None:
-        # What is in flight goes before new batches.
+        # What is in flight goes before new batches, and first what has given up the places of its Jobs.
+        parked = {entry.batch for entry in status.batches.parked}
+        ready.sort(key=lambda start: (start.batch not in parked, start.batch))
+        if room is None and used_up(capacity) and len(ready) > held.admits:
+            waiting, before = [old_flight[start.batch] for start in ready], status
+            status = with_parked(status, waiting, jobs, places=len(ready) - held.admits)
+            due += [now] if status is not before else []
+        if room is None and used_up(capacity) and not holds_room(flight, jobs):
+            room = made_room(run, jobs, capacity, last=True)
         ready = ready[: held.admits]
         claims = min(claims, held.admits - len(ready))
     creates = [_create(run, status, start) for start in ready]
@@ -206,12 +216,15 @@ def advance(
     return Plan(
         status=status,
         creates=tuple(creates),
-        deletes=tuple(
-            Delete(job=job.job, pod=job.pod)
-            for job in jobs
-            if not job.state.finished and not job.job.deleting and job.job.batch in status.batches.failed
+        deletes=(
+            *(
+                Delete(job=job.job, pod=job.pod)
+                for job in jobs
+                if not job.state.finished and not job.job.deleting and job.job.batch in status.batches.failed
+            ),
+            *unneeded(run, jobs),
         ),
-        spent=made_room(run, jobs, flight, capacity, waits=bool(held and held.asks)) or spent(run, jobs),
+        spent=room or spent(run, jobs),
         tell=(*tell, *memory_raised(old, status, (batch.start for batch in flight if batch.start is not None))),
         asks=held.asks if held is not None else 0,
         requeue_at=min(due, default=None),

@@ -21,6 +21,7 @@ from typing import Any, Final
 from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import claimable, in_flight, with_
 from ingestrun.engine.announce import Announcement, normal
+from ingestrun.engine.batches import covers
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Plan, Predecessor, Take
 from ingestrun.engine.ending import refused
@@ -118,19 +119,25 @@ def landed(run: IngestRun, jobs: Sequence[JobView]) -> AfterEndStatus | None:
     """What of the batches in flight at the run's end was published after all; asked of a live list, once drained."""
     publish = steps_of(run.spec)[-1].index
     flight = in_flight(run.status.batches)
+    parked = {entry.batch: entry for entry in run.status.batches.parked}
     results: dict[tuple[int, int], StageResult] = {}
     for job in sorted(jobs, key=lambda job: job.job.attempt):
+        entry = parked.get(job.job.batch)
+        if entry is not None and covers(entry, job):
+            continue
         verdict = judge(job) if job.job.batch in flight and job.state is JobState.SUCCEEDED else None
         if isinstance(verdict, StageResult):
             results[job.job.batch, job.job.step] = verdict
     published = {batch: result.written for (batch, step), result in results.items() if step == publish}
     if not published:
         return None
+    rejected = sum(result.rejected for (batch, _), result in results.items() if batch in published)
+    rejected += sum(entry.rejected or 0 for batch, entry in parked.items() if batch in published)
     return AfterEndStatus(
         published=IndexRanges(published),
         records=LandedRecords(
             published=sum(published.values()),
-            rejected=sum(result.rejected for (batch, _), result in results.items() if batch in published),
+            rejected=rejected,
         ),
     )
 

@@ -31,7 +31,7 @@ def spent(run: IngestRun, jobs: Sequence[JobView]) -> Spent | None:
     becomes of the plan's own write.
     """
     batches = run.status.batches
-    kept = _kept(run)
+    kept = kept_failed(run)
     done = {
         job.job.batch
         for job in jobs
@@ -58,7 +58,7 @@ def spent_but_kept(run: IngestRun, jobs: Sequence[JobView]) -> Spent | None:
     The status of a run that has Failed does not say what became of the batches that were in flight: their Jobs are
     the only trace, and stay as well. A cancelled run's status does say it.
     """
-    kept = _kept(run)
+    kept = kept_failed(run)
     if run.status.cancellation is None:
         kept = kept | in_flight(run.status.batches)
     if all(job.job.deleting or job.job.batch in kept for job in jobs):
@@ -74,7 +74,7 @@ def all_go_at(run: IngestRun) -> datetime | None:
     return run.status.completion_time + timedelta(seconds=seconds)
 
 
-def _kept(run: IngestRun) -> IndexRanges:
-    """The newest failed batches. By index: it is the order in which they were begun."""
+def kept_failed(run: IngestRun) -> IndexRanges:
+    """The newest failed batches, whose Jobs stay for their logs. By index: it is the order in which they were begun."""
     number = run.spec.job_retention.failed_batches
     return IndexRanges(list(run.status.batches.failed)[-number:] if number else ())

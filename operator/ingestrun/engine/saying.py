@@ -45,7 +45,7 @@ def said(
 def activity(phase: Phase, seen: Sequence[Batch], stuck: Batch | None, held: Held | None, *, now: datetime) -> Claim:
     """What a running run is doing, or what keeps it: the Reconciling condition."""
     reason, message = phase.value, ""
-    retried = next((batch for batch in seen if batch.start is not None and batch.start.attempt > 0), None)
+    retried = next((batch for batch in seen if batch.start and batch.start.attempt and batch.failures), None)
     if stuck is not None and stuck.running is not None and stuck.obstacle is not None:
         reason = "PodNotStarting"
         message = f"batch {stuck.index}, Job {stuck.running.job.name}: {stuck.obstacle.message}"

@@ -148,7 +148,8 @@ def _quiet(run: IngestRun, status: IngestRunStatus, jobs: Sequence[JobView], *, 
         Claim(type=c.DRAINED, status="True", reason="Drained", message="no pod of this run is left running"),
         Claim(type=c.RECONCILING, status="False", reason="Finished"),
     ]
-    status = with_(status, after_end=landed(run, jobs))
+    # What was parked was of use until here.
+    status = with_(status, after_end=landed(run, jobs), batches=with_(status.batches, parked=[]))
     if status.cancellation is not None:
         publish = steps_of(run.spec)[-1].index
         ended = {

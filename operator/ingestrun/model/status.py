@@ -61,6 +61,30 @@ class Condition(KubeModel):
     observed_generation: int | None = None
 
 
+class Parked(KubeModel):
+    """A batch in flight whose ended Jobs may go, or are gone, to make room: all that the next one needs of them.
+
+    Its next Job is attempt `attempt` of stage `step`, counted from 0 as the Jobs' labels are. What is 0 or not there
+    is left out.
+    """
+
+    batch: Count
+    step: Count | None = None
+    attempt: Count | None = None
+    input: Count | None = None
+    """Which attempt of the stage before wrote its input, if it was not the first."""
+    written: Count | None = None
+    """Rows that the stage before has handed on."""
+    rejected: Count | None = None
+    """Rows that the stages so far have rejected."""
+    retries: Count | None = None
+    memory_retries: Count | None = None
+    disruptions: Count | None = None
+    """What the stage's attempts so far have taken from its budgets."""
+    memory_limit: Count | None = None
+    """Bytes that its next attempt is to have, where that is not the spec's."""
+
+
 class BatchesStatus(KubeModel):
     """Which batches have got how far, as index ranges ("0-41,43")."""
 
@@ -72,6 +96,7 @@ class BatchesStatus(KubeModel):
     failed: Ranges = IndexRanges()
     redo: Ranges = IndexRanges()
     gaps: list[Gap] = []
+    parked: list[Parked] = []
     active: Count = 0
     exhausted: bool = False
     progress: str = ""

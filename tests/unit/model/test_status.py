@@ -16,6 +16,7 @@ from ingestrun.engine.fitting import STATUS_BYTES, fitted
 from ingestrun.engine.gaps import FREE_BYTES
 from ingestrun.engine.history import counted_retries
 from ingestrun.engine.lastwords import LOG_BYTES
+from ingestrun.engine.parking import MAX_PARKED
 from ingestrun.model.base import KubeModel
 from ingestrun.model.contract import CURSOR_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
@@ -29,6 +30,7 @@ from ingestrun.model.status import (
     Condition,
     ImagePin,
     IngestRunStatus,
+    Parked,
     Phase,
     RecordsStatus,
     ResumedByStatus,
@@ -79,6 +81,7 @@ STATUSES = made(
             made(Gap, batch=COUNTS, cursor=TEXT, read=COUNTS, next=st.none() | TEXT.map(lambda text: text[:16])),
             max_size=3,
         ),
+        parked=st.lists(made(Parked, batch=COUNTS, step=st.none() | COUNTS, written=st.none() | COUNTS), max_size=3),
         active=COUNTS,
         exhausted=st.booleans(),
         progress=TEXT,
@@ -186,7 +189,9 @@ def test_condition_by_type() -> None:
     assert status.condition("Finished") is None
 
 
-def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) -> IngestRunStatus:
+def worst_status(
+    *, failed: int, in_flight: int, drained: bool = True, batches: int = MAX_PARTITIONS
+) -> IngestRunStatus:
     """The longest status: each failed and each unfinished batch is alone, among high and so long indexes."""
     everything = IndexRanges.span(0, batches - 1)
     holes = [batches - 2 - 4 * n for n in range(failed + in_flight)]
@@ -219,6 +224,22 @@ def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) 
             active=in_flight,
             progress=f"{batches}/{batches}",
             gaps=[Gap(batch=batches, cursor="c" * (FREE_BYTES - 60), read=2**53, next="d" * 8)],
+            parked=[
+                Parked(
+                    batch=batches,
+                    step=19,
+                    attempt=100,
+                    input=100,
+                    written=2**53,
+                    rejected=2**53,
+                    retries=100,
+                    memory_retries=10,
+                    disruptions=10,
+                    memory_limit=2**43,
+                )
+                for _ in range(min(MAX_PARKED, in_flight))
+                if not drained
+            ],
         ),
         records=RecordsStatus(fetched=2**53, rejected=2**53, published=2**53),
         cursor="c" * CURSOR_MAX_CHARS,
@@ -252,23 +273,26 @@ def worst_status(*, failed: int, in_flight: int, batches: int = MAX_PARTITIONS) 
             requested_by="u" * 128,
             accepted_at=NOW,
             in_flight=in_flight,
-            drained_at=NOW,
-            published=IndexRanges(list(flying)[::2]),
-            not_published=IndexRanges(list(flying)[1::2]),
+            drained_at=NOW if drained else None,
+            published=IndexRanges(list(flying)[::2] if drained else ()),
+            not_published=IndexRanges(list(flying)[1::2] if drained else ()),
         ),
         after_end=AfterEndStatus(
             published=IndexRanges(list(flying)[::2]), records=LandedRecords(rejected=2**53, published=2**53)
-        ),
+        )
+        if drained
+        else None,
         resumed_from=ResumedFromStatus(name="n" * 253, uid="u" * 36, origin_uid="u" * 36),
         resumed_by=ResumedByStatus(name="n" * 253, uid="u" * 36),
     )
 
 
+@pytest.mark.parametrize("drained", [True, False])
 @pytest.mark.parametrize("failed", [0, 40, MAX_FAILED_BATCHES])
 @pytest.mark.parametrize("in_flight", [0, 4, 16, 50, MAX_PARALLELISM])
-def test_the_worst_status_leaves_room_in_16_kib(failed: int, in_flight: int) -> None:
+def test_the_worst_status_leaves_room_in_16_kib(failed: int, in_flight: int, drained: bool) -> None:
     """3 KiB for the spec, the metadata and the managed fields; tests/api measures a whole object."""
-    status = worst_status(failed=failed, in_flight=in_flight)
+    status = worst_status(failed=failed, in_flight=in_flight, drained=drained)
     fit = fitted(status)
 
     assert len(dumped(fit).encode()) <= STATUS_BYTES
