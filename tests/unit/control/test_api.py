@@ -329,7 +329,7 @@ async def test_each_job_gets_the_address_and_a_token_of_its_own_run() -> None:
         )
         token = env["INGEST_CANCELLATION_TOKEN"]
         assert (await asker.ask(token))[1]["cancelled"] is False
-        asker.now += job["spec"]["activeDeadlineSeconds"] + TOKEN_SLACK_SECONDS - 1
+        asker.now += job["spec"]["template"]["spec"]["activeDeadlineSeconds"] + TOKEN_SLACK_SECONDS - 1
         assert (await asker.ask(token))[0] == 200
         asker.now += 1
         assert (await asker.ask(token))[0] == 401
