@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,38 @@ def test_a_quota_on_pods_is_backpressure_by_the_job_controllers_event(
     cluster.core.patch_namespaced_resource_quota("quota", namespace, {"spec": {"hard": {"pods": "5"}}})
     run = wait_for(in_phase(cluster, namespace, "full", "Succeeded"), 120, "Succeeded")
     assert run["status"]["failures"] == []
+
+
+@pytest.fixture
+def room(cluster: Cluster, namespace: str) -> Iterator[Callable[[], None]]:
+    """Gives a simulated node the label that only this test's pods ask for: before, no node has room for them."""
+    core: Any = cluster.core
+    node = core.list_node(label_selector="ingestrun.dev/simulated=true").items[0].metadata.name
+
+    def label(value: str | None) -> None:
+        core.patch_node(node, {"metadata": {"labels": {f"test.ingestrun.dev/{namespace}": value}}})
+
+    yield lambda: label("room")
+    label(None)
+
+
+def test_a_pod_that_waits_for_a_node_for_longer_than_its_deadline_costs_no_attempt(
+    cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor, room: Callable[[], None]
+) -> None:
+    stage = {"image": "example/worker:1", "activeDeadlineSeconds": 2}
+    made = partitions(1, 1, fetch=stage, hooks=None, publish=stage, retries=0)
+    made["podTemplate"]["nodeSelector"][f"test.ingestrun.dev/{namespace}"] = "room"
+    cluster.create_run(namespace, made, name="waits")
+    wait_for(lambda: backpressured(cluster, namespace, "waits", "Unschedulable"), 60, "Backpressured")
+    since = time.monotonic()
+    wait_for(lambda: time.monotonic() - since > 8, 30, "four times the deadline")
+    backpressured(cluster, namespace, "waits", "Unschedulable")
+    (job,) = cluster.jobs(namespace)
+    assert (job.metadata.labels["ingestrun.dev/attempt"], job.status.active) == ("0", 1)
+    room()
+    run = wait_for(in_phase(cluster, namespace, "waits", "Succeeded"), 60, "Succeeded")
+    assert (run["status"]["retries"], run["status"]["failures"]) == ([], [])
+    assert {job.metadata.labels["ingestrun.dev/attempt"] for job in cluster.jobs(namespace)} == {"0"}
 
 
 def test_a_limit_range_that_refuses_the_pod_is_told_and_cancel_works(

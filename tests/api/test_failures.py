@@ -117,6 +117,42 @@ def test_an_eviction_is_not_taken_from_the_retries(
     assert "retry 2 of 10 for disruptions in " in failure["message"]
 
 
+def test_a_stage_that_runs_past_its_deadline_is_tried_again(
+    cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor
+) -> None:
+    """The first fetch is held, and so runs into it; what follows is let go."""
+    slow = {"image": "example/worker:1", "activeDeadlineSeconds": 4}
+    cluster.create_run(
+        namespace, spec({"hold": "true"}, fetch=slow, hooks=None, batches={"partitions": {"count": 1}}), name="slow"
+    )
+    first = "ingestrun.dev/stage=fetch,ingestrun.dev/attempt=0"
+
+    def failed() -> Any:
+        pods = cluster.pods(namespace, first)
+        return pods[0] if pods and pods[0].status.phase == "Failed" else None
+
+    pod = wait_for(failed, 60, "the end at the deadline")
+    lived = pod.status.container_statuses[0].state.terminated.finished_at - pod.status.start_time
+    assert 3 <= lived.total_seconds() <= 15
+    assert pod.status.reason == "DeadlineExceeded"
+    released: set[str] = set()
+
+    def succeeded() -> Json:
+        for each in cluster.pods(namespace):
+            if each.metadata.name not in released | {pod.metadata.name} and each.status.phase == "Running":
+                release = {"metadata": {"annotations": {"simulate.ingestrun.dev/hold": None}}}
+                cluster.core.patch_namespaced_pod(each.metadata.name, namespace, release)
+                released.add(each.metadata.name)
+        return in_phase(cluster, namespace, "slow", "Succeeded")()
+
+    run = wait_for(succeeded, 60, "Succeeded")
+    assert run["status"]["retries"] == [{"stage": "fetch", "reason": "DeadlineExceeded", "count": 1}]
+    (failure,) = run["status"]["failures"]
+    assert failure["message"].startswith("the stage ran longer than its activeDeadlineSeconds; retry 1 of 3 in ")
+    (job,) = cluster.jobs(namespace, first)
+    assert [c.reason for c in job.status.conditions if c.type == "Failed"] == ["BackoffLimitExceeded"]
+
+
 def test_the_end_of_the_log_is_shown(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor
 ) -> None:

@@ -135,6 +135,12 @@ def test_a_fault_ends_in_exact_counts(kubectl: Kubectl, namespace: str, started:
         check_dataset(kubectl, namespace, run_name, "--part", "2")
 
 
+def test_the_kubelet_ends_a_stage_at_its_deadline(kubectl: Kubectl, namespace: str, started: None) -> None:
+    (failure,) = ended(kubectl, namespace, "fault-hang", seconds=240)["status"]["failures"]
+    assert (failure["stage"], failure["attempt"], failure["reason"]) == (PUBLISH, 0, "DeadlineExceeded")
+    assert failure["message"].startswith("the stage ran longer than its activeDeadlineSeconds; retry 1 of 3 in 1 s")
+
+
 def test_the_last_lines_of_the_log_are_in_the_status(kubectl: Kubectl, namespace: str, started: None) -> None:
     run = ended(kubectl, namespace, "fault-exit-twice", seconds=240)
     failures = run["status"]["failures"]

@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar, get_args
 
 from ingestrun.kube.errors import (
@@ -572,8 +572,41 @@ class FakeCluster(Cluster):
             self._remove("Pod", self._find("Pod", namespace, pod["metadata"]["name"]))
         return str(pod["metadata"]["name"])
 
-    def fail_job(self, job: str, namespace: str = "default", *, reason: str = "DeadlineExceeded") -> None:
-        """The job controller fails the Job by itself, and deletes its running pods."""
+    def exceed_deadline(
+        self, job: str, namespace: str = "default", *, exit_code: int = 137, result: Object | str | None = None
+    ) -> str:
+        """The kubelet ends the Job's pod for its activeDeadlineSeconds, and the Job has failed. Returns the pod's name.
+
+        The pod stays, Failed whatever its container made of SIGTERM (137: it did not listen).
+        """
+        return self.finish_job(job, namespace, exit_code=exit_code, result=result, pod_reason="DeadlineExceeded")
+
+    def keep_deadlines(self) -> None:
+        """Whoever has a deadline to keep does so, as the time is now: the kubelet of pods, the Job controller of Jobs.
+
+        A pod's counts from when a kubelet has taken it, a Job's from when the Job controller has taken it up.
+        """
+        for job in self._select("Job"):
+            meta, spec = job["metadata"], job["spec"]
+            if shapes.is_finished(job) or spec["suspend"]:
+                continue
+            pod = self._pod_of(meta["name"], meta["namespace"])
+            if self._is_over(spec, job["status"]):
+                self.fail_job(meta["name"], meta["namespace"], reason="DeadlineExceeded")
+            elif pod is not None and not _has_ended(pod) and self._is_over(pod["spec"], pod["status"]):
+                self.exceed_deadline(meta["name"], meta["namespace"])
+
+    def _is_over(self, spec: Object, status: Object) -> bool:
+        seconds, since = spec.get("activeDeadlineSeconds"), status.get("startTime")
+        if seconds is None or since is None:
+            return False
+        return self.now() >= datetime.fromisoformat(since) + timedelta(seconds=seconds)
+
+    def fail_job(self, job: str, namespace: str = "default", *, reason: str) -> None:
+        """The job controller fails the Job by itself, and deletes its running pods.
+
+        With DeadlineExceeded: a Job whose deadline is its own, as those of operators before decision 0007 are.
+        """
         owner = self._find("Job", namespace, job)
         pods = [pod for pod in self.pods(job, namespace) if pod["status"]["phase"] in ("Pending", "Running")]
         for pod in pods:
@@ -779,6 +812,10 @@ def _check_preconditions(obj: Json, uid: str, resource_version: str | None) -> N
                 f'Operation cannot be fulfilled on {obj["kind"]} "{meta["name"]}": the {what} in the precondition '
                 f"({wanted}) does not match the {what} in record ({found})"
             )
+
+
+def _has_ended(pod: Object) -> bool:
+    return pod["status"]["phase"] in ("Succeeded", "Failed")
 
 
 def _check_job(job: Json) -> None:

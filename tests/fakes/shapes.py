@@ -197,7 +197,10 @@ def ended_status(
     phase = "Succeeded" if exit_code == 0 and pod_reason is None else "Failed"
     state = {"terminated": terminated}
     status = _pod_status(pod, now, phase=phase, state=state, ready=False, started=False)
-    if pod_reason is not None:
+    if pod_reason == "DeadlineExceeded":
+        # No disruption: the kubelet does what the pod's own spec asks for.
+        status |= {"reason": pod_reason, "message": "Pod was active on the node longer than the specified deadline"}
+    elif pod_reason is not None:
         status["reason"] = pod_reason
         status["message"] = f"the pod was ended: {pod_reason}"
         status["conditions"].append(

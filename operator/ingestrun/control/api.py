@@ -23,8 +23,12 @@ from ingestrun.model.status import Phase
 
 PATH: Final = "/api/v1/namespaces/{namespace}/ingestruns/{name}/cancellation-check"
 CACHE_SECONDS: Final = 1.0
-TOKEN_SLACK_SECONDS: Final = 600
-"""How long a token outlives its Job's deadline: for the pod's grace period, and for clocks that differ."""
+TOKEN_WAIT_SECONDS: Final = 30 * 24 * 3600
+"""How long after its Job's creation a pod's deadline may begin with the token still good to the pod's end.
+
+The deadline counts from when a node has taken the pod, and the wait for that has no bound. A pod that waited longer
+asks in vain and goes on, as if nobody had answered: it can be cancelled like any other, but does not stop by itself.
+"""
 
 
 class Api:
@@ -54,7 +58,7 @@ class Api:
             return None
         meta = run.metadata
         key = RunKey(namespace=meta.namespace, name=meta.name)
-        expiry = int(self._clock()) + deadline_seconds + TOKEN_SLACK_SECONDS
+        expiry = int(self._clock()) + TOKEN_WAIT_SECONDS + deadline_seconds
         return CancellationCheck(
             url=self._url + PATH.format(namespace=key.namespace, name=key.name),
             token=issue(self._key.value, key, uid=meta.uid, expiry=expiry),

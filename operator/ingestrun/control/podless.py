@@ -47,17 +47,22 @@ class Podless:
         if not lacking:
             self._usage.pods_refused(run.metadata.uid, key.namespace, refused=False)
             return list(jobs)
-        said = await self._said(key.namespace, now=now)
-        told = [
-            replace(job, no_pod=pod_refused(job, said.get(job.job.uid))) if job.job.uid in lacking else job
-            for job in jobs
-        ]
+        told = await self.reasons(key.namespace, jobs, now=now)
         refused = any(
             job.no_pod is not None and job.no_pod.kind == "QuotaExceeded" and now < job.no_pod.since + COMES_FIRST
             for job in told
         )
         self._usage.pods_refused(run.metadata.uid, key.namespace, refused=refused)
         return told
+
+    async def reasons(self, namespace: str, jobs: Sequence[JobView], *, now: datetime) -> list[JobView]:
+        """As `explained`, of Jobs whose waiting for room holds nobody else back."""
+        lacking = {job.job.uid for job in jobs if job.lacks_pod(now)}
+        said = await self._said(namespace, now=now) if lacking else {}
+        return [
+            replace(job, no_pod=pod_refused(job, said.get(job.job.uid))) if job.job.uid in lacking else job
+            for job in jobs
+        ]
 
     async def _said(self, namespace: str, *, now: datetime) -> dict[str, str]:
         look = self._looks.get(namespace)

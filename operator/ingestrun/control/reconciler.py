@@ -154,6 +154,8 @@ class Reconciler:
         jobs, unclear = await self._judgeable(run, self._store.views(uid))
         if not ended:
             jobs = await self._podless.explained(key, run, jobs, now=self._clock())
+        elif run.status.cancellation is not None and run.status.cancellation.on_cancel is not None:
+            jobs = await self._podless.reasons(key.namespace, jobs, now=self._clock())
         planned = plan(
             run,
             jobs,
@@ -306,7 +308,7 @@ class Reconciler:
             for job in jobs
             if job.state.finished
             and (job.pod is None or not job.pod.ended)
-            and job.job.reason != "DeadlineExceeded"  # then the Job controller has deleted the pod
+            and job.job.reason != "DeadlineExceeded"  # of the Job itself: its controller has deleted the pod
             and job.job.batch not in settled
         ]
         if not awaited:

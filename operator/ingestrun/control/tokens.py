@@ -66,7 +66,7 @@ def verify(key: bytes, run: RunKey, token: str, *, now: float) -> str:
     if not hmac.compare_digest(_mac(key, run, uid, expiry), match["mac"]):
         raise ForeignTokenError("the token is for another run, or of a key that was replaced")
     if now >= expiry:
-        raise NoTokenError("the token has expired: its Job's deadline is over")
+        raise NoTokenError("the token has expired: its Job was created too long ago")
     return uid
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from ingestrun.engine.facts import MESSAGE_CHARS, JobState, JobView, Obstacle
+from ingestrun.engine.facts import MESSAGE_CHARS, JobView, Obstacle
 from ingestrun.engine.failure import Failure, judge
 from ingestrun.engine.memory import Memory, limit_of
 from ingestrun.engine.retrying import Allowance, Sequel, Spent, sequel
@@ -65,9 +65,7 @@ class Batch:
     @property
     def obstacle(self) -> Obstacle | None:
         """Why the running Job's pod does not start or can't be created, if something keeps it."""
-        if self.running is None or self.running.state is not JobState.WAITING:
-            return None
-        return self.running.pod.obstacle if self.running.pod else self.running.no_pod
+        return self.running.obstacle if self.running is not None else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,10 +151,10 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
         retried += [(failure.stage, failure.reason) for failure in known]
         verdict: StageResult | Failure
         if not latest.state.finished:
-            given_up = _given_up(latest, rules.now)
-            if given_up is None:
+            refused = given_up(latest, rules.now)
+            if refused is None:
                 return Batch(index=index, fetched=fetched, rejected=rejected, running=latest, failures=tuple(failures))
-            verdict, ended_at = given_up, rules.now
+            verdict, ended_at = refused, rules.now
         else:
             verdict = judge(latest)
             if isinstance(verdict, StageResult):
@@ -293,8 +291,9 @@ def _told(index: int, step: Step, attempt: int, failure: Failure, then: str, at:
     )
 
 
-def _given_up(job: JobView, now: datetime) -> Failure | None:
-    obstacle = job.pod.obstacle if job.pod else job.no_pod
+def given_up(job: JobView, now: datetime) -> Failure | None:
+    """Why a Job that waits is waited for no longer; None where it is."""
+    obstacle = job.obstacle
     if obstacle is None or obstacle.kind in NO_ROOM or now - obstacle.since < START_GRACE:
         return None
     waited = int(START_GRACE.total_seconds())

@@ -141,6 +141,13 @@ class JobView:
         """Whether it is suspended and nothing of it runs: it waits to be admitted."""
         return self.job.suspended and self.state is JobState.WAITING
 
+    @property
+    def obstacle(self) -> Obstacle | None:
+        """Why its pod does not start or can't be created, if something keeps it."""
+        if self.state is not JobState.WAITING:
+            return None
+        return self.pod.obstacle if self.pod is not None else self.no_pod
+
     def lacks_pod(self, now: datetime) -> bool:
         """Whether it should have a pod by now and has none."""
         at = self.lacks_pod_at
@@ -243,7 +250,7 @@ def view(job: JobFacts, pods: Sequence[PodFacts]) -> JobView:
 
     A pod that has ended with exit code 0 is the Job's success: the Job controller says so a second or two later,
     and the next stage need not wait for that. It holds even if the Job then meets its deadline, so that what was
-    built on it is not judged anew.
+    built on it is not judged anew; and if the kubelet ended the pod for its own: the result, or its lack, tells more.
 
     A pod that a suspension has ended is none of the Job's any more: Kueue preempts so, and the Job starts anew.
     """

@@ -20,7 +20,11 @@ _DISRUPTIONS: Final = {
     "DeletionByPodGC": "NodeLost",
 }
 """The reasons of a pod's condition DisruptionTarget (Kubernetes' docs, "Disruptions"), as ours."""
-_NODE_LOST: Final = frozenset({"NodeLost", "ContainerStatusUnknown"})
+_STATUS_UNKNOWN: Final = "ContainerStatusUnknown"
+"""The reason of a container that the kubelet can't find: of one that was never begun, and of one that is lost."""
+_DEADLINE: Final = "DeadlineExceeded"
+"""The kubelet's reason of a pod, and the Job controller's of a Job, whose `activeDeadlineSeconds` are over."""
+_NODE_LOST: Final = frozenset({"NodeLost", _STATUS_UNKNOWN})
 """Reasons of a pod or a container whose node has lost sight of it."""
 _NODE_REFUSED: Final = frozenset({"NodeAffinity", "NodeShutdown", "UnexpectedAdmissionError", "AdmissionFailed"})
 """Why a kubelet would not take a pod that was bound to its node; also OutOfcpu, OutOfmemory, OutOfpods and the like."""
@@ -43,9 +47,15 @@ class Failure:
 
 
 def judge(ended: JobView) -> StageResult | Failure:
-    """What a finished Job has come to. Only exit code 0 with a valid result that says `done` is a success."""
+    """What a finished Job has come to. Only exit code 0 with a valid result that says `done` is a success.
+
+    So it is past the deadline as well: work that is done is not done again for its having ended a moment too late.
+    """
     if ended.state is JobState.SUCCEEDED:
-        return _result(ended)
+        result = _result(ended)
+        if isinstance(result, Failure) and result.reason == "ResultInvalid" and _past_deadline(ended):
+            return _deadline_exceeded(ended)  # the container takes SIGTERM for a reason to exit with 0
+        return result
     failure = _why(ended)
     log = last_lines(ended.pod.message) if ended.pod is not None else None
     return Failure(reason=failure.reason, message=failure.message, log=log)
@@ -78,12 +88,13 @@ def _result(ended: JobView) -> StageResult | Failure:
 
 
 def _why(ended: JobView) -> Failure:
-    """The first of these that fits: the Job's own word, the container's, then what was done to the pod."""
+    """The first of these that fits: the deadline, the container's own word, then what was done to the pod.
+
+    The deadline before an exit code: how a container ends that is told to says nothing about its work.
+    """
     pod = ended.pod
-    if ended.job.reason == "DeadlineExceeded":
-        started = pod is None or pod.started
-        did = "ran longer than" if started else "had not started at the end of"
-        return Failure(reason="DeadlineExceeded", message=f"the stage {did} its activeDeadlineSeconds")
+    if _past_deadline(ended):
+        return _deadline_exceeded(ended)
     if pod is None:
         return Failure(reason="PodLost", message="the pod ended without an exit code: it is gone")
     if pod.exit_code == EXIT_PERMANENT:
@@ -99,6 +110,25 @@ def _why(ended: JobView) -> Failure:
     if pod.exit_code is None:
         return Failure(reason=pod.reason or "PodLost", message=_words(pod, "the pod ended without an exit code"))
     return _exited("Error" if pod.reason in (None, "Error", "Completed") else str(pod.reason), pod)
+
+
+def _past_deadline(ended: JobView) -> bool:
+    """Whether the kubelet ended the pod for its deadline; or the Job controller the Job, of an operator before 0007.
+
+    The kubelet says so of a pod that ends past its deadline whatever it ended for, so two causes that it knows of
+    weigh more: a disruption, and memory (a stage may hang because one of its processes was killed for it).
+    """
+    if ended.job.reason == _DEADLINE:
+        return True
+    pod = ended.pod
+    return pod is not None and pod.pod_reason == _DEADLINE and pod.disruption is None and pod.reason != "OOMKilled"
+
+
+def _deadline_exceeded(ended: JobView) -> Failure:
+    pod = ended.pod
+    began = pod is None or (pod.started and pod.reason not in (_DEADLINE, _STATUS_UNKNOWN))
+    did = "ran longer than" if began else "had not started at the end of"
+    return Failure(reason=_DEADLINE, message=f"the stage {did} its activeDeadlineSeconds")
 
 
 def _disruption(pod: PodFacts) -> Failure | None:

@@ -39,7 +39,7 @@ class CancellationCheck:
 
 
 CheckFor = Callable[[IngestRun, int], CancellationCheck | None]
-"""What a Job of this run with this deadline (seconds) is told about the check; None: nothing."""
+"""What a Job of this run whose pod has this deadline (seconds) is told about the check; None: nothing."""
 
 
 def job_manifest(
@@ -49,12 +49,14 @@ def job_manifest(
 
     `backoffLimit: 0` and `restartPolicy: Never`: retries are the planner's, so that none happens behind a
     cancel. Pods are restricted, without a service-account token, and owned by the run through their Job.
+    The deadline is the pod's, so that waiting for room costs no attempt (docs/decisions/0007-deadline-on-the-pod.md).
     """
     start = create.start
     labels, queue = job_labels(run, create), queue_labels(run, create)
     template = run.spec.pod_template
     pod_spec: dict[str, Any] = {
         "restartPolicy": "Never",
+        "activeDeadlineSeconds": start.step.deadline_seconds,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": {
@@ -92,7 +94,6 @@ def job_manifest(
             "completions": 1,
             "parallelism": 1,
             "podReplacementPolicy": "Failed",
-            "activeDeadlineSeconds": start.step.deadline_seconds,
             "template": {
                 "metadata": {
                     "labels": {**template.labels, **labels},

@@ -14,7 +14,7 @@ from typing import Final
 from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import in_flight, with_
 from ingestrun.engine.announce import Announcement
-from ingestrun.engine.batches import Start
+from ingestrun.engine.batches import NO_ROOM, Start, given_up
 from ingestrun.engine.cancelling import cancel_cleared, policy_of, skips_of
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.decisions import Child, Create, Delete, Kill, Live, Parent, Plan
@@ -124,6 +124,8 @@ def _after_drain(
     late = tuple(
         Delete(job=job.job) for job in jobs if live is not None and not job.state.finished and not job.job.deleting
     )
+    if clean_up is not None and clean_up.state is JobState.WAITING and not clean_up.job.deleting and _failed(status):
+        late = (*late, Delete(job=clean_up.job, pod=clean_up.pod))  # it is given up: it must not start after all
     unfinished = status.cancellation is not None and (_cleaning(status.cancellation) or _waiting(status.cancellation))
     over = now >= sweep_at
     swept = over and live is not None and not late
@@ -195,20 +197,40 @@ def _cleaned(
     elif job is None:
         after = OnCancelStatus(state="Failed", message="its Job is gone, and its result with it")
     elif not job.state.finished:
-        after = OnCancelStatus(state="Running")
-    elif job.state is JobState.SUCCEEDED:
-        # Its exit code says it all: nothing is handed on, so no result is asked for.
-        after = OnCancelStatus(state="Succeeded")
+        after = _unfinished(job, now=now)
     else:
-        verdict = judge(job)
-        why = f"{verdict.reason}: {verdict.message}" if isinstance(verdict, Failure) else ""
-        after = OnCancelStatus(state="Failed", message=why)
+        after = _ended(job)
     status = with_(status, cancellation=with_(record, on_cancel=after))
     return said(run, status, phase=None, claims=(), now=now), creates
 
 
+def _unfinished(job: JobView, *, now: datetime) -> OnCancelStatus:
+    """It runs, or waits: for room as long as it takes, for what will be refused again no longer than a stage does."""
+    refused = given_up(job, now)
+    if refused is not None:
+        return OnCancelStatus(state="Failed", message=f"{refused.reason}: {refused.message}")
+    obstacle = job.obstacle
+    full = obstacle is not None and obstacle.kind in NO_ROOM
+    return OnCancelStatus(state="Running", message=f"waits for room: {obstacle.message}" if obstacle and full else "")
+
+
+def _ended(job: JobView) -> OnCancelStatus:
+    """Its exit code says it all: nothing is handed on, so no result is asked for. But cut short it is not done."""
+    verdict = judge(job)
+    cut_short = isinstance(verdict, Failure) and verdict.reason == "DeadlineExceeded"
+    if job.state is JobState.SUCCEEDED and not cut_short:
+        return OnCancelStatus(state="Succeeded")
+    why = f"{verdict.reason}: {verdict.message}" if isinstance(verdict, Failure) else ""
+    return OnCancelStatus(state="Failed", message=why)
+
+
 def _cleaning(record: CancellationStatus) -> bool:
     return record.on_cancel is not None and record.on_cancel.state in ("Claimed", "Running")
+
+
+def _failed(status: IngestRunStatus) -> bool:
+    record = status.cancellation
+    return record is not None and record.on_cancel is not None and record.on_cancel.state == "Failed"
 
 
 def _waiting(record: CancellationStatus) -> bool:

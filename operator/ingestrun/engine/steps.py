@@ -11,7 +11,7 @@ from ingestrun.model.stages import STAGE_SETTINGS, Resources, StageSettings
 from ingestrun.model.worker import SecretKeySelector
 
 DEFAULT_DEADLINE_SECONDS = 3600
-"""`activeDeadlineSeconds` of a stage that sets none: every Job has one, so that none can hang for ever."""
+"""`activeDeadlineSeconds` of a stage that sets none: every pod has one, so that none can hang for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,7 +62,7 @@ A run that resumes another has that one's UID in it, so that a batch which is do
 ENV_CANCELLATION_URL: Final = "INGEST_CANCELLATION_URL"
 """Where to ask whether this run is cancelled: GET, answered in JSON. Unset where the operator offers no check."""
 ENV_CANCELLATION_TOKEN: Final = "INGEST_CANCELLATION_TOKEN"  # noqa: S105  (the variable's name)
-"""The bearer token of that question; it answers for this run alone, until some time after the Job's deadline."""
+"""The bearer token of that question; for its run alone, and for 30 days and the stage's deadline."""
 
 EXIT_DONE: Final = 0
 EXIT_PERMANENT: Final = 65

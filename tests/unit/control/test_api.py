@@ -13,7 +13,7 @@ import pytest
 from tests.fakes.cluster import Call, FakeCluster
 from tests.fakes.world import KEY, World, environment, manifest
 
-from ingestrun.control.api import TOKEN_SLACK_SECONDS, Api
+from ingestrun.control.api import TOKEN_WAIT_SECONDS, Api
 from ingestrun.control.reconciler import Reconciler
 from ingestrun.control.settings import Settings
 from ingestrun.control.tokens import SECRET_NAME, CheckKey, issue
@@ -229,7 +229,7 @@ async def test_without_a_good_token_nothing_is_said(caplog: pytest.LogCaptureFix
             status, body = await asker.ask(bad)
             assert (status, set(body)) == (code, {"error", "message"})
             assert " " in body["message"]
-        asker.now += 60 + TOKEN_SLACK_SECONDS - 1
+        asker.now += 60 + TOKEN_WAIT_SECONDS - 1
         assert (await asker.ask(token))[0] == 200
         asker.now += 2
         status, body = await asker.ask(token)
@@ -329,7 +329,10 @@ async def test_each_job_gets_the_address_and_a_token_of_its_own_run() -> None:
         )
         token = env["INGEST_CANCELLATION_TOKEN"]
         assert (await asker.ask(token))[1]["cancelled"] is False
-        asker.now += job["spec"]["activeDeadlineSeconds"] + TOKEN_SLACK_SECONDS - 1
+        deadline = job["spec"]["template"]["spec"]["activeDeadlineSeconds"]
+        asker.now += (began := 14 * 24 * 3600) + deadline
+        assert (await asker.ask(token))[0] == 200, "the pod has waited two weeks for a node"
+        asker.now += TOKEN_WAIT_SECONDS - began - 1
         assert (await asker.ask(token))[0] == 200
         asker.now += 1
         assert (await asker.ask(token))[0] == 401

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -501,6 +501,80 @@ async def test_clean_up_runs_once_after_the_drain_and_its_end_is_shown(how: dict
     clean_ups = [call for call in world.cluster.calls("create", "jobs") if "on-cancel" in call.name]
     assert len(clean_ups) == 1
     assert [event["reason"] for event in world.cluster.events()].count(f"OnCancel{state}") == 1
+
+
+async def clean_up_of(world: World) -> str:
+    """The name of the clean-up Job of a run that is cancelled and drained."""
+    world.create(batches={"partitions": {"count": 1}}, onCancel=CLEAN_UP)
+    await world.settle()
+    world.cancel()
+    await world.settle()
+    (job,) = world.active_jobs()
+    assert job["metadata"]["labels"][STAGE] == "on-cancel"
+    return str(job["metadata"]["name"])
+
+
+async def pass_hours(world: World, hours: int) -> None:
+    for _ in range(hours * 20):
+        world.now += timedelta(minutes=3)
+        world.cluster.keep_deadlines()
+        await world.settle()
+
+
+@pytest.mark.parametrize("full", ["no node has room", "a quota refuses the pod"])
+async def test_clean_up_waits_for_room_as_long_as_it_takes_and_says_so(full: str) -> None:
+    world = World()
+    name = await clean_up_of(world)
+    if full == "no node has room":
+        world.cluster.create_pod(name, unschedulable="0/3 nodes are available")
+        said = "waits for room: 0/3 nodes are available"
+    else:
+        world.cluster.refuse_pod(name, message='pods "x" is forbidden: exceeded quota: compute, limited: pods=2')
+        said = "waits for room: its pod is refused: exceeded quota: compute, limited: pods=2"
+    await pass_hours(world, 5)
+    assert world.status["cancellation"]["onCancel"] == {"state": "Running", "message": said}
+    world.cluster.start_pod(name)
+    world.work(world.cluster.job(name), exit_code=0)
+    await world.play()
+    assert world.status["cancellation"]["onCancel"] == {"state": "Succeeded", "message": ""}
+
+
+async def test_clean_up_that_hangs_ends_at_its_deadline() -> None:
+    world = World()
+    world.cluster.start_pod(await clean_up_of(world))
+    await pass_hours(world, 1)
+    told = {"state": "Failed", "message": "DeadlineExceeded: the stage ran longer than its activeDeadlineSeconds"}
+    assert world.status["cancellation"]["onCancel"] == told
+
+
+async def test_clean_up_that_is_told_to_end_and_exits_with_0_has_not_succeeded() -> None:
+    world = World()
+    world.cluster.exceed_deadline(await clean_up_of(world), exit_code=0)
+    await world.play()
+    assert world.status["cancellation"]["onCancel"]["state"] == "Failed"
+    assert world.status["cancellation"]["onCancel"]["message"].startswith("DeadlineExceeded: ")
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        ("limits", "PodRefused: the pod has not started for 120 s: its pod is refused: maximum memory usage"),
+        ("image", "ImagePull: the pod has not started for 120 s: image 'example/clean:1' cannot be pulled"),
+    ],
+)
+async def test_clean_up_that_can_never_start_is_given_up_and_does_not_start_later(cause: str, said: str) -> None:
+    world = World()
+    name = await clean_up_of(world)
+    if cause == "limits":
+        world.cluster.refuse_pod(name, message='pods "x" is forbidden: maximum memory usage per Container is 1Gi')
+    else:
+        world.cluster.pod_waits(name, reason="ImagePullBackOff")
+    await pass_hours(world, 1)
+    told = world.status["cancellation"]["onCancel"]
+    assert told["state"] == "Failed"
+    assert told["message"].startswith(said)
+    assert world.cluster.jobs() == []
+    assert world.due == {}, "the run is over"
 
 
 @pytest.mark.parametrize("stage", ["before", "after"])

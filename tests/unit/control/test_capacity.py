@@ -294,6 +294,72 @@ async def test_unschedulable_pods_run_into_the_time_out_too_and_their_jobs_go() 
     assert world.active_jobs() == []
 
 
+async def pass_hours(world: World, hours: int) -> None:
+    """Hour by hour, and whoever keeps deadlines keeps them."""
+    for _ in range(hours):
+        await pass_time(world, 3600)
+        world.cluster.keep_deadlines()
+        await world.settle()
+
+
+@pytest.mark.parametrize("full", ["no node has room", "a quota refuses the pod"])
+async def test_waiting_for_room_for_hours_costs_no_attempt(full: str) -> None:
+    """The stage's deadline is a minute, and there are no retries: one that ran while it waits would fail the run."""
+    world = World()
+    stage = {"image": "example/worker:1", "activeDeadlineSeconds": 60}
+    world.create(fetch=stage, retries=0, batches={"partitions": {"count": 1}})
+    await world.settle()
+    (job,) = world.active_jobs()
+    if full == "no node has room":
+        world.cluster.create_pod(job["metadata"]["name"], unschedulable="0/3 nodes are available")
+    else:
+        world.cluster.refuse_pod(job["metadata"]["name"], message=QUOTA)
+    for _ in range(3):
+        await pass_hours(world, 2)
+        assert world.phase == "Running"
+        assert world.condition("Backpressured")["status"] == "True"
+        assert world.status["failures"] == []
+    world.cluster.start_pod(job["metadata"]["name"])
+    await pass_time(world, 59)
+    world.cluster.keep_deadlines()
+    await world.settle()
+    assert world.condition("Backpressured")["status"] == "False"
+    await world.play()
+    assert world.phase == "Succeeded"
+    assert (world.status["retries"], world.status["failures"]) == ([], [])
+    assert len([call for call in world.cluster.calls("create", "jobs") if "-fetch-" in call.name]) == 1
+
+
+async def test_a_stage_is_held_to_its_deadline_from_when_a_node_has_taken_it() -> None:
+    world = World()
+    world.create(fetch={"image": "example/worker:1", "activeDeadlineSeconds": 60}, batches={"partitions": {"count": 1}})
+    await world.settle()
+    (job,) = world.active_jobs()
+    world.cluster.start_pod(job["metadata"]["name"])
+    await pass_time(world, 60)
+    world.cluster.keep_deadlines()
+    await world.settle()
+    (failure,) = world.status["failures"]
+    assert (failure["reason"], failure["attempt"]) == ("DeadlineExceeded", 0)
+    assert failure["message"].startswith("the stage ran longer than its activeDeadlineSeconds; retry 1 of 3 in ")
+    await world.play()
+    assert world.status["retries"] == [{"stage": "fetch", "reason": "DeadlineExceeded", "count": 1}]
+    assert world.phase == "Succeeded"
+
+
+async def test_a_jobs_own_deadline_is_still_one() -> None:
+    """Of a Job that an operator before decision 0007 has made: the upgrade must not take it for a lost pod."""
+    world = World()
+    world.create(batches={"partitions": {"count": 1}})
+    await world.settle()
+    (job,) = world.active_jobs()
+    world.cluster.start_pod(job["metadata"]["name"])
+    await world.settle()
+    world.cluster.fail_job(job["metadata"]["name"], reason="DeadlineExceeded")
+    await world.settle()
+    assert [failure["reason"] for failure in world.status["failures"]] == ["DeadlineExceeded"]
+
+
 async def test_the_time_out_is_for_want_of_room_not_for_waiting_in_turn() -> None:
     """Its Jobs run, one after another: it is never without room for long, however long it all takes."""
     world = World(Caps(in_all=1))

@@ -124,7 +124,7 @@ def meet(world: Runs, job: Object, fate: str) -> None:
     if fate == "deleted":
         world.cluster.expire_job(name)
     elif fate == "deadline":
-        world.cluster.fail_job(name)
+        world.cluster.exceed_deadline(name)
     elif fate == "done":
         world.work(job)
     else:

@@ -63,6 +63,14 @@ def test_only_exit_0_with_a_valid_done_is_a_success() -> None:
     assert (verdict.read, verdict.written, verdict.rejected) == (3, 2, 1)
 
 
+def test_a_result_that_says_done_counts_though_its_pod_was_ended_for_the_deadline() -> None:
+    """The container was done, or was let finish what it had begun to commit."""
+    assert isinstance(judge(overdue(0, message=DONE)), StageResult)
+    failed = judge(overdue(143, message=DONE))
+    assert isinstance(failed, Failure)
+    assert failed.reason == "DeadlineExceeded"
+
+
 RETRY = Rule(Verdict.RETRY, Budget.RETRIES)
 FREE = Rule(Verdict.RETRY, Budget.DISRUPTIONS)
 MEMORY = Rule(Verdict.RETRY_WITH_MORE_MEMORY, Budget.MEMORY)
@@ -72,6 +80,13 @@ FAIL_BATCH = Rule(Verdict.FAIL_BATCH)
 def ended(**facts: Any) -> JobView:
     """A failed Job whose pod is like this."""
     return job(JobState.FAILED, reason="BackoffLimitExceeded", pod=pod(**{"exit_code": 1, "reason": "Error", **facts}))
+
+
+def overdue(exit_code: int | None = 143, **facts: Any) -> JobView:
+    """A Job whose pod the kubelet has ended for its deadline; its state is as `facts.view` has it."""
+    facts = {"pod_reason": "DeadlineExceeded", "reason": "Error", **facts}
+    state = JobState.SUCCEEDED if exit_code == 0 else JobState.FAILED
+    return job(state, reason="BackoffLimitExceeded", pod=pod(exit_code=exit_code, **facts))
 
 
 def done(message: str | None) -> JobView:
@@ -115,6 +130,20 @@ TMP = 'Usage of EmptyDir volume "tmp" exceeds the limit "1Gi".'
         (ended(exit_code=137, reason="OOMKilled"), "OOMKilled", MEMORY, "memory"),
         (ended(exit_code=128, reason="StartError", message="no such file"), "StartError", RETRY, "no such file"),
         (ended(exit_code=137), "Error", RETRY, "exit code 137"),
+        (overdue(), "DeadlineExceeded", RETRY, "the stage ran longer than its activeDeadlineSeconds"),
+        (overdue(137), "DeadlineExceeded", RETRY, "ran longer"),
+        (overdue(137, deleting_until=NOW), "DeadlineExceeded", RETRY, "ran longer"),
+        (overdue(1, message="Traceback\nKeyboardInterrupt"), "DeadlineExceeded", RETRY, "ran longer"),
+        (overdue(65), "DeadlineExceeded", RETRY, "ran longer"),
+        (overdue(0, message=None), "DeadlineExceeded", RETRY, "ran longer"),
+        (overdue(0, message='{"v":"v1","outcome":"failed"}'), "DeadlineExceeded", RETRY, "ran longer"),
+        (overdue(0, message=STOPPED), "WorkerCancelled", RETRY, "a cancel that this run does not have"),
+        (overdue(137, reason="ContainerStatusUnknown"), "DeadlineExceeded", RETRY, "had not started at the end of"),
+        (overdue(None, reason="DeadlineExceeded"), "DeadlineExceeded", RETRY, "had not started at the end of"),
+        (overdue(137, reason="OOMKilled"), "OOMKilled", MEMORY, "memory"),
+        (overdue(disruption="EvictionByEvictionAPI"), "Evicted", FREE, "EvictionByEvictionAPI"),
+        (overdue(137, disruption="DeletionByTaintManager"), "NodeLost", FREE, "DeletionByTaintManager"),
+        # of an operator that wrote the deadline on the Job
         (job(JobState.FAILED, reason="DeadlineExceeded", pod=None), "DeadlineExceeded", RETRY, "ran longer"),
         (
             job(JobState.FAILED, reason="DeadlineExceeded", pod=pod(exit_code=143, deleting_until=NOW)),
@@ -189,6 +218,9 @@ def test_a_log_is_told_apart_from_a_result() -> None:
     spoken = judge(ended(message='{"v":"v1","outcome":"failed","message":"a\\u001b[31mb\\nc"}'))
     assert isinstance(spoken, Failure)
     assert (spoken.log, spoken.message) == (None, "exit code 1: ab c")
+    late = judge(overdue(137, message="row 5\nrow 6"))
+    assert isinstance(late, Failure)
+    assert late.log == "row 5\nrow 6"
     killed = judge(ended(exit_code=137, reason="OOMKilled", message="row 7\nrow 8"))
     assert isinstance(killed, Failure)
     assert killed.log == "row 7\nrow 8"

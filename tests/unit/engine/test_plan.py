@@ -25,7 +25,7 @@ def meet(world: World, job: Object, fate: str) -> None:
     """Let the Job meet its fate."""
     name = job["metadata"]["name"]
     if fate == "deadline":
-        world.cluster.fail_job(name)
+        world.cluster.exceed_deadline(name)
     elif fate == "deleted":
         world.cluster.expire_job(name)
     elif fate == "done":
