@@ -17,7 +17,14 @@ from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.resume import Gap
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import IngestRunSpec
-from ingestrun.model.status import BatchesStatus, CancellationStatus, IngestRunStatus, RecordsStatus, StageFailure
+from ingestrun.model.status import (
+    BatchesStatus,
+    CancellationStatus,
+    IngestRunStatus,
+    Parked,
+    RecordsStatus,
+    StageFailure,
+)
 
 Model = TypeVar("Model", IngestRunStatus, BatchesStatus, CancellationStatus)
 
@@ -35,6 +42,11 @@ def in_flight(batches: BatchesStatus) -> IndexRanges:
 def pending_gaps(batches: BatchesStatus) -> dict[int, Gap]:
     """The gaps that this run has to fetch again and has not yet, by batch: none but in a run that resumes another."""
     return {gap.batch: gap for gap in batches.gaps if gap.batch not in batches.fetched}
+
+
+def parked_of(batches: BatchesStatus) -> dict[int, Parked]:
+    """What is kept of batches whose ended Jobs may be gone, by batch: none but under a quota that counts those."""
+    return {entry.batch: entry for entry in batches.parked}
 
 
 def claimable(spec: IngestRunSpec, batches: BatchesStatus, records: RecordsStatus) -> int:
@@ -98,9 +110,7 @@ def assess_all(run: IngestRun, jobs: Sequence[JobView], *, now: datetime) -> lis
         fetch_limit=fetch_limit(spec, status.records),
         now=now,
     )
-    gaps = pending_gaps(status.batches)
-
-    parked = {entry.batch: entry for entry in status.batches.parked}
+    gaps, parked = pending_gaps(status.batches), parked_of(status.batches)
 
     def rules_of(index: int) -> Rules:
         own, gap = replace(rules, parked=parked.get(index)), gaps.get(index)

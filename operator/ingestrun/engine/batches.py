@@ -110,6 +110,8 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
     retried: list[tuple[str, str]] = []
     fetched: StageResult | None = None
     published: StageResult | None = None
+    start: Start | None = None
+    parks: Parked | None = None
     handed = parked.written
     input_attempt = (parked.input or 0) if first else None
     rejected = parked.rejected or 0
@@ -135,15 +137,8 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
                 input_attempt=input_attempt,
                 memory=Memory(limit=parked.memory_limit) if begun and parked.memory_limit is not None else None,
             )
-            return Batch(
-                index=index,
-                fetched=fetched,
-                rejected=rejected,
-                start=start,
-                failures=tuple(failures),
-                retried=tuple(retried),
-                parks=_parks(start, handed, rejected, spent),
-            )
+            parks = _parks(start, handed, rejected, spent)
+            break
 
         latest = attempts[-1]
         known, spent = _earlier(rules, index, step, attempts[:-1], range(begun, latest.job.attempt), handed, spent)
@@ -178,15 +173,9 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
                 not_before=ended_at + then.delay,
                 memory=then.memory or _kept(rules, latest),
             )
-            return Batch(
-                index=index,
-                fetched=fetched,
-                rejected=rejected,
-                start=start,
-                failures=tuple(failures),
-                retried=(*retried, (failed.stage, failed.reason)),
-                parks=_parks(start, handed, rejected, then.spent) if latest.state.finished else None,
-            )
+            retried.append((failed.stage, failed.reason))
+            parks = _parks(start, handed, rejected, then.spent) if latest.state.finished else None
+            break
         if step.stage is Stage.FETCH:
             fetched = verdict
         rejected += verdict.rejected
@@ -195,10 +184,12 @@ def assess(rules: Rules, index: int, jobs: Sequence[JobView], *, fetch_accounted
     return Batch(
         index=index,
         fetched=fetched,
-        published=published,
+        published=published if start is None else None,
         rejected=rejected,
+        start=start,
         failures=tuple(failures),
         retried=tuple(retried),
+        parks=parks,
     )
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from ingestrun.engine.accounting import with_
+from ingestrun.engine.accounting import parked_of, with_
 from ingestrun.engine.batches import Batch, covers
 from ingestrun.engine.decisions import Delete
 from ingestrun.engine.facts import JobView
@@ -34,7 +34,7 @@ def with_parked(
     there any more when the batch is accounted for.
     """
     holds = Counter(job.job.batch for job in jobs if not job.job.deleting)
-    parked = {entry.batch: entry for entry in status.batches.parked}
+    parked = parked_of(status.batches)
     newly = []
     for batch in waiting:
         if places <= 0:
@@ -63,7 +63,7 @@ def holds_room(flight: Sequence[Batch], jobs: Iterable[JobView]) -> bool:
 
 def unneeded(run: IngestRun, jobs: Iterable[JobView]) -> tuple[Delete, ...]:
     """The Jobs of which the stored status keeps all that is needed."""
-    parked = {entry.batch: entry for entry in run.status.batches.parked}
+    parked = parked_of(run.status.batches)
     return tuple(
         Delete(job=job.job, why="kept in the status, to make room")
         for job in jobs

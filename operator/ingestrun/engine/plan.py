@@ -21,6 +21,7 @@ from ingestrun.engine.accounting import (
     fetch_limit,
     in_flight,
     next_claims,
+    parked_of,
     pending_gaps,
     with_,
 )
@@ -148,7 +149,7 @@ def advance(
     room = made_room(run, jobs, capacity)
     if held is not None:
         # What is in flight goes before new batches, and first what has given up the places of its Jobs.
-        parked = {entry.batch for entry in status.batches.parked}
+        parked = parked_of(status.batches)
         ready.sort(key=lambda start: (start.batch not in parked, start.batch))
         if room is None and used_up(capacity) and len(ready) > held.admits:
             waiting, before = [old_flight[start.batch] for start in ready], status

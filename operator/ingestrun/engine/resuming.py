@@ -19,7 +19,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from ingestrun.engine import conditions as c
-from ingestrun.engine.accounting import claimable, in_flight, with_
+from ingestrun.engine.accounting import claimable, in_flight, parked_of, with_
 from ingestrun.engine.announce import Announcement, normal
 from ingestrun.engine.batches import covers
 from ingestrun.engine.conditions import Claim
@@ -119,7 +119,7 @@ def landed(run: IngestRun, jobs: Sequence[JobView]) -> AfterEndStatus | None:
     """What of the batches in flight at the run's end was published after all; asked of a live list, once drained."""
     publish = steps_of(run.spec)[-1].index
     flight = in_flight(run.status.batches)
-    parked = {entry.batch: entry for entry in run.status.batches.parked}
+    parked = parked_of(run.status.batches)
     results: dict[tuple[int, int], StageResult] = {}
     for job in sorted(jobs, key=lambda job: job.job.attempt):
         entry = parked.get(job.job.batch)
