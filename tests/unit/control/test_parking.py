@@ -267,6 +267,66 @@ def test_all_comes_out_as_without_a_quota(
     assert_nothing_twice(tight)
 
 
+@pytest.mark.parametrize(
+    ("fate", "spec"),
+    [
+        ({"exit_code": 1}, {"retries": 1}),
+        (OOM, {"retries": 0, "outOfMemory": {"retries": 1, "maxMemory": "4Gi"}}),
+    ],
+)
+async def test_a_budget_is_spent_by_attempts_that_are_gone_too(fate: dict[str, Any], spec: dict[str, Any]) -> None:
+    world = World()
+    world.cluster.job_quota["default"] = 1
+    world.create(batches={"partitions": {"count": 1}}, fetch=MEMORY, **spec)
+    for _ in range(20):
+        await world.settle()
+        if world.phase == "Failed":
+            break
+        if jobs := world.active_jobs():
+            world.work(jobs[0], **fate)
+        else:
+            world.now = max(world.now, min(world.due.values()))
+    assert world.phase == "Failed"
+    assert [stage(job) for job in made(world)] == [("0", "fetch", "0"), ("0", "fetch", "1")]
+
+
+async def test_the_next_stage_reads_what_the_attempt_that_is_gone_has_written() -> None:
+    world = World()
+    world.cluster.job_quota["default"] = 1
+    world.create(
+        batches={"partitions": {"count": 1}}, workspace={"persistentVolumeClaim": {"claimName": "ingest-data"}}
+    )
+    await world.settle()
+    world.work(world.active_jobs()[0], exit_code=1)
+    await moves_on(world, lambda: world.phase == "Succeeded")
+    first, again, hook, publish = (environment(job) for job in made(world))
+    assert again["INGEST_OUTPUT"] != first["INGEST_OUTPUT"]
+    assert hook["INGEST_INPUT"] == again["INGEST_OUTPUT"]
+    assert publish["INGEST_INPUT"] == hook["INGEST_OUTPUT"]
+
+
+async def test_what_comes_free_goes_to_a_parked_batch_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an older batch takes the place that a parked one has given up, as often as it likes, and all hangs."""
+    monkeypatch.setattr("ingestrun.engine.parking.MAX_PARKED", 1)
+    world = World()
+    world.cluster.job_quota["default"] = 2
+    world.create(batches={"partitions": {"count": 2}}, parallelism=2)
+    await world.settle()
+    older, newer = world.active_jobs()
+
+    async def end_the_older_one(call: Call) -> None:
+        if call.verb == "delete" and call.resource == "jobs" and call.stage == "after":
+            world.cluster.on_call = None
+            world.work(older)
+
+    world.cluster.on_call = end_the_older_one
+    world.work(newer)
+    await world.settle()
+    assert [stage(job) for job in world.active_jobs()] == [("1", "hook", "0")]
+    await moves_on(world, lambda: world.phase == "Succeeded")
+    assert_nothing_twice(world)
+
+
 @pytest.mark.parametrize("quota", [1, 3])
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_killed_around_any_call_it_gets_on_and_does_nothing_twice(quota: int, when: str) -> None:
