@@ -421,8 +421,8 @@ class FakeCluster(Cluster):
         return self._change_run(key, {"spec": dict(patch)}, user=user)
 
     def user_patch_metadata(self, key: RunKey, patch: Object) -> Json:
-        """A merge patch of labels and annotations."""
-        assert patch.keys() <= {"labels", "annotations"}, patch
+        """A merge patch of labels and annotations; of the managedFields, as the server would have kept them."""
+        assert patch.keys() <= {"labels", "annotations", "managedFields"}, patch
         return self._change_run(key, {"metadata": dict(patch)})
 
     def user_delete_run(self, key: RunKey) -> None:

@@ -178,7 +178,8 @@ class Reconciler:
         stages = [create for create in planned.creates if create.start.step.index != ON_CANCEL_STEP]
         self._store.usage.reserve(key, uid, [job_name(run, create) for create in stages], asks=planned.asks)
         in_doubt = not ended and planned.fenced and self._starter.in_doubt(uid)
-        if in_doubt and await self._fence(key, run, wanted=True):
+        asked_by = run.metadata.cancel_requested_by if run.spec.cancel else None
+        if in_doubt and await self._fence(key, run, wanted=True, asked_by=asked_by):
             # A create may still arrive: the fence has to stand when Cancelled is stored.
             return _Again()
         if ended:
@@ -278,15 +279,19 @@ class Reconciler:
             found.append(Child(name=body["metadata"]["name"], phase=Phase(phase) if phase else None))
         return found
 
-    async def _fence(self, key: RunKey, run: IngestRun, *, wanted: bool) -> bool:
+    async def _fence(self, key: RunKey, run: IngestRun, *, wanted: bool, asked_by: str | None = None) -> bool:
         """Put the label on that the fence selects by, or take it off; whether the run has got it by that.
 
-        The fence is a second lock: that it can't be set never holds up a cancel.
+        Before Cancelled is stored the label is what the cancel hangs on, should the request be taken back meanwhile; so
+        `asked_by` goes along, which would be gone with it. The fence is a second lock: that it can't be set never
+        holds up a cancel.
         """
         if (run.metadata.labels.get(names.LABEL_CANCELLED) == "true") == wanted:
             return False
         try:
-            patch = {"metadata": {"labels": {names.LABEL_CANCELLED: "true" if wanted else None}}}
+            patch: Object = {"metadata": {"labels": {names.LABEL_CANCELLED: "true" if wanted else None}}}
+            if asked_by is not None:
+                patch["metadata"]["annotations"] = {names.ANNOTATION_REQUESTED_BY: asked_by}
             self._store.saw_run(await self._cluster.patch_run(key, patch=patch))
         except NotFound:
             self._must_read.add(key)

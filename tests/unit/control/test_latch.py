@@ -54,6 +54,29 @@ async def test_cancel_taken_back_while_the_operator_was_down_is_applied_on_its_r
     assert world.condition("Drained")["status"] == "True"
 
 
+async def test_who_asked_is_known_though_it_is_taken_back_between_the_fence_and_cancelled() -> None:
+    """Without the admission policies: the field manager goes with the field, and the operator's label alone is left."""
+    world = World()
+    world.create()
+    await world.settle()
+    world.restart()  # what was created before is not known to have been answered: the label goes first
+    fields: dict[str, Any] = {"f:spec": {"f:cancel": {}}}
+
+    async def revert(call: Any) -> None:
+        if (call.verb, call.resource, call.stage) == ("patch", "ingestruns", "after"):
+            world.cluster.on_call = None
+            world.cluster.user_patch_spec(KEY, {"cancel": None})
+            world.cluster.user_patch_metadata(KEY, {"managedFields": owned(OPERATOR_MANAGER)})
+
+    world.cluster.on_call = revert
+    world.cluster.user_patch_metadata(KEY, {"managedFields": [{"manager": "kubectl-patch", "fieldsV1": fields}]})
+    world.cancel()
+    await world.play()
+    assert world.phase == "Cancelled"
+    assert world.status["cancellation"]["requestedBy"] == "field manager kubectl-patch"
+    assert [event["reason"] for event in world.cluster.events()].count("CancelCleared") == 1
+
+
 async def test_revert_between_two_creates_starts_nothing_more() -> None:
     world = World()
 
