@@ -43,6 +43,12 @@ def says(cluster: Cluster, namespace: str, name: str) -> tuple[str, str]:
     return found["reason"], found["message"]
 
 
+def ended(cluster: Cluster, namespace: str, *names: str) -> list[Json]:
+    """Those runs, once all of them have ended; before, nothing."""
+    found = [cluster.run(namespace, name) for name in names]
+    return found if all(run["status"].get("phase") in ("Succeeded", "Failed") for run in found) else []
+
+
 def cut_chain(cluster: Cluster, namespace: str, wait_for: WaitFor, name: str = "old") -> Json:
     """A chain that was cancelled when 5 was published and 4 had failed."""
     played = {"batches": "90", "run-seconds": "0.3", "fail-stage": "hook", "fail-batch": "4", "fail-attempts": "9"}
@@ -84,16 +90,10 @@ def test_partitions_wait_for_the_drain_and_the_second_run_is_refused(
     cluster.cancel(namespace, "old")
     operator.kill()
     operator.start()
-    ended = ("Succeeded", "Failed")
-
-    def both_ended() -> dict[str, Json]:
-        found = {run["metadata"]["name"]: run for run in cluster.runs(namespace)}
-        assert all(found[name]["status"].get("phase") in ended for name in ("first", "second")), found
-        return found
-
-    runs = wait_for(both_ended, 120, "both to end")
-    by_phase = {runs[name]["status"]["phase"]: name for name in ("first", "second")}
-    assert set(by_phase) == set(ended)
+    both = wait_for(lambda: ended(cluster, namespace, "first", "second"), 120, "both to end")
+    runs = {run["metadata"]["name"]: run for run in both}
+    by_phase = {run["status"]["phase"]: name for name, run in runs.items()}
+    assert set(by_phase) == {"Succeeded", "Failed"}
     winner, loser = by_phase["Succeeded"], by_phase["Failed"]
     assert says(cluster, namespace, loser)[0] == "ResumeRefused"
     assert f"run old is already resumed by run {winner}" in says(cluster, namespace, loser)[1]
@@ -106,7 +106,7 @@ def test_partitions_wait_for_the_drain_and_the_second_run_is_refused(
     assert {int(env["INGEST_BATCH"]) for env in told} == set(range(9)) - published(old) - late
 
 
-def test_saved_state_where_the_old_run_is_gone(
+def test_one_saved_state_where_the_old_run_is_gone_is_gone_on_from_once(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor
 ) -> None:
     old = cut_chain(cluster, namespace, wait_for)
@@ -124,11 +124,33 @@ def test_saved_state_where_the_old_run_is_gone(
         "ResumeSourceNotFound",
         "there is no run old: name one that exists, or give resumeFrom.savedState if its was kept",
     )
-    cluster.create_run(namespace, {**by_name, "resumeFrom": {"savedState": saved}}, name="new")
-    new = wait_for(in_phase(cluster, namespace, "new", "Succeeded"), 120, "Succeeded")
+    for name in ("one", "two"):
+        cluster.create_run(namespace, {**by_name, "resumeFrom": {"savedState": saved}}, name=name)
+    runs = wait_for(lambda: ended(cluster, namespace, "one", "two"), 120, "both to end")
+    by_phase = {run["status"]["phase"]: run for run in runs}
+    new, loser = by_phase["Succeeded"], by_phase["Failed"]
     assert new["status"]["batches"]["published"] == "0-15"
     assert new["status"]["records"]["published"] == 160
     assert new["status"]["resumedFrom"] == {"originUid": old["metadata"]["uid"]}
+    reason, message = says(cluster, namespace, loser["metadata"]["name"])
+    assert reason == "ResumeRefused"
+    assert message.startswith(f"run {new['metadata']['name']} goes on from the saved state, and has not ended: ")
+    assert jobs_of(cluster, namespace, loser) == []
+
+
+def test_saved_state_of_a_run_that_is_still_there_is_claimed_there(
+    cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor
+) -> None:
+    cluster.create_run(namespace, spec(batches=CHAIN, cancel=True), name="old")
+    old = wait_for(drained(cluster, namespace, "old"), 60, "Drained")
+    uid = old["metadata"]["uid"]
+    for name in ("one", "two"):
+        resume = {"savedState": {"uid": uid}}
+        cluster.create_run(namespace, spec({"batches": "3"}, batches=CHAIN, resumeFrom=resume), name=name)
+    runs = wait_for(lambda: ended(cluster, namespace, "one", "two"), 120, "both to end")
+    by_phase = {run["status"]["phase"]: run["metadata"] for run in runs}
+    assert cluster.run(namespace, "old")["status"]["resumedBy"]["uid"] == by_phase["Succeeded"]["uid"]
+    assert says(cluster, namespace, by_phase["Failed"]["name"])[0] == "ResumeRefused"
 
 
 def test_another_source_is_refused_before_anything_is_started(

@@ -143,6 +143,9 @@ class FakeCluster(Cluster):
     async def list_runs(self) -> Sequence[Object]:
         return await self._call("list", "ingestruns", "", "", None, lambda: self._select("IngestRun"))
 
+    async def list_runs_in(self, *, namespace: str) -> Sequence[Object]:
+        return await self._call("list", "ingestruns", namespace, "", None, lambda: self._select("IngestRun", namespace))
+
     async def list_runs_of(self, *, namespace: str, concurrency_key: str) -> Sequence[Object]:
         def commit() -> Sequence[Object]:
             return [

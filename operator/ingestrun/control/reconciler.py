@@ -24,7 +24,7 @@ from typing import Any, Final
 import structlog
 
 from ingestrun.control.podless import Podless
-from ingestrun.control.resuming import predecessor_of, take
+from ingestrun.control.resuming import Resumptions, claim
 from ingestrun.control.starting import Starter
 from ingestrun.control.store import Store, cancelled_with_cascade, parents_of
 from ingestrun.control.telling import Teller
@@ -33,13 +33,12 @@ from ingestrun.engine.announce import announcements, normal, skipped
 from ingestrun.engine.batches import JOB_MISSING
 from ingestrun.engine.capacity import remembered
 from ingestrun.engine.concurrency import Rival
-from ingestrun.engine.decisions import Child, Delete, Live, Parent, Plan
+from ingestrun.engine.decisions import Child, Delete, Live, Parent, Plan, Predecessor
 from ingestrun.engine.facts import JobState, JobView, MalformedJobError, read_job, read_pod
 from ingestrun.engine.failure import WORKER_CANCELLED, Failure, judge
 from ingestrun.engine.jobs import CheckFor, WorkerImage, job_name, spent_selector
 from ingestrun.engine.lifetime import expiry_of
 from ingestrun.engine.plan import plan
-from ingestrun.engine.resuming import awaits
 from ingestrun.engine.steps import ON_CANCEL_STEP
 from ingestrun.kube.errors import (
     Conflict,
@@ -95,6 +94,7 @@ class Reconciler:
         self._drain_pause = timedelta(seconds=drain_pause_seconds)
         self._looked: dict[str, datetime] = {}
         self._turns = Turns(cluster, store)
+        self._resumptions = Resumptions(cluster, store)
 
     async def reconcile(self, key: RunKey, trigger: str) -> float | None:
         """Look at one run and do what is due.
@@ -116,8 +116,8 @@ class Reconciler:
                     return await self._expire(key, run)
                 self._store.reopen(run.metadata.uid)  # what its Jobs may stay for may have changed
             try:
-                async with self._turns.take(key, run) as rivals:
-                    outcome = await self._round(key, run, rivals, trigger)
+                async with self._turns.take(key, run) as rivals, self._resumptions.take(key, run) as predecessors:
+                    outcome = await self._round(key, run, rivals, predecessors, trigger)
             except KubeError:
                 self._store.usage.stand_back(run.metadata.uid)
                 raise
@@ -136,7 +136,14 @@ class Reconciler:
             self._must_read.discard(key)
         return self._store.run(key)
 
-    async def _round(self, key: RunKey, run: IngestRun, rivals: Sequence[Rival], trigger: str) -> float | _Again | None:
+    async def _round(
+        self,
+        key: RunKey,
+        run: IngestRun,
+        rivals: Sequence[Rival],
+        predecessors: Sequence[Predecessor] | None,
+        trigger: str,
+    ) -> float | _Again | None:
         uid = run.metadata.uid
         ended = run.status.phase is not None and run.status.phase.ended
         live = None
@@ -165,7 +172,7 @@ class Reconciler:
             parent=await self._cancelled_parent(key, ask=not primed or self._heard(key, jobs)),
             children=self._children(key) if ended else (),
             rivals=rivals,
-            predecessor=await predecessor_of(self._cluster, self._store, run) if awaits(run) else None,
+            predecessors=predecessors,
             # The last to be asked for: nothing is awaited between the snapshot and the reservation of what it grants.
             capacity=self._store.usage.snapshot(uid, key.namespace, now=self._clock()),
         )
@@ -173,7 +180,7 @@ class Reconciler:
             self._store.distrust(uid)  # a watch may lag behind; what is missing in a live list is gone
             return _Again()
         if planned.take is not None:
-            await take(self._cluster, self._store, planned.take)
+            await claim(self._cluster, self._store, planned.take)
             return _Again()
         stages = [create for create in planned.creates if create.start.step.index != ON_CANCEL_STEP]
         self._store.usage.reserve(key, uid, [job_name(run, create) for create in stages], asks=planned.asks)

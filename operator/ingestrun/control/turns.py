@@ -1,28 +1,22 @@
 """Runs of one concurrency key begin one at a time: who may, is decided from a live list, under a lock of the key.
 
-The lock spans [list the key's runs, decide, write the first claim]. So of two runs created in the same second one
-sees the other's claim; and one replica acts, so a lock in this process is enough. Nothing has to outlive it: a new
-process lists anew. What is left is a claim whose answer was lost: as long as it may still arrive at the server, no
-other run of the key begins. The run that sent it reads and writes anew, and then it has arrived, or is refused for
-its old resourceVersion.
+The lock spans [list the key's runs, decide, write the first claim] (`doors`). So of two runs created in the same
+second one sees the other's claim.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from weakref import WeakValueDictionary
+from functools import partial
 
+from ingestrun.control.doors import Door, Doors
 from ingestrun.control.store import Store
 from ingestrun.engine.concurrency import Rival, bar_of, read_rival, replacer_of
-from ingestrun.kube.errors import KubeError, NotFound, Unavailable
+from ingestrun.kube.errors import NotFound
 from ingestrun.kube.protocol import Cluster, RunKey
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import ConcurrencyPolicy
-
-Key = tuple[str, str]
-"""A namespace and a concurrency key in it."""
 
 
 class Turns:
@@ -31,8 +25,7 @@ class Turns:
     def __init__(self, cluster: Cluster, store: Store) -> None:
         self._cluster = cluster
         self._store = store
-        self._locks: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
-        self._unsure: dict[Key, RunKey] = {}
+        self._doors = Doors(store)
 
     @asynccontextmanager
     async def take(self, key: RunKey, run: IngestRun) -> AsyncIterator[Sequence[Rival]]:
@@ -46,28 +39,21 @@ class Turns:
             return
         seen = self._seen(key, run)
         if not _may_begin(run, seen):
-            if self._unsure.get(mine) == key:
-                del self._unsure[mine]
+            self._doors.left(key)
             yield await self._confirmed(key, run, seen)
             return
-        lock = self._locks.setdefault(mine, asyncio.Lock())
-        async with lock:
-            self._be_sure(mine, key)
-            live = await self._cluster.list_runs_of(namespace=mine[0], concurrency_key=mine[1])
-            for body in live:
-                self._store.saw_run(body)
-            try:
-                yield [read_rival(body) for body in live if body["metadata"]["uid"] != run.metadata.uid]
-            except Unavailable:
-                raise  # nothing was done
-            except KubeError:
-                self._unsure[mine] = key
-                raise
-            self._unsure.pop(mine, None)
+        async with self._doors.through(mine, key, partial(self._listed, mine, run)) as rivals:
+            yield rivals
 
     def replaced(self, key: RunKey, run: IngestRun) -> bool:
         """Whether, as far as the watch has shown, another run waits for this one to make room."""
         return _key(run) is not None and replacer_of(run, self._seen(key, run)) is not None
+
+    async def _listed(self, mine: Door, run: IngestRun) -> Sequence[Rival]:
+        live = await self._cluster.list_runs_of(namespace=mine[0], concurrency_key=mine[1])
+        for body in live:
+            self._store.saw_run(body)
+        return [read_rival(body) for body in live if body["metadata"]["uid"] != run.metadata.uid]
 
     def _seen(self, key: RunKey, run: IngestRun) -> list[Rival]:
         body = self._store.run(key)
@@ -93,15 +79,6 @@ class Turns:
             newer = replacer_of(run, seen)
         return seen
 
-    def _be_sure(self, mine: Key, key: RunKey) -> None:
-        other = self._unsure.get(mine)
-        if other is None or other == key:
-            return
-        if self._store.run(other) is None:
-            del self._unsure[mine]
-            return
-        raise Unavailable(f"whether run {other.name} of the same concurrency key has begun is not known yet")
-
 
 def _may_begin(run: IngestRun, seen: Sequence[Rival]) -> bool:
     """Whether this pass may claim the first batch, or end the run instead, going by what the watch has shown."""
@@ -115,6 +92,6 @@ def _may_begin(run: IngestRun, seen: Sequence[Rival]) -> bool:
     return bar is None or bar.final
 
 
-def _key(run: IngestRun) -> Key | None:
+def _key(run: IngestRun) -> Door | None:
     concurrency = run.spec.concurrency
     return None if concurrency is None else (run.metadata.namespace, concurrency.key)

@@ -66,10 +66,9 @@ class Child:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predecessor:
-    """The run that this one is to resume: read live once it has ended and is drained."""
+    """A run from which this one may go on: read live once it has ended and is drained."""
 
-    run: IngestRun | None
-    """None: there is no such run."""
+    run: IngestRun
     resumer: IngestRun | None = None
     """The run that has claimed it, where that is another than this one and still there; read live."""
 

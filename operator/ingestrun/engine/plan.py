@@ -59,7 +59,7 @@ def plan(
     parent: Parent | None = None,
     children: Sequence[Child] = (),
     rivals: Sequence[Rival] = (),
-    predecessor: Predecessor | None = None,
+    predecessors: Sequence[Predecessor] | None = None,
     capacity: Capacity | None = None,
 ) -> Plan:
     """Decide for one run.
@@ -67,8 +67,9 @@ def plan(
     `jobs` are all that are known of the run. An ended run that is not drained is judged only by `live` ones:
     without them nothing is said about the drain. `parent` is a run above that is Cancelled with `cascade`;
     `children` are the runs right below, of interest once this one is Cancelled itself. `rivals` are the other
-    runs of its concurrency key; before a first batch is claimed they have to be listed live. `predecessor` is the run
-    that `spec.resumeFrom` names, of interest until this one has taken over from it. `capacity` is what the
+    runs of its concurrency key; before a first batch is claimed they have to be listed live. `predecessors`
+    are the runs that `spec.resumeFrom` is about, of interest until this one has taken over (None: nobody has looked):
+    the one that it names, or those left of a saved state's row of resumes. `capacity` is what the
     operator's caps and the namespace's quota leave for this run among the others; None: no limit.
     """
     stages = [job for job in jobs if job.job.step != ON_CANCEL_STEP]
@@ -88,7 +89,7 @@ def plan(
     bar = bar_of(run, rivals)
     if bar is not None and bar.final:
         refusal = Refusal(reason=bar.reason, message=bar.message, retry_at=now, permanent=True)
-    resumed = resume(run, predecessor, now=now) if bar is None else None
+    resumed = resume(run, predecessors, now=now) if bar is None else None
     if isinstance(resumed, Plan):
         return resumed
     if isinstance(resumed, Resumed):

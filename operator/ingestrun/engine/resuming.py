@@ -7,6 +7,9 @@ In this order, each step decided from the state alone, so that a restart between
 3. write `resumedBy` into the other run, by compare-and-set: a second run that resumes it finds that there;
 4. take over in the same write that claims the first batches. From then on the other run is not needed any more.
 
+With a saved state there may be no other run. What is left of its row of resumes is judged likewise: one that has
+ended in this very state is claimed as if it were named; any other has got further, or is about to, and is to be named.
+
 Batches keep their indexes and are published under the first run's UID, so one that had landed without anybody's
 knowing is put there again, not beside.
 """
@@ -71,36 +74,75 @@ class _Rest:
     cursor: str | None
     records: RecordsStatus
 
+    def goes_on_like(self, other: _Rest) -> bool:
+        """Whether the same is left to be done. What was counted so far may differ."""
+        left = (self.published, self.gaps, self.exhausted, self.cursor)
+        return left == (other.published, other.gaps, other.exhausted, other.cursor)
+
 
 def awaits(run: IngestRun) -> bool:
-    """Whether the run has still to take over from the one that it names. A cancel waits for no news of another run."""
-    return (
-        _due(run) and not run.spec.cancel and run.spec.resume_from is not None and run.spec.resume_from.name is not None
-    )
+    """Whether the run has still to take over from another. A cancel waits for no news of other runs."""
+    return _due(run) and not run.spec.cancel and run.spec.resume_from is not None
 
 
-def resume(run: IngestRun, predecessor: Predecessor | None, *, now: datetime) -> Resumed | Plan | None:
+def resume(run: IngestRun, predecessors: Sequence[Predecessor] | None, *, now: datetime) -> Resumed | Plan | None:
     """Decide for an active run: what it begins with, or what to do first; None where nothing is to be taken over."""
     wanted = run.spec.resume_from
     if wanted is None or not _due(run):
         return None
-    if wanted.saved_state is not None:
-        try:
-            rest = _rest_of_saved(wanted.saved_state)
-        except ValueError as error:
-            return _refuse(run, str(error), now=now)
-        unfit = _unfit(run, rest)
-        return _refuse(run, unfit, now=now) if unfit else _taken_over(run, rest, by_name=None)
-    if predecessor is None:
+    if predecessors is None:
         return Plan(status=run.status, requeue_at=now)
-    old = predecessor.run
-    if old is None:
+    if wanted.saved_state is not None:
+        return _resume_saved(run, wanted.saved_state, predecessors, now=now)
+    if not predecessors:
         message = f"there is no run {wanted.name}: name one that exists, or give resumeFrom.savedState if its was kept"
         return Plan(status=refused(run, "ResumeSourceNotFound", message, now=now), requeue_at=now)
+    (predecessor,) = predecessors
+    old = predecessor.run
     why = _waits_for(old)
     if why is not None and not _each_other(run, old):
         return _wait(run, *why, now=now)
-    why_not = _refusal(run, predecessor, old)
+    return _go_on_from(run, predecessor, now=now)
+
+
+def _resume_saved(run: IngestRun, saved: SavedState, row: Sequence[Predecessor], *, now: datetime) -> Resumed | Plan:
+    """Decide for a saved state. `row`: the run that it was copied from and those that went on from it, where any is."""
+    try:
+        rest = _rest_of_saved(saved)
+    except ValueError as error:
+        return _refuse(run, str(error), now=now)
+    unfit = _unfit(run, rest)
+    if unfit is not None:
+        return _refuse(run, unfit, now=now)
+    active = next((each.run for each in row if not _leaves(each.run)), None)
+    if active is not None:
+        return _refuse(run, f"run {_from_there(active, saved)}, and has not ended: {_instead(active)}", now=now)
+    for each in row:
+        why = _goes(each.run) or _waits_for(each.run)
+        if why is not None:
+            return _wait(run, *why, now=now)
+    row_uids = {each.run.metadata.uid for each in row}
+    # Where a row ends: those that no other has gone on from. One whose heir is gone may be far behind the saved state.
+    ends = [each for each in row if _others_claim(run, each) is None]
+    same = [each for each in ends if _rest_of_run(each.run).goes_on_like(rest)]
+    if same:
+        return _go_on_from(run, same[0], now=now)
+    if ends:
+        newest = max((each.run for each in ends), key=lambda old: old.metadata.creation_timestamp)
+        message = f"run {_from_there(newest, saved)}, and has ended in another state: {_instead(newest)}"
+        return _refuse(run, f"{message}, or delete it first", now=now)
+    for each in row:
+        heir = _heir(each)
+        behind = heir in row_uids if heir is not None else not _rest_of_run(each.run).goes_on_like(rest)
+        if not behind and (claimed := _already(run, each)) is not None:
+            return _refuse(run, f"{claimed}; or delete run {each.run.metadata.name} first", now=now)
+    return _taken_over(run, rest, by_name=None)
+
+
+def _go_on_from(run: IngestRun, predecessor: Predecessor, *, now: datetime) -> Resumed | Plan:
+    """Claim the rest of a run that is drained, then take it over; or refuse."""
+    old = predecessor.run
+    why_not = _refusal(run, predecessor)
     if why_not is not None:
         return _refuse(run, why_not, now=now)
     holder = old.status.resumed_by
@@ -157,6 +199,27 @@ def _waits_for(old: IngestRun) -> tuple[str, str] | None:
     return None
 
 
+def _leaves(old: IngestRun) -> bool:
+    """Whether the run has ended, or is on its way out."""
+    return old.metadata.deletion_timestamp is not None or (old.status.phase is not None and old.status.phase.ended)
+
+
+def _goes(old: IngestRun) -> tuple[str, str] | None:
+    if old.metadata.deletion_timestamp is None:
+        return None
+    return "WaitingForDeletion", f"run {old.metadata.name}, of the same saved state, is being deleted"
+
+
+def _from_there(old: IngestRun, saved: SavedState) -> str:
+    of = "is the one of the saved state" if old.metadata.uid == saved.uid else "goes on from the saved state"
+    return f"{old.metadata.name} {of}"
+
+
+def _instead(old: IngestRun) -> str:
+    ended = old.status.phase is not None and old.status.phase.ended
+    return f"{'' if ended else 'once it has, '}resume from it (resumeFrom: {{name: {old.metadata.name}}})"
+
+
 def _each_other(run: IngestRun, old: IngestRun) -> bool:
     theirs = old.spec.resume_from
     return theirs is not None and theirs.name == run.metadata.name and old.status.resumed_from is None
@@ -178,38 +241,59 @@ def _refuse(run: IngestRun, message: str, *, now: datetime) -> Plan:
     return Plan(status=refused(run, "ResumeRefused", message, now=now), requeue_at=now)
 
 
-def _refusal(run: IngestRun, predecessor: Predecessor, old: IngestRun) -> str | None:
+def _refusal(run: IngestRun, predecessor: Predecessor) -> str | None:
     """Why the run can't resume that one, which has ended; None where it can."""
-    name, holder = old.metadata.name, old.status.resumed_by
+    old = predecessor.run
+    name = old.metadata.name
     if _each_other(run, old):
         return f"run {name} is itself to resume this one: one of them must go without resumeFrom"
     if old.spec.resume_from is not None and old.status.resumed_from is None:
         first = old.spec.resume_from.name
         instead = f"run {first}" if first is not None else "the saved state that it was given"
         return f"run {name} ended before it had taken anything over: resume from {instead} instead"
-    if holder is not None and holder.uid != run.metadata.uid and not _let_go(predecessor, holder):
-        resumer = predecessor.resumer
-        if resumer is None or resumer.metadata.uid != holder.uid:
-            return (
-                f"run {name} was resumed by run {holder.name}, which is gone: "
-                "resume from that one's saved state, if it was kept"
-            )
-        return (
-            f"run {name} is already resumed by run {holder.name}: once that one has ended, "
-            f"resume from it (resumeFrom: {{name: {holder.name}}})"
-        )
+    claimed = _already(run, predecessor)
+    if claimed is not None:
+        return claimed
     differing = next(differences(old.spec, run.spec), None)
     if differing is not None:
         return f"spec.{differing} is not that of run {name}: a resumed run reads and publishes the same"
     return _unfit(run, _rest_of_run(old))
 
 
-def _let_go(predecessor: Predecessor, holder: ResumedByStatus) -> bool:
-    """Whether the run that had claimed the rest has ended without taking it over: a cancel came in between."""
-    resumer = predecessor.resumer
+def _heir(predecessor: Predecessor) -> str | None:
+    """The UID of the run that has claimed the rest, if it is still there."""
+    holder, resumer = predecessor.run.status.resumed_by, predecessor.resumer
+    return holder.uid if holder is not None and resumer is not None and resumer.metadata.uid == holder.uid else None
+
+
+def _already(run: IngestRun, predecessor: Predecessor) -> str | None:
+    """That another run has claimed the rest, as a sentence; None where it is free."""
+    name, holder, resumer = predecessor.run.metadata.name, _others_claim(run, predecessor), predecessor.resumer
+    if holder is None:
+        return None
+    if resumer is None or resumer.metadata.uid != holder.uid:
+        return (
+            f"run {name} was resumed by run {holder.name}, which is gone: "
+            "resume from that one's saved state, if it was kept"
+        )
+    return (
+        f"run {name} is already resumed by run {holder.name}: once that one has ended, "
+        f"resume from it (resumeFrom: {{name: {holder.name}}})"
+    )
+
+
+def _others_claim(run: IngestRun, predecessor: Predecessor) -> ResumedByStatus | None:
+    """The claim of another run to the rest; None where there is none, or it was let go.
+
+    A run lets go if it ends without having taken over what it had claimed: a cancel came in between.
+    """
+    holder, resumer = predecessor.run.status.resumed_by, predecessor.resumer
+    if holder is None or holder.uid == run.metadata.uid:
+        return None
     if resumer is None or resumer.metadata.uid != holder.uid or resumer.status.resumed_from is not None:
-        return False
-    return resumer.status.phase is not None and resumer.status.phase.ended
+        return holder
+    ended = resumer.status.phase is not None and resumer.status.phase.ended
+    return None if ended else holder
 
 
 def _rest_of_run(old: IngestRun) -> _Rest:

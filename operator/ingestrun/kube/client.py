@@ -57,13 +57,15 @@ class KubernetesCluster(Cluster):
         return await self._call("get", PLURAL, "GET", _run_path(key))
 
     async def list_runs(self) -> Sequence[Object]:
-        root = f"/apis/{GROUP}/{VERSION}"
         if self._namespaces is None:
-            return await self._list(PLURAL, f"{root}/{PLURAL}")
+            return await self._list(PLURAL, f"/apis/{GROUP}/{VERSION}/{PLURAL}")
         found: list[Object] = []
         for namespace in self._namespaces:
-            found += await self._list(PLURAL, f"{root}/namespaces/{_part(namespace)}/{PLURAL}")
+            found += await self.list_runs_in(namespace=namespace)
         return found
+
+    async def list_runs_in(self, *, namespace: str) -> Sequence[Object]:
+        return await self._list(PLURAL, f"/apis/{GROUP}/{VERSION}/namespaces/{_part(namespace)}/{PLURAL}")
 
     async def list_runs_of(self, *, namespace: str, concurrency_key: str) -> Sequence[Object]:
         path = f"/apis/{GROUP}/{VERSION}/namespaces/{_part(namespace)}/{PLURAL}"

@@ -42,6 +42,9 @@ class Cluster(Protocol):
     async def list_runs_of(self, *, namespace: str, concurrency_key: str) -> Sequence[Object]:
         """The namespace's runs of that `spec.concurrency.key`, not from a cache, without the Succeeded ones."""
 
+    async def list_runs_in(self, *, namespace: str) -> Sequence[Object]:
+        """The namespace's runs, all of them, in pages, not from a cache."""
+
     async def write_status(self, key: RunKey, *, resource_version: str, status: Object) -> Object:
         """Merge `status` into the run's status if nobody has changed the run since `resource_version`.
 

@@ -116,6 +116,12 @@ def saved_state(body: Object) -> dict[str, Any]:
     return state | {name: status[name] for name in ("cursor", "afterEnd") if name in status}
 
 
+def left_of(state: dict[str, Any]) -> Any:
+    late = IndexRanges.parse(state.get("afterEnd", {}).get("published", ""))
+    batches = state["batches"]
+    return (IndexRanges.parse(batches["published"]) | late, batches["gaps"], batches["exhausted"], state.get("cursor"))
+
+
 FATES = ["done", "done", "done", "done", "fail", "permanent", "garbage", "missing", "deleted", "deadline"]
 
 
@@ -184,7 +190,7 @@ async def cut_off_and_resumed(random: Random) -> None:
     policy = random.choice(["FailRun", "Continue"])
     spec: dict[str, Any] = {"batches": batches, "onBatchFailure": policy, "retries": 1, "parallelism": 3}
     world.begin("run-0", **spec)
-    last = "run-0"
+    last, before = "run-0", None
     cuts = [*(random.randint(0, 30) for _ in range(random.randint(1, 3))), None]
     for number, cut in enumerate(cuts):
         name, following = f"run-{number}", f"run-{number + 1}"
@@ -196,7 +202,12 @@ async def cut_off_and_resumed(random: Random) -> None:
             break
         last = name
         if cut is not None and saved:
-            world.begin(following, saved=saved_state(world.cluster.run(key(name))), **spec)
+            state = saved_state(world.cluster.run(key(name)))
+            # The first one's UID is asked for in the end; of two that ended alike it can't be told whose state it is.
+            if number > 0 and random.random() < 0.5 and left_of(state) != before:
+                world.cluster.user_delete_run(key(name))
+            before = left_of(state)
+            world.begin(following, saved=state, **spec)
         elif cut is not None and not early:
             world.begin(following, after=name, **spec)
     judge_end(world, last, expected=70 if partitions else min(limit or 450, 450))
@@ -599,13 +610,14 @@ async def test_suspended_at_creation_takes_nothing_over(runs: Runs) -> None:
     judge_end_of(runs, "old", "new", expected=450)
 
 
-async def test_a_take_over_costs_one_read_and_one_write_more(runs: Runs) -> None:
+async def test_a_take_over_costs_two_reads_and_one_write_more(runs: Runs) -> None:
     await cut(runs)
     before = len(runs.cluster.history)
     runs.begin("new", after="old", batches={"cursor": {}, "size": 60})
     await runs.settle()
     first = [call for call in runs.cluster.history[before:] if call.name == "old"]
-    assert [(call.verb, call.resource) for call in first] == [("get", "ingestruns"), ("patch", "ingestruns/status")]
+    calls = [("get", "ingestruns"), ("patch", "ingestruns/status"), ("get", "ingestruns")]
+    assert [(call.verb, call.resource) for call in first] == calls
     await runs.play()
     assert [call for call in runs.cluster.history[before:] if call.name == "old"] == first
     without = Runs()
@@ -627,6 +639,7 @@ async def test_what_is_done_again_keeps_to_the_parallelism(runs: Runs) -> None:
     # Something has to be behind the gaps: a batch that was published last.
     state = saved_state(runs.cluster.run(key("old")))
     state["batches"] |= {"fetched": "8", "published": "8"}
+    runs.cluster.user_delete_run(key("old"))
     runs.begin("new", saved=state, batches=parts, parallelism=2)
     await runs.settle()
     assert runs.of("new")["batches"]["redo"] == "2-7"
