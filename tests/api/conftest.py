@@ -180,6 +180,19 @@ class Cluster:
         """The namespace's pods."""
         return list(self.core.list_namespaced_pod(namespace, label_selector=selector).items)
 
+    def milestone(self, namespace: str) -> str:
+        """Make a call that is in the audit log and changes nothing; the name that its entry has.
+
+        An entry is written as its call ends: once this one is there, so are those of the calls that ended before.
+        """
+        name = f"milestone-{uuid.uuid4().hex}"
+        try:
+            self.core.delete_namespaced_pod(name, namespace)
+        except client.ApiException as error:
+            if error.status != 404:
+                raise
+        return name
+
 
 @pytest.fixture(scope="session")
 def kubeconfig() -> Path:
@@ -316,21 +329,30 @@ def wait_for() -> WaitFor:
 
 @pytest.fixture(scope="session")
 def audit(cluster: Cluster) -> Callable[[str], list[Json]]:
-    """The API server's own record of what happened in a namespace, in its order: for promises about calls."""
+    """The API server's own record of what happened in a namespace until now, in its order: for promises about calls.
+
+    A call may be seen to have done its work before it is in the log. So a milestone is set, and waited for.
+    """
     named = os.environ.get("INGESTRUN_AUDIT_LOG")
     path = Path(named) if named else cluster.kubeconfig.parent / "audit" / "audit.log"
 
     def entries(namespace: str) -> list[Json]:
         if not path.is_file():
             pytest.fail(f"there is no audit log at {path}: run `make cluster-up NODES=both` first", pytrace=False)
-        found = []
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                # The last line may be half written.
-                if namespace in line and line.endswith("\n"):
-                    entry = json.loads(line)
-                    if entry.get("objectRef", {}).get("namespace") == namespace:
-                        found.append(entry)
-        return found
+        milestone = cluster.milestone(namespace)
+
+        def read() -> list[Json]:
+            found = []
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    # The last line may be half written.
+                    if namespace in line and line.endswith("\n"):
+                        entry = json.loads(line)
+                        if entry.get("objectRef", {}).get("namespace") == namespace:
+                            found.append(entry)
+            assert any(entry["objectRef"].get("name") == milestone for entry in found), "the milestone is not there yet"
+            return found
+
+        return _wait_for(read, 30, "the audit log to be written")
 
     return entries

@@ -11,7 +11,7 @@ import pytest
 from demo.audit import first_cancelled, name_of, stored_creates
 from kubernetes import client
 
-from tests.api.conftest import Cluster, Json, WaitFor
+from tests.api.conftest import Cluster, Json, WaitFor, _wait_for
 from tests.api.operator_process import OperatorProcess
 
 Audit = Callable[[str], list[Json]]
@@ -100,7 +100,9 @@ def after_cancelled(entries: list[Json], run: str) -> list[Json]:
 
 
 def assert_nothing_started_after_cancelled(audit: Audit, namespace: str, run: str) -> None:
-    assert created_jobs(after_cancelled(audit(namespace), run)) == []
+    # The run may be seen Cancelled a moment before the write of it is in the log.
+    (after,) = _wait_for(lambda: [after_cancelled(audit(namespace), run)], 10, "phase=Cancelled in the audit log")
+    assert created_jobs(after) == []
 
 
 def test_cursor_chain(cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor) -> None:

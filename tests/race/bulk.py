@@ -33,9 +33,16 @@ class Bulk:
         self._histories = Histories()
 
     def histories(self) -> dict[str, RunHistory]:
-        """By the run's name."""
-        for entry in self._tail.poll():
-            self._histories.add(entry)
+        """By the run's name; with all that was stored until now."""
+        milestone = self._cluster.milestone(self._namespace)
+
+        def reached() -> bool:
+            entries = list(self._tail.poll())
+            for entry in entries:
+                self._histories.add(entry)
+            return any(entry["objectRef"].get("name") == milestone for entry in entries)
+
+        self._until(reached, 60, "the audit log to be written")
         return {run.name: run for run in self._histories.runs.values()}
 
     def calls(self) -> Counter[str]:
