@@ -262,6 +262,13 @@ def deployed(cluster: Cluster, namespace: str, name: str) -> list[Any]:
 @pytest.fixture(scope="session")
 def crd(cluster: Cluster, alone: None) -> Json:
     """The CRD as this checkout has it, applied and served."""
+    with (cluster.kubeconfig.parent / "crd-applied").open("a") as turn:
+        # One session after another: the second finds the new schema stored, and would not wait until it is served.
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        return _applied_crd(cluster)
+
+
+def _applied_crd(cluster: Cluster) -> Json:
     body = yaml.safe_load((REPOSITORY / "crds" / "ingestruns.yaml").read_text())
     name = body["metadata"]["name"]
     selector = f"metadata.name={name}"
