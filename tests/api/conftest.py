@@ -124,12 +124,14 @@ class Cluster:
         items: list[Json] = found["items"]
         return items
 
-    def told(self, namespace: str, reason: str, run: str | None = None) -> list[str]:
-        """What Events of that reason say, once there is one: they come a moment after the status."""
+    def told(self, namespace: str, reason: str, run: str | None = None, *, number: int = 1) -> list[str]:
+        """What Events of that reason say, once there are so many: they come a moment after the status."""
 
         def look() -> list[str]:
             items = self.core.list_namespaced_event(namespace, field_selector=f"reason={reason}").items
-            return [str(item.message) for item in items if run in (None, item.involved_object.name)]
+            found = [str(item.message) for item in items if run in (None, item.involved_object.name)]
+            assert len(found) >= number, found
+            return found
 
         return _wait_for(look, 30, f"an Event {reason}")
 

@@ -39,8 +39,8 @@ def limited(**changes: Any) -> Json:
     }
 
 
-def notes(cluster: Cluster, namespace: str, reason: str) -> list[str]:
-    return sorted(cluster.told(namespace, reason))
+def notes(cluster: Cluster, namespace: str, reason: str, *, number: int = 1) -> list[str]:
+    return sorted(cluster.told(namespace, reason, number=number))
 
 
 def memory(cluster: Cluster, namespace: str, stage: str) -> list[tuple[str, str]]:
@@ -65,11 +65,12 @@ def test_killed_for_memory_it_gets_more_and_then_succeeds(
     assert sorted(set(memory(cluster, namespace, "hook"))) == [
         ("128Mi", "256Mi"), ("150Mi", "300Mi"), ("64Mi", "128Mi"),
     ]  # fmt: skip
-    assert notes(cluster, namespace, "MemoryRaised") == [
+    raised = notes(cluster, namespace, "MemoryRaised", number=2)
+    assert raised == [
         "batch 1, hook check, attempt 2: memory limit 256Mi instead of 128Mi",
         "batch 1, hook check, attempt 3: memory limit 300Mi instead of 256Mi",
     ]
-    assert [line["why"] for line in operator.lines("memory raised")] == notes(cluster, namespace, "MemoryRaised")
+    assert [line["why"] for line in operator.lines("memory raised")] == raised
     assert [line["memory"] for line in operator.lines("job created") if "memory" in line] == [
         "256Mi instead of 128Mi",
         "300Mi instead of 256Mi",

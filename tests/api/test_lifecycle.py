@@ -381,7 +381,11 @@ def test_ended_runs_are_deleted_in_their_time(
     for name, at in deletes.items():
         assert at - ended[name] >= timedelta(seconds=62 if name == "later" else 60), name
     assert cluster.told(namespace, "Expired", "done")
-    assert {line["run"] for line in operator.lines("ingest run deleted, its time is over")} == set(ended)
+
+    def logged() -> bool:
+        return {line["run"] for line in operator.lines("ingest run deleted, its time is over")} == set(ended)
+
+    wait_for(logged, 10, "a line about each")
     release(cluster, namespace, "draining")
     wait_for(lambda: [run["metadata"]["name"] for run in cluster.runs(namespace)] == ["kept"], 60, "the drained one")
     wait_for(lambda: not cluster.jobs(namespace), 60, "their Jobs to go")
