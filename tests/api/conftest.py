@@ -28,6 +28,9 @@ REPOSITORY: Final = Path(__file__).parents[2]
 GROUP: Final = "ingestrun.dev"
 VERSION: Final = "v1alpha1"
 PLURAL: Final = "ingestruns"
+PATIENCE: Final = 3
+"""The timeouts that the tests name would do on a machine at rest; so many times that long is waited. CI has two cores
+for the cluster and three sessions, and what comes in time costs nothing of it."""
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -311,6 +314,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 
 
 def _wait_for(predicate: Callable[[], T], timeout: float = 30.0, what: str = "it") -> T:
+    timeout *= PATIENCE
     deadline = time.monotonic() + timeout
     last: Any = None
     while True:
@@ -331,7 +335,7 @@ def wait_for() -> WaitFor:
     """Ask again until the predicate gives something true, and give that back.
 
     An AssertionError, a field that is missing, or an answer such as 404 counts as "not yet"; what was seen last is in
-    the failure.
+    the failure. The timeout is multiplied by PATIENCE.
     """
     return _wait_for
 

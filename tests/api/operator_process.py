@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[2]
-START_SECONDS: Final = 60
+START_SECONDS: Final = 180
+STOP_SECONDS: Final = 90
 
 
 class OperatorProcess:
@@ -88,5 +89,5 @@ class OperatorProcess:
     def _end(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=STOP_SECONDS)
         self._process = None

@@ -67,7 +67,7 @@ def test_cancel_half_way_starts_nothing_more(kubectl: Kubectl, namespace: str) -
     wait_for(lambda: published(run_of(kubectl, namespace, "cancelled")) > ROWS / 3, seconds=300, what="a third")
     patch = json.dumps({"spec": {"cancel": True, "cancellation": {"reason": "enough"}}})
     kubectl("-n", namespace, "patch", "ingestrun", "cancelled", "--type", "merge", "-p", patch)
-    run = ended(kubectl, namespace, "cancelled", seconds=30)
+    run = ended(kubectl, namespace, "cancelled", seconds=120)
     assert phase(run) == "Cancelled"
     frozen = run["status"]["records"]
     kubectl("-n", namespace, "wait", "ingestrun/cancelled", "--for=condition=Drained", "--timeout=180s")

@@ -75,7 +75,7 @@ class Bulk:
                 calls, since = now, time.monotonic()
             return time.monotonic() - since >= 2
 
-        self._until(idle, 120, "the operator to be idle")
+        self._until(idle, 300, "the operator to be idle")
 
     def pods_running(self, label: str) -> int:
         """How many pods of the runs with that label run."""

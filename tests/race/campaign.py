@@ -29,7 +29,7 @@ from tests.race.history import AuditTail, Histories, RunHistory, indexes
 from tests.race.observer import Observer
 from tests.race.traffic import Timers, Traffic
 
-WAVE_SECONDS: Final = 240
+WAVE_SECONDS: Final = 600
 """How long a wave's runs may take to end and drain. No timing is judged here: this only ends a wave that hangs."""
 SWEEP_SECONDS: Final = 65
 """An ended run is listed live once more a minute after its end; the last wave is watched until after that."""
