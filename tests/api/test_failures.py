@@ -150,8 +150,13 @@ def test_a_stage_that_runs_past_its_deadline_is_tried_again(
     assert run["status"]["retries"] == [{"stage": "fetch", "reason": "DeadlineExceeded", "count": 1}]
     (failure,) = run["status"]["failures"]
     assert failure["message"].startswith("the stage ran longer than its activeDeadlineSeconds; retry 1 of 3 in ")
-    (job,) = cluster.jobs(namespace, first)
-    assert [c.reason for c in job.status.conditions if c.type == "Failed"] == ["BackoffLimitExceeded"]
+
+    def verdict() -> list[str]:
+        (job,) = cluster.jobs(namespace, first)
+        return [c.reason for c in job.status.conditions or () if c.type == "Failed"]
+
+    # The operator goes by the pod, and does not wait for the Job controller.
+    assert wait_for(verdict, 30, "the Job to have failed") == ["BackoffLimitExceeded"]
 
 
 def test_the_end_of_the_log_is_shown(

@@ -294,6 +294,7 @@ def test_create_that_is_delayed_past_the_cancel_is_refused(
 
     cluster.cancel(namespace, "held")
     wait_for(in_phase(cluster, namespace, "held", "Cancelled"), 30, "Cancelled")
+    wait_for(lambda: post_late(cluster, late), 5, "the fence to have seen it")
     before = len(created_jobs(audit(namespace)))
     batch: Any = cluster.batch
     with pytest.raises(client.ApiException) as caught:

@@ -251,6 +251,7 @@ def test_of_several_created_at_once_one_runs(
             assert condition(run, "Succeeded")["reason"] == "ConcurrencyForbidden"
             assert "of the concurrency key geo is active" in condition(run, "Succeeded")["message"]
             assert "startTime" not in run["status"]
+    wait_for(partial(running_pods, cluster, namespace, winner), 60, "its pod: it is Running before it has a Job")
     uid = cluster.run(namespace, winner)["metadata"]["uid"]
     assert {run for run, _ in jobs_in_order(audit(namespace))} == {uid}
 
