@@ -96,7 +96,7 @@ def test_pod_that_fails_after_the_cancel_is_not_retried(
 def test_cancel_while_a_retry_waits_starts_no_retry(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor, audit: Audit
 ) -> None:
-    slow = {"initialSeconds": 5, "maxSeconds": 5}
+    slow = {"initialSeconds": 60, "maxSeconds": 60}  # time enough to cancel meanwhile; nobody waits for its end
     cluster.create_run(namespace, spec({"fail-attempts": "9"}, backoff=slow), name="waits")
 
     def retrying() -> bool:

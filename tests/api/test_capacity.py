@@ -97,7 +97,7 @@ def test_a_big_and_a_small_run_share_a_cap(
     assert "limit of 4 unfinished Jobs in all (INGESTRUN_MAX_JOBS)" in held["message"]
     most = 0
     cluster.create_run(namespace, partitions(3, 3, {"run-seconds": "1"}), name="small")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while cluster.run(namespace, "small")["status"].get("phase") != "Succeeded":
         most = max(most, unfinished(cluster, namespace))
         assert time.monotonic() < deadline, "the small run starves"
@@ -216,9 +216,9 @@ def test_under_a_quota_of_zero_cancel_suspend_and_the_time_out_work(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor
 ) -> None:
     quota(cluster, namespace, wait_for, **{JOBS: "0"})
-    for name, wait in (("cancelled", {}), ("impatient", {"timeoutSeconds": 5}), ("paused", {"timeoutSeconds": 8})):
+    for name, wait in (("cancelled", {}), ("impatient", {"timeoutSeconds": 15}), ("paused", {"timeoutSeconds": 24})):
         cluster.create_run(namespace, partitions(3, 3, backpressure=wait), name=name)
-    for name in ("cancelled", "impatient", "paused"):
+    for name in ("impatient", "paused", "cancelled"):  # those first that do not stay so
         wait_for(lambda name=name: backpressured(cluster, namespace, name, "QuotaExceeded"), 60, "Backpressured")  # type: ignore[misc]
     cluster.patch_spec(namespace, "paused", suspend=True)
     cluster.cancel(namespace, "cancelled", "no room here")

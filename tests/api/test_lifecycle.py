@@ -34,6 +34,7 @@ __all__ = ["operator"]
 """The fixture of test_runs."""
 
 HELD = {"hold": "true"}
+HOLD = "simulate.ingestrun.dev/hold"
 ONE = {"partitions": {"count": 1}}
 
 
@@ -41,8 +42,9 @@ def release(cluster: Cluster, namespace: str, run: str) -> None:
     """Let the held pods of a run end."""
     uid = cluster.run(namespace, run)["metadata"]["uid"]
     for pod in cluster.pods(namespace, f"ingestrun.dev/run-uid={uid}"):
-        go = {"metadata": {"annotations": {"simulate.ingestrun.dev/hold": None}}}
-        cluster.core.patch_namespaced_pod(pod.metadata.name, namespace, go)
+        if HOLD in (pod.metadata.annotations or {}):
+            go = {"metadata": {"annotations": {HOLD: None}}}
+            cluster.core.patch_namespaced_pod(pod.metadata.name, namespace, go)
 
 
 def running_pods(cluster: Cluster, namespace: str, run: str) -> list[Any]:
@@ -83,10 +85,11 @@ def test_run_without_progress_cancels_itself_and_cleans_up(
 ) -> None:
     cluster.create_run(
         namespace,
-        spec(HELD, batches=THREE, parallelism=3, staleAfterSeconds=5, onCancel={"image": "example/clean:1"}),
+        spec(HELD, batches=THREE, parallelism=3, staleAfterSeconds=3600, onCancel={"image": "example/clean:1"}),
         name="stuck",
     )
     wait_for(lambda: three_running(cluster, namespace), 60, "three running pods")
+    cluster.patch_spec(namespace, "stuck", staleAfterSeconds=5)  # now: to start all three may take longer than that
     run = wait_for(in_phase(cluster, namespace, "stuck", "Cancelled"), 60, "Cancelled")
     record = run["status"]["cancellation"]
     assert record["reason"] == "no progress for 5 s (staleAfterSeconds)"
@@ -105,11 +108,11 @@ def test_run_without_progress_cancels_itself_and_cleans_up(
 def test_batch_that_takes_longer_but_goes_on_is_not_stale(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor
 ) -> None:
-    """What the seed's reaper got wrong: three stages of 5 s each, none of which is as long as the limit."""
-    cluster.create_run(namespace, spec({"run-seconds": "5"}, batches=ONE, staleAfterSeconds=12), name="slow")
+    """What the seed's reaper got wrong: three stages of 8 s each, none of which is as long as the limit."""
+    cluster.create_run(namespace, spec({"run-seconds": "8"}, batches=ONE, staleAfterSeconds=20), name="slow")
     run = wait_for(in_phase(cluster, namespace, "slow", "Succeeded"), 120, "Succeeded")
     took = moment(run["status"]["completionTime"]) - moment(run["status"]["startTime"])
-    assert took > timedelta(seconds=12)
+    assert took > timedelta(seconds=20)
 
 
 def test_deadline_is_changed_while_it_runs_and_stops_while_suspended(
@@ -141,11 +144,11 @@ def test_deadline_is_changed_while_it_runs_and_stops_while_suspended(
 def test_suspended_run_counts_what_runs_and_goes_on_exactly_there(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor, audit: Audit
 ) -> None:
-    cluster.create_run(
-        namespace, spec({"run-seconds": "2"}, batches={"partitions": {"count": 4}}, parallelism=3), name="paused"
-    )
+    cluster.create_run(namespace, spec(HELD, batches={"partitions": {"count": 4}}, parallelism=3), name="paused")
     wait_for(lambda: three_running(cluster, namespace), 60, "three running pods")
     cluster.patch_spec(namespace, "paused", suspend=True)
+    wait_for(in_phase(cluster, namespace, "paused", "Suspended"), 30, "Suspended")
+    release(cluster, namespace, "paused")
 
     def counted() -> Json:
         run = cluster.run(namespace, "paused")
@@ -159,7 +162,12 @@ def test_suspended_run_counts_what_runs_and_goes_on_exactly_there(
     wait_for(over(2), 10, "time to start something wrongly")
     assert len(created_jobs(audit(namespace))) == 3
     cluster.patch_spec(namespace, "paused", suspend=None)
-    run = wait_for(in_phase(cluster, namespace, "paused", "Succeeded"), 120, "Succeeded")
+
+    def succeeded() -> Json:
+        release(cluster, namespace, "paused")
+        return in_phase(cluster, namespace, "paused", "Succeeded")()
+
+    run = wait_for(succeeded, 120, "Succeeded")
     assert run["status"]["records"] == {"fetched": 40, "rejected": 0, "published": 40}
     assert condition(run, "Suspended")["status"] == "False"
     names = created_jobs(audit(namespace))
@@ -172,14 +180,14 @@ def test_suspended_between_two_attempts(
     cluster.create_run(
         namespace,
         spec(
-            {"fail-attempts": "1", "fail-stage": "fetch"}, batches=ONE, backoff={"initialSeconds": 4, "maxSeconds": 4}
+            {"fail-attempts": "1", "fail-stage": "fetch"}, batches=ONE, backoff={"initialSeconds": 8, "maxSeconds": 8}
         ),
         name="backoff",
     )
     wait_for(lambda: cluster.run(namespace, "backoff")["status"].get("failures"), 60, "the failed attempt")
     cluster.patch_spec(namespace, "backoff", suspend=True)
     wait_for(in_phase(cluster, namespace, "backoff", "Suspended"), 30, "Suspended")
-    wait_for(over(5), 10, "more than the backoff")
+    wait_for(over(9), 10, "more than the backoff")
     assert len(created_jobs(audit(namespace))) == 1
     cluster.patch_spec(namespace, "backoff", suspend=None)
     run = wait_for(in_phase(cluster, namespace, "backoff", "Succeeded"), 120, "Succeeded")
@@ -363,7 +371,7 @@ def test_ended_runs_are_deleted_in_their_time(
     wait_for(partial(running_pods, cluster, namespace, "draining"), 60, "a running pod")
     cluster.cancel(namespace, "draining")
     ended = {}
-    for name, phase in (("done", "Succeeded"), ("cancelled", "Cancelled"), ("later", "Cancelled")):
+    for name, phase in (("cancelled", "Cancelled"), ("later", "Cancelled"), ("done", "Succeeded")):
         run = wait_for(in_phase(cluster, namespace, name, phase), 60, phase)
         ended[name] = moment(run["status"]["completionTime"])
     cluster.patch_spec(namespace, "later", ttlSecondsAfterFinished=62)

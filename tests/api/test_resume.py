@@ -80,7 +80,7 @@ def test_partitions_wait_for_the_drain_and_the_second_run_is_refused(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor
 ) -> None:
     parts = {"partitions": {"count": 9}}
-    cluster.create_run(namespace, spec({"run-seconds": "0.5"}, batches=parts, parallelism=3), name="old")
+    cluster.create_run(namespace, spec({"run-seconds": "2"}, batches=parts, parallelism=3), name="old")
     wait_for(lambda: len(published(cluster.run(namespace, "old"))) >= 3, 90, "three batches to be published")
     for name in ("first", "second"):
         cluster.create_run(namespace, spec(batches=parts, resumeFrom={"name": "old"}), name=name)
