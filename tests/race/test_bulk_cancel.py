@@ -79,7 +79,9 @@ def test_cancel_by_label_selector_as_documented(bulk: Bulk, cluster: Cluster, na
         assert sorted(done.stdout.splitlines()) == sorted(
             f"ingestrun.ingestrun.dev/{name} {answer}" for name in bulk.runs("red")
         )
-    bulk.await_cancelled("red", BY_SELECTOR)
+        # kubectl calls it a change when the operator has written between its GET and its PATCH.
+        bulk.await_cancelled("red", BY_SELECTOR)
+        bulk.await_idle()
     assert {run["status"]["phase"] for run in bulk.runs("blue").values()} == {"Running"}
     bulk.let_go("red")
     bulk.await_drained("red", BY_SELECTOR)
