@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -54,7 +55,8 @@ def at_work(kubectl: Kubectl, namespace: str, run: str, stage: str, *, seconds: 
 
     def begun() -> str | None:
         for pod in pods_of(kubectl, namespace, run, stage):
-            if pod["status"].get("phase") == "Running":
+            # One that is quick may have ended before it is seen to run.
+            if pod["status"].get("phase") in ("Running", "Succeeded"):
                 name = str(pod["metadata"]["name"])
                 if "stage starts" in kubectl("-n", namespace, "logs", name):
                     return name
@@ -80,6 +82,8 @@ def watched(kubectl: Kubectl, namespace: str, pod: str) -> Iterator[list[Json]]:
     with tempfile.TemporaryFile("w+") as out:  # a pipe that nobody reads would hold kubectl up
         process = subprocess.Popen([*command, "--field-selector", f"metadata.name={pod}"], stdout=out)
         try:
+            # What happens before its first look it never sees.
+            wait_for(lambda: os.fstat(out.fileno()).st_size, seconds=60, what=f"a watch of {pod}")
             yield seen
         finally:
             process.terminate()
@@ -127,7 +131,7 @@ def test_worker_asks_by_the_service_and_stops_early(kubectl: Kubectl, namespace:
     assert (made_up[0], made_up[1]["error"]) == (401, "unauthorized")
 
     cancel(kubectl, namespace, "asks")
-    run = drained(kubectl, namespace, "asks", seconds=30)
+    run = drained(kubectl, namespace, "asks", seconds=50)
     assert phase(run) == "Cancelled"
     assert run["status"]["cancellation"]["policy"] == "Drain"
     assert run["status"]["cancellation"]["notPublished"] == "0"
@@ -158,7 +162,7 @@ def test_terminate_ends_a_fetch_in_mid_work(kubectl: Kubectl, namespace: str) ->
     pod = at_work(kubectl, namespace, "terminated", "fetch", seconds=120)
     with watched(kubectl, namespace, pod) as seen:
         cancel(kubectl, namespace, "terminated", policy="Terminate", gracePeriodSeconds=GRACE)
-        run = drained(kubectl, namespace, "terminated", seconds=GRACE + 15)
+        run = drained(kubectl, namespace, "terminated", seconds=GRACE + 60)
     assert phase(run) == "Cancelled"
     assert run["status"]["cancellation"]["notPublished"] == "0"
     end = next(terminated(body) for body in reversed(seen) if terminated(body))
@@ -178,7 +182,7 @@ def test_terminate_while_it_publishes_leaves_all_or_nothing(kubectl: Kubectl, na
     pod = at_work(kubectl, namespace, "halfway", "publish", seconds=240)
     with watched(kubectl, namespace, pod) as seen:
         cancel(kubectl, namespace, "halfway", policy="Terminate", gracePeriodSeconds=GRACE)
-        run = drained(kubectl, namespace, "halfway", seconds=GRACE + 15)
+        run = drained(kubectl, namespace, "halfway", seconds=GRACE + 60)
     end = next(terminated(body) for body in reversed(seen) if terminated(body))
     landed = count(run["status"]["batches"]["published"]) + count(run["status"]["cancellation"]["published"])
     outcome = json.loads(end["message"])["outcome"]
