@@ -57,7 +57,7 @@ def kubectl() -> Kubectl:
 def operator(kubectl: Kubectl) -> None:
     """The operator as users install it, ready."""
     kubectl("apply", "-k", "build/deploy")
-    kubectl("wait", "crd/ingestruns.ingestrun.dev", "--for=condition=Established", "--timeout=60s")
+    kubectl("wait", "crd/ingestruns.ingestrun.dev", "--for=condition=Established", "--timeout=180s")
     kubectl("-n", SYSTEM, "rollout", "status", "deployment/ingestrun-operator", "--timeout=180s")
 
 

@@ -49,4 +49,4 @@ def events(kubectl: Kubectl, namespace: str, name: str, reason: str) -> list[str
         items = kubectl.get("-n", namespace, "events")["items"]
         return [e["message"] for e in items if e["reason"] == reason and e["involvedObject"]["name"] == name]
 
-    return wait_for(told, seconds=30, what=f"an Event {reason}")
+    return wait_for(told, seconds=90, what=f"an Event {reason}")

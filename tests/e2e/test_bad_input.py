@@ -29,7 +29,7 @@ def test_source_that_does_not_answer_as_it_should(
     kubectl: Kubectl, namespace: str, name: str, url: str, retries: int, reason: str, words: str
 ) -> None:
     kubectl.apply([with_url(namespace, name, url, retries=retries)])
-    run = ended(kubectl, namespace, name, seconds=240)
+    run = ended(kubectl, namespace, name, seconds=480)
     assert phase(run) == "Failed"
     assert run["status"]["records"]["fetched"] == 0
     (failure,) = run["status"]["failures"]
@@ -46,7 +46,7 @@ def test_rows_of_the_wrong_type_are_kept_with_their_reason(kubectl: Kubectl, nam
     body = flights(namespace, "wrong-type", hooks=[hook])
     body["spec"]["batches"] = {"cursor": {}, "size": 10_000, "limit": 10_000}
     kubectl.apply([body])
-    run = ended(kubectl, namespace, "wrong-type", seconds=240)
+    run = ended(kubectl, namespace, "wrong-type", seconds=480)
     assert phase(run) == "Succeeded", condition(run, "Succeeded")
     assert run["status"]["records"] == {"fetched": 10_000, "rejected": 10_000, "published": 0}
 
@@ -59,10 +59,10 @@ def test_missing_volume_is_said_at_once_and_cancel_works_from_there(kubectl: Kub
         said = condition(run_of(kubectl, namespace, "no-volume"), "Reconciling")
         return said.get("reason") == "PodNotStarting" and "no-such-claim" in said["message"]
 
-    wait_for(stuck, seconds=90, what="the run to say what its pod waits for")
+    wait_for(stuck, seconds=180, what="the run to say what its pod waits for")
     assert events(kubectl, namespace, "no-volume", "PodNotStarting")
     kubectl("-n", namespace, "patch", "ir", "no-volume", "--type", "merge", "-p", '{"spec":{"cancel":true}}')
-    kubectl("-n", namespace, "wait", "ir/no-volume", "--for=condition=Drained", "--timeout=60s")
+    kubectl("-n", namespace, "wait", "ir/no-volume", "--for=condition=Drained", "--timeout=180s")
     assert phase(run_of(kubectl, namespace, "no-volume")) == "Cancelled"
     left = kubectl.get("-n", namespace, "jobs", "-l", "ingestrun.dev/run=no-volume")["items"]
     assert left == []
@@ -70,7 +70,7 @@ def test_missing_volume_is_said_at_once_and_cancel_works_from_there(kubectl: Kub
 
 def test_missing_image_is_said_then_fails_the_run(kubectl: Kubectl, namespace: str) -> None:
     """The run of `without_image`, begun with the session."""
-    run = ended(kubectl, namespace, "no-image", seconds=240)
+    run = ended(kubectl, namespace, "no-image", seconds=480)
     assert phase(run) == "Failed"
     (failure,) = run["status"]["failures"]
     assert (failure["batch"], failure["stage"], failure["reason"]) == (0, "fetch", "ImagePull")

@@ -121,7 +121,7 @@ def instant(stamp: str) -> float:
 def test_worker_asks_by_the_service_and_stops_early(kubectl: Kubectl, namespace: str) -> None:
     """The Service's name resolves, the pod's token answers for its own run alone, and the cancel is heard."""
     kubectl.apply([slow(namespace, "asks")])
-    pod = at_work(kubectl, namespace, "asks", "fetch", seconds=120)
+    pod = at_work(kubectl, namespace, "asks", "fetch", seconds=300)
     answers = json.loads(kubectl("-n", namespace, "exec", pod, "--", "/venv/bin/python", "-c", ASK))
     url, own, another, made_up = answers
     assert url.startswith("http://ingestrun-operator.ingestrun-system.svc")
@@ -159,7 +159,7 @@ def unasking(body: Json) -> Json:
 def test_terminate_ends_a_fetch_in_mid_work(kubectl: Kubectl, namespace: str) -> None:
     """SIGTERM reaches the worker, which ends at once and hands on nothing; nobody waits its grace out."""
     kubectl.apply([unasking(slow(namespace, "terminated"))])
-    pod = at_work(kubectl, namespace, "terminated", "fetch", seconds=120)
+    pod = at_work(kubectl, namespace, "terminated", "fetch", seconds=300)
     with watched(kubectl, namespace, pod) as seen:
         cancel(kubectl, namespace, "terminated", policy="Terminate", gracePeriodSeconds=GRACE)
         run = drained(kubectl, namespace, "terminated", seconds=GRACE + 60)
@@ -179,7 +179,7 @@ def test_terminate_while_it_publishes_leaves_all_or_nothing(kubectl: Kubectl, na
     body = flights(namespace, "halfway", hooks=[], parallelism=1)
     body["spec"]["batches"] = {"cursor": {}, "size": 300_000}
     kubectl.apply([body])
-    pod = at_work(kubectl, namespace, "halfway", "publish", seconds=240)
+    pod = at_work(kubectl, namespace, "halfway", "publish", seconds=480)
     with watched(kubectl, namespace, pod) as seen:
         cancel(kubectl, namespace, "halfway", policy="Terminate", gracePeriodSeconds=GRACE)
         run = drained(kubectl, namespace, "halfway", seconds=GRACE + 60)

@@ -104,7 +104,7 @@ def faulty(namespace: str, name: str, case: Case) -> tuple[Json, list[Json]]:
 
 def test_memory_is_raised_in_the_pod(kubectl: Kubectl, namespace: str, started: None) -> None:
     """The first of these tests: a minute after the run's end its Jobs go, and the pods with them."""
-    ended(kubectl, namespace, "fault-oom", seconds=240)
+    ended(kubectl, namespace, "fault-oom", seconds=480)
     selector = "ingestrun.dev/run=fault-oom,ingestrun.dev/stage=hook,ingestrun.dev/batch=1"
     pods = kubectl.get("-n", namespace, "pods", "-l", selector)["items"]
     pods.sort(key=lambda pod: str(pod["metadata"]["labels"]["ingestrun.dev/attempt"]))
@@ -123,7 +123,7 @@ def test_memory_is_raised_in_the_pod(kubectl: Kubectl, namespace: str, started: 
 @pytest.mark.parametrize("name", CASES)
 def test_a_fault_ends_in_exact_counts(kubectl: Kubectl, namespace: str, started: None, name: str) -> None:
     case, run_name = CASES[name], f"fault-{name}"
-    run = ended(kubectl, namespace, run_name, seconds=240)
+    run = ended(kubectl, namespace, run_name, seconds=480)
     status: dict[str, Any] = run["status"]
     assert condition(run, "Succeeded")["reason"] == case.reason, status
     assert phase(run) == ("Failed" if case.reason == "FetchFailed" else "Succeeded")
@@ -136,18 +136,18 @@ def test_a_fault_ends_in_exact_counts(kubectl: Kubectl, namespace: str, started:
 
 
 def test_the_kubelet_ends_a_stage_at_its_deadline(kubectl: Kubectl, namespace: str, started: None) -> None:
-    (failure,) = ended(kubectl, namespace, "fault-hang", seconds=240)["status"]["failures"]
+    (failure,) = ended(kubectl, namespace, "fault-hang", seconds=480)["status"]["failures"]
     assert (failure["stage"], failure["attempt"], failure["reason"]) == (PUBLISH, 0, "DeadlineExceeded")
     assert failure["message"].startswith("the stage ran longer than its activeDeadlineSeconds; retry 1 of 3 in 1 s")
 
 
 def test_the_last_lines_of_the_log_are_in_the_status(kubectl: Kubectl, namespace: str, started: None) -> None:
-    run = ended(kubectl, namespace, "fault-exit-twice", seconds=240)
+    run = ended(kubectl, namespace, "fault-exit-twice", seconds=480)
     failures = run["status"]["failures"]
     assert [failure["reason"] for failure in failures] == ["Error", "Error"]
     assert all('"event": "fault on purpose"' in failure["log"] for failure in failures)
     assert "retry 1 of 3 in 1 s" in failures[0]["message"]
-    permanent = ended(kubectl, namespace, "fault-permanent", seconds=240)["status"]["failures"]
+    permanent = ended(kubectl, namespace, "fault-permanent", seconds=480)["status"]["failures"]
     assert [failure["message"] for failure in permanent] == [
         "exit code 65: a permanent failure, asked for by INGEST_FAULT"
     ]
