@@ -1,5 +1,5 @@
 # Cancellation on the real API server: the races, and what a cancel costs. docs/proof.md has results.
-export RUNS SEED WAVE LEASE_EVERY ROUNDS BATCHES PARALLELISM BENCH_RUNS BENCH_PODS
+export RUNS SEED WAVE LEASE_EVERY ROUNDS BATCHES TAIL PARALLELISM BENCH_RUNS BENCH_PODS
 
 .PHONY: test-cancel-races test-race bench-cancel bench-cancel-many bench-scale bench-long-run calls
 
@@ -18,7 +18,7 @@ bench-cancel-many: $(VENV)/.installed ## From patch to Cancelled for 500 runs at
 calls: $(VENV)/.installed ## The operator's API calls by verb and resource, per batch: BATCHES=20
 	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q bench/calls.py
 
-bench-scale: $(VENV)/.installed ## One long run on the cluster, its cost by tenths: BATCHES=1500 PARALLELISM=40
+bench-scale: $(VENV)/.installed ## One long run on the cluster, its cost by tenths: BATCHES=1500 PARALLELISM=40; or its two ends: BATCHES=100000 TAIL=1000
 	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q bench/scale.py
 
 bench-long-run: $(VENV)/.installed ## The same before a cluster in memory: BATCHES=100000
