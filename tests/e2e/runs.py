@@ -34,6 +34,23 @@ def published(run: Json) -> int:
     return int((run.get("status") or {}).get("records", {}).get("published", 0))
 
 
+def said_by(kubectl: Kubectl, namespace: str, job: Json) -> str:
+    """What a Job of the tests' own prints, once it is complete."""
+    name = job["metadata"]["name"]
+    job["metadata"]["namespace"] = namespace
+    kubectl.apply([job])
+
+    def over() -> str | None:
+        status = kubectl.get("-n", namespace, "job", name).get("status") or {}
+        ends = [c["type"] for c in status.get("conditions") or () if c["type"] in ("Complete", "Failed")]
+        return ends[0] if ends else None
+
+    end = wait_for(over, seconds=180, what=f"the Job {name}")
+    said = kubectl("-n", namespace, "logs", f"job/{name}")
+    assert end == "Complete", said
+    return said
+
+
 def without_image(namespace: str) -> Json:
     """A run whose first pod never gets its image. Begun early: the verdict comes after two minutes of grace."""
     body = flights(namespace, "no-image", hooks=[])

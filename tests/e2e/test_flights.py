@@ -11,7 +11,7 @@ from demo.__main__ import check_job
 from demo.audit import read_trail
 
 from tests.e2e.cluster import SYSTEM, Kubectl, condition, image, phase, wait_for
-from tests.e2e.runs import ROWS, ended, events, flights, published, run_of
+from tests.e2e.runs import ROWS, ended, events, flights, published, run_of, said_by
 
 CANCELLED_LINE = "ingest run cancelled, skipping"
 
@@ -27,20 +27,8 @@ def kill_operator(kubectl: Kubectl) -> None:
 
 def check_dataset(kubectl: Kubectl, namespace: str, dataset: str, *arguments: str) -> str:
     """demo/check_dataset.py beside the dataset: DuckDB holds each row against the source's own file."""
-    name = f"check-{dataset}"
-    job = check_job(name, dataset, arguments, image=image("DEMO_IMAGE"))
-    job["metadata"]["namespace"] = namespace
-    kubectl.apply([job])
-
-    def over() -> str | None:
-        status = kubectl.get("-n", namespace, "job", name).get("status") or {}
-        ends = [c["type"] for c in status.get("conditions") or () if c["type"] in ("Complete", "Failed")]
-        return ends[0] if ends else None
-
-    end = wait_for(over, seconds=180, what=f"the check of {dataset}")
-    said = kubectl("-n", namespace, "logs", f"job/{name}")
-    assert end == "Complete", said
-    return said
+    job = check_job(f"check-{dataset}", dataset, arguments, image=image("DEMO_IMAGE"))
+    return said_by(kubectl, namespace, job)
 
 
 def test_every_row_arrives_once_though_the_operator_is_killed_twice(kubectl: Kubectl, namespace: str) -> None:
