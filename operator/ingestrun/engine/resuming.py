@@ -31,7 +31,7 @@ from ingestrun.engine.ending import refused
 from ingestrun.engine.facts import JobState, JobView
 from ingestrun.engine.failure import judge
 from ingestrun.engine.gaps import GAPS_BYTES, lost, size_of
-from ingestrun.engine.saying import counted, said
+from ingestrun.engine.saying import counted, said, under_way
 from ingestrun.engine.steps import steps_of
 from ingestrun.model.contract import StageResult
 from ingestrun.model.ranges import IndexRanges
@@ -226,11 +226,7 @@ def _each_other(run: IngestRun, old: IngestRun) -> bool:
 
 
 def _wait(run: IngestRun, reason: str, message: str, *, now: datetime) -> Plan:
-    claims = [
-        Claim(type=c.SUCCEEDED, status="Unknown", reason=reason, message=message),
-        Claim(type=c.FINISHED, status="False", reason=Phase.PENDING.value),
-        Claim(type=c.RECONCILING, status="True", reason=reason, message=message),
-    ]
+    claims = under_way(Phase.PENDING, Claim(type=c.RECONCILING, status="True", reason=reason, message=message))
     return Plan(
         status=said(run, run.status, phase=Phase.PENDING, claims=claims, now=now),
         requeue_at=now + LOOK_AGAIN,

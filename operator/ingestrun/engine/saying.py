@@ -9,7 +9,7 @@ from typing import Final
 from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import in_flight, with_
 from ingestrun.engine.batches import Batch
-from ingestrun.engine.capacity import Held
+from ingestrun.engine.capacity import NOT_COUNTED_YET, Held
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.facts import QUEUED_AFTER
 from ingestrun.engine.fitting import fitted
@@ -64,6 +64,36 @@ def _queued(seen: Sequence[Batch], now: datetime) -> bool:
     return bool(running) and all(
         job.queued and (job.job.created is None or now >= job.job.created + QUEUED_AFTER) for job in running
     )
+
+
+def under_way(phase: Phase, doing: Claim) -> list[Claim]:
+    """The conditions of every run that has not ended; `doing` is its Reconciling."""
+    return [
+        Claim(type=c.SUCCEEDED, status="Unknown", reason=doing.reason, message=doing.message),
+        Claim(type=c.FINISHED, status="False", reason=phase.value),
+        doing,
+    ]
+
+
+def backpressure(run: IngestRun, held: Held | None) -> list[Claim]:
+    """That room is waited for, or no longer; nothing while it is not known yet, or there never was such a wait."""
+    if held is not None:
+        if held.reason == NOT_COUNTED_YET:
+            return []
+        return [Claim(type=c.BACKPRESSURED, status="True", reason=held.reason, message=held.message)]
+    if run.status.condition(c.BACKPRESSURED) is None:
+        return []
+    # Suspended, it asks for nothing: once it does again, the wait begins anew.
+    return [Claim(type=c.BACKPRESSURED, status="False", reason="Suspended" if run.spec.suspend else "RoomAgain")]
+
+
+def suspension(run: IngestRun) -> list[Claim]:
+    """That the run is suspended, or no longer."""
+    if run.spec.suspend:
+        return [Claim(type=c.SUSPENDED, status="True", reason="Suspended")]
+    if run.status.condition(c.SUSPENDED) is None:
+        return []
+    return [Claim(type=c.SUSPENDED, status="False", reason="Resumed")]
 
 
 def no_backpressure(status: IngestRunStatus) -> list[Claim]:
