@@ -706,7 +706,9 @@ class FakeCluster(Cluster):
         meta = stored["metadata"]
         self._objects[kind][meta["namespace"], meta["name"]] = stored
         if kind == "IngestRun":
-            self.largest_run = max(self.largest_run, len(json.dumps(stored, separators=(",", ":")).encode()))
+            self.largest_run = max(
+                self.largest_run, len(json.dumps(stored, separators=(",", ":"), ensure_ascii=False).encode())
+            )
         self._tell(kind, event, stored)
 
     def _remove(self, kind: Kind, obj: Json) -> None:

@@ -11,6 +11,8 @@ from typing import Final
 
 from ingestrun.engine import conditions as c
 from ingestrun.engine.accounting import with_
+from ingestrun.model.base import KubeModel
+from ingestrun.model.spec import IngestRunSpec
 from ingestrun.model.status import IngestRunStatus
 
 STATUS_BYTES: Final = 13 * 1024
@@ -18,19 +20,34 @@ STATUS_BYTES: Final = 13 * 1024
 LONG_RANGES: Final = 2048
 """With ranges up to this length all else fits at its longest: a test computes it. So nothing is measured then."""
 SHORT_MESSAGE: Final = 64
+SAVED_BYTES: Final = 5632
+"""Of those bytes a saved state may have: its ranges come again in the status. One run leaves less, whatever fails."""
 
 
-def fitted(status: IngestRunStatus) -> IngestRunStatus:
-    """The status within its bytes: logs go first, then older failures, then the ends of long messages."""
+def copied(spec: IngestRunSpec) -> int:
+    """How many bytes of the object a saved state takes, as the spec has it."""
+    state = spec.resume_from.saved_state if spec.resume_from is not None else None
+    return _bytes_of(state) if state is not None else 0
+
+
+def fitted(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
+    """The status within its bytes: logs go first, then older failures, then the ends of long messages.
+
+    `beside` is what a saved state takes of them.
+    """
     batches = status.batches
     ranges = (batches.claimed, batches.fetched, batches.published, batches.failed, batches.redo)
-    if sum(len(str(each)) for each in ranges) <= LONG_RANGES:
+    if not beside and sum(len(str(each)) for each in ranges) <= LONG_RANGES:
         return status
     for shortened in _STEPS:
-        if len(status.model_dump_json(by_alias=True, exclude_none=True).encode()) <= STATUS_BYTES:
+        if _bytes_of(status) + beside <= STATUS_BYTES:
             break
         status = shortened(status)
     return status
+
+
+def _bytes_of(part: KubeModel) -> int:
+    return len(part.model_dump_json(by_alias=True, exclude_none=True).encode())
 
 
 def _without_logs(status: IngestRunStatus) -> IngestRunStatus:

@@ -30,6 +30,7 @@ from ingestrun.engine.decisions import Plan, Predecessor, Take
 from ingestrun.engine.ending import refused
 from ingestrun.engine.facts import JobState, JobView
 from ingestrun.engine.failure import judge
+from ingestrun.engine.fitting import SAVED_BYTES, copied
 from ingestrun.engine.gaps import GAPS_BYTES, lost, size_of
 from ingestrun.engine.saying import counted, said, under_way
 from ingestrun.engine.steps import steps_of
@@ -112,6 +113,8 @@ def _resume_saved(run: IngestRun, saved: SavedState, row: Sequence[Predecessor],
     except ValueError as error:
         return _refuse(run, str(error), now=now)
     unfit = _unfit(run, rest)
+    if copied(run.spec) > SAVED_BYTES:
+        unfit = f"the saved state has {copied(run.spec)} bytes, and a run's object has room for {SAVED_BYTES}"
     if unfit is not None:
         return _refuse(run, unfit, now=now)
     active = next((each.run for each in row if not _leaves(each.run)), None)

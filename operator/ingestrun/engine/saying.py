@@ -12,7 +12,7 @@ from ingestrun.engine.batches import Batch
 from ingestrun.engine.capacity import NOT_COUNTED_YET, Held
 from ingestrun.engine.conditions import Claim
 from ingestrun.engine.facts import QUEUED_AFTER
-from ingestrun.engine.fitting import fitted
+from ingestrun.engine.fitting import copied, fitted
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase, StageFailure
 
@@ -39,7 +39,7 @@ def said(
         ),
         conditions=c.updated(status.conditions, claims, now=now, generation=generation),
     )
-    return fitted(told)
+    return fitted(told, beside=copied(run.spec))
 
 
 def activity(phase: Phase, seen: Sequence[Batch], stuck: Batch | None, held: Held | None, *, now: datetime) -> Claim:
