@@ -10,17 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tests.fakes.world import manifest
 
 from ingestrun.engine.accounting import KEPT_FAILURES, KEPT_LOGS
-from ingestrun.engine.fitting import STATUS_BYTES, fitted
+from ingestrun.engine.fitting import SAVED_BYTES, STATUS_BYTES, copied, fitted
 from ingestrun.engine.gaps import FREE_BYTES
 from ingestrun.engine.history import counted_retries
 from ingestrun.engine.lastwords import LOG_BYTES
 from ingestrun.engine.parking import MAX_PARKED
+from ingestrun.engine.saying import said
 from ingestrun.model.base import KubeModel
 from ingestrun.model.contract import CURSOR_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.resume import Gap, LandedRecords
+from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARALLELISM, MAX_PARTITIONS
 from ingestrun.model.status import (
     MAX_IMAGE_PINS,
@@ -302,6 +305,23 @@ def test_the_worst_status_leaves_room_in_16_kib(failed: int, in_flight: int, dra
     assert fit.failures[-1].message == status.failures[-1].message
     if len(dumped(status).encode()) <= STATUS_BYTES:
         assert fit == status
+
+
+def test_beside_the_copy_of_a_saved_state_what_is_said_makes_room() -> None:
+    status = worst_status(failed=0, in_flight=4)
+    meta = {"name": "n", "namespace": "n", "uid": "u", "resourceVersion": "1", "creationTimestamp": NOW}
+    state = {"uid": "u", "batches": {"published": "1," * 1500 + "1"}, "afterEnd": {"published": "1," * 1200 + "1"}}
+
+    def told(**spec: Any) -> IngestRunStatus:
+        run = IngestRun.read({"metadata": meta, "spec": {**manifest(**spec)["spec"]}})
+        assert copied(run.spec) <= SAVED_BYTES
+        return said(run, status, phase=None, claims=(), now=NOW)
+
+    assert told().failures == status.failures
+    fit = told(resumeFrom={"savedState": state})
+    assert fit.batches == told().batches
+    assert [failure.log for failure in fit.failures] == [None]
+    assert len(dumped(fit)) < len(dumped(status)) - 3 * 1024
 
 
 def test_a_status_without_failures_is_small_at_a_million_batches() -> None:
