@@ -10,7 +10,6 @@ should ever send (a Job without a name, a write without a resourceVersion) raise
 from __future__ import annotations
 
 import asyncio
-import copy
 import itertools
 import json
 import re
@@ -159,7 +158,7 @@ class FakeCluster(Cluster):
 
     async def write_status(self, key: RunKey, *, resource_version: str, status: Object) -> Object:
         assert resource_version, "a status write without a resourceVersion has no precondition"
-        body: Json = {"metadata": {"resourceVersion": resource_version}, "status": copy.deepcopy(dict(status))}
+        body: Json = {"metadata": {"resourceVersion": resource_version}, "status": shapes.copied(dict(status))}
 
         def commit() -> Object:
             run = self._find("IngestRun", key.namespace, key.name)
@@ -195,7 +194,7 @@ class FakeCluster(Cluster):
         return await self._call("list", "pods", namespace, "", None, lambda: self._select("Pod", namespace, selector))
 
     async def create_job(self, job: Object) -> Object:
-        body: Json = copy.deepcopy(dict(job))
+        body: Json = shapes.copied(dict(job))
         json.dumps(body)
         _check_job(body)
         namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
@@ -241,7 +240,7 @@ class FakeCluster(Cluster):
         await self._call("deletecollection", "jobs", namespace, "", {"labelSelector": selector}, commit)
 
     async def create_event(self, event: Object) -> None:
-        body: Json = copy.deepcopy(dict(event))
+        body: Json = shapes.copied(dict(event))
         meta = body["metadata"]
         assert body["apiVersion"] == "events.k8s.io/v1", body
         assert body["kind"] == "Event", body
@@ -261,12 +260,12 @@ class FakeCluster(Cluster):
 
     async def get_secret(self, *, namespace: str, name: str) -> Object:
         def commit() -> Object:
-            return copy.deepcopy(self._find("Secret", namespace, name))
+            return shapes.copied(self._find("Secret", namespace, name))
 
         return await self._call("get", "secrets", namespace, name, None, commit)
 
     async def replace_secret(self, secret: Object) -> Object:
-        body: Json = copy.deepcopy(dict(secret))
+        body: Json = shapes.copied(dict(secret))
         json.dumps(body)
         meta = body["metadata"]
         namespace, name = meta["namespace"], meta["name"]
@@ -277,12 +276,12 @@ class FakeCluster(Cluster):
             if found["metadata"]["resourceVersion"] != meta["resourceVersion"]:
                 raise Conflict(f'Operation cannot be fulfilled on secrets "{name}": the object has been modified')
             self._store("Secret", body, "MODIFIED")
-            return copy.deepcopy(self._find("Secret", namespace, name))
+            return shapes.copied(self._find("Secret", namespace, name))
 
         return await self._call("update", "secrets", namespace, name, body, commit)
 
     async def patch_run(self, key: RunKey, *, patch: Object) -> Object:
-        body: Json = copy.deepcopy(dict(patch))
+        body: Json = shapes.copied(dict(patch))
         assert body.keys() <= {"metadata", "spec"}, "status has its own call"
         assert body.get("metadata", {}).keys() <= {"labels", "annotations"}, body
         return await self._call(
@@ -321,7 +320,7 @@ class FakeCluster(Cluster):
             pod = self._objects["Pod"].get((namespace, name))
             if pod is not None:
                 _check_preconditions(pod, uid, resource_version)
-                self._terminate(copy.deepcopy(pod), grace_seconds)
+                self._terminate(shapes.copied(pod), grace_seconds)
 
         await self._call("delete", "pods", namespace, name, body, commit)
 
@@ -329,11 +328,11 @@ class FakeCluster(Cluster):
 
     def run(self, key: RunKey) -> Json:
         """The run as stored. Raises NotFound."""
-        return copy.deepcopy(self._find("IngestRun", key.namespace, key.name))
+        return shapes.copied(self._find("IngestRun", key.namespace, key.name))
 
     def job(self, name: str, namespace: str = "default") -> Json:
         """The Job as stored. Raises NotFound."""
-        return copy.deepcopy(self._find("Job", namespace, name))
+        return shapes.copied(self._find("Job", namespace, name))
 
     def jobs(self, namespace: str | None = None, selector: str = "") -> list[Json]:
         return self._select("Job", namespace, selector)
@@ -388,7 +387,7 @@ class FakeCluster(Cluster):
 
     def user_create_run(self, run: Object) -> Json:
         """`kubectl create`: uid, generation and the default status come from the server."""
-        body: Json = copy.deepcopy(dict(run))
+        body: Json = shapes.copied(dict(run))
         body.pop("status", None)
         meta = body["metadata"]
         meta.setdefault("namespace", "default")
@@ -414,7 +413,7 @@ class FakeCluster(Cluster):
         meta = found["metadata"] if found else {"name": name, "namespace": namespace, "uid": self._uid()}
         body: Json = {"apiVersion": "v1", "kind": "Secret", "metadata": dict(meta), "type": "Opaque"}
         self._store("Secret", body | ({"data": data} if data else {}), "MODIFIED" if found else "ADDED")
-        return copy.deepcopy(self._find("Secret", namespace, name))
+        return shapes.copied(self._find("Secret", namespace, name))
 
     def user_patch_spec(self, key: RunKey, patch: Object, *, user: str | None = None) -> Json:
         """`kubectl patch --type merge`, the CRD's own rule included: Succeeded and Failed refuse a cancel.
@@ -693,7 +692,7 @@ class FakeCluster(Cluster):
     def _select(self, kind: Kind, namespace: str | None = None, selector: str = "") -> list[Json]:
         matches = selectors.parse(selector)
         return [
-            copy.deepcopy(obj)
+            shapes.copied(obj)
             for (where, _), obj in sorted(self._objects[kind].items())
             if namespace in (None, where) and matches(obj["metadata"].get("labels") or {})
         ]
@@ -701,7 +700,7 @@ class FakeCluster(Cluster):
     def _store(self, kind: Kind, obj: Json, event: EventType) -> None:
         """Keep a copy with the next resourceVersion and tell the watchers. Callers have built `obj` anew."""
         self.revision += 1
-        stored = copy.deepcopy(obj)
+        stored = shapes.copied(obj)
         stored["metadata"]["resourceVersion"] = str(self.revision)
         meta = stored["metadata"]
         self._objects[kind][meta["namespace"], meta["name"]] = stored
@@ -715,14 +714,14 @@ class FakeCluster(Cluster):
         meta = obj["metadata"]
         stored = self._objects[kind].pop((meta["namespace"], meta["name"]))
         self.revision += 1
-        last = copy.deepcopy(stored)
+        last = shapes.copied(stored)
         last["metadata"]["resourceVersion"] = str(self.revision)
         self._tell(kind, "DELETED", last)
 
     def _tell(self, kind: Kind, event: EventType, obj: Json) -> None:
-        self.changes.append(Change(self.revision, kind, event, copy.deepcopy(obj)))
+        self.changes.append(Change(self.revision, kind, event, shapes.copied(obj)))
         for watcher in self._watchers:
-            watcher(kind, event, copy.deepcopy(obj))
+            watcher(kind, event, shapes.copied(obj))
 
     def _remove_job(self, job: Json) -> None:
         """Background deletion: the Job goes at once, then its pods are deleted as a user would."""
@@ -748,7 +747,7 @@ class FakeCluster(Cluster):
 
     def _new_pod(self, job: str, namespace: str) -> Json:
         name = self.create_pod(job, namespace)
-        return copy.deepcopy(self._find("Pod", namespace, name))
+        return shapes.copied(self._find("Pod", namespace, name))
 
     def _set_pod_status(self, pod: Json, status: Json) -> None:
         before = {told["name"]: told["imageID"] for told in pod["status"].get("containerStatuses", ())}
@@ -797,7 +796,7 @@ class FakeCluster(Cluster):
 
     def _admit(self, verb: str, resource: str, obj: Json) -> None:
         if self.admit is not None:
-            self.admit(verb, resource, copy.deepcopy(obj))
+            self.admit(verb, resource, shapes.copied(obj))
 
     def _uid(self) -> str:
         return f"00000000-0000-4000-8000-{next(self._ids):012x}"

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 Json = dict[str, Any]
 Object = Mapping[str, Any]
+T = TypeVar("T")
 
 TRACKING = "batch.kubernetes.io/job-tracking"
+
+
+def copied(value: T) -> T:
+    """A copy of a JSON value: what the server keeps, and what it sends, is nobody else's. Far quicker than deepcopy."""
+    if isinstance(value, dict):
+        return cast(T, {key: copied(part) for key, part in value.items()})
+    if isinstance(value, list):
+        return cast(T, [copied(part) for part in value])
+    return value
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
     """RFC 7386: None removes, objects merge, all else (also lists) replaces. Returns a new value."""
     if not isinstance(patch, Mapping):
-        return copy.deepcopy(patch)
+        return copied(patch)
     merged: Json = dict(target) if isinstance(target, Mapping) else {}
     for key, value in patch.items():
         if value is None:
@@ -28,7 +37,7 @@ def merge_patch(target: Any, patch: Any) -> Any:
 
 def defaulted_job(job: Object, *, uid: str) -> Json:
     """What the API server stores for a Job as it was sent: defaults, the selector, the template's labels."""
-    stored: Json = copy.deepcopy(dict(job))
+    stored: Json = copied(dict(job))
     spec: Json = stored["spec"]
     for key, value in (
         ("parallelism", 1),
@@ -128,8 +137,8 @@ def pod_of(job: Object, *, suffix: str) -> Json:
             "name": f"{meta['name'][:57]}-{suffix}",
             "generateName": f"{meta['name'][:57]}-",
             "namespace": meta["namespace"],
-            "labels": copy.deepcopy(template["metadata"]["labels"]),
-            "annotations": copy.deepcopy(template["metadata"].get("annotations", {})),
+            "labels": copied(template["metadata"]["labels"]),
+            "annotations": copied(template["metadata"].get("annotations", {})),
             "finalizers": [TRACKING],
             "ownerReferences": [
                 {
@@ -142,7 +151,7 @@ def pod_of(job: Object, *, suffix: str) -> Json:
                 }
             ],
         },
-        "spec": copy.deepcopy(template["spec"]),
+        "spec": copied(template["spec"]),
         "status": {"phase": "Pending", "qosClass": "BestEffort"},
     }
 
@@ -237,7 +246,7 @@ def _pod_status(pod: Object, now: str, *, phase: str, state: Json, ready: bool, 
                 "ready": ready,
                 "started": started,
                 "restartCount": 0,
-                "state": copy.deepcopy(state),
+                "state": copied(state),
                 "lastState": {},
             }
             for container in spec["containers"]
