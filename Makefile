@@ -12,16 +12,25 @@ SOURCES := operator tests devcluster images demo bench
 
 include mk/cluster.mk mk/images.mk mk/demo.mk mk/proof.mk
 
-.PHONY: help test lint format types test-unit test-api test-e2e clean
+.PHONY: help test lint format types test-unit test-api test-e2e test-static test-ground clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST) | sort
 
-test: deps $(VENV)/.installed ## All tests: lint, types, unit, api, races, e2e
-	@$(MAKE) lint types test-unit
+# Side by side where one of two waits for what the other does not need. test-e2e deploys an operator that acts on all
+# namespaces, so what starts operators of its own comes after it.
+test: deps ## All tests: lint, types, unit, e2e, api, races
+	@$(MAKE) -j2 test-static test-ground
+	@$(MAKE) -j2 --output-sync=target test-unit test-e2e
+	@$(MAKE) test-api test-race
+
+test-static:
+	@$(MAKE) lint
+	@$(MAKE) types
+
+test-ground:
 	@$(MAKE) cluster-up NODES=$(or $(NODES),both)
 	@$(MAKE) images
-	@$(MAKE) test-api test-race test-e2e
 
 # What the lock file says, by hash. The project itself is run from the checkout.
 $(VENV)/.installed: requirements/dev.lock
@@ -45,7 +54,7 @@ test-unit: $(VENV)/.installed ## Tests that need no cluster
 	@$(BIN)/pytest -q -n auto tests/unit
 
 test-api: $(VENV)/.installed ## Tests against a real API server and simulated nodes
-	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q -n 3 --dist worksteal tests/api
+	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q -n 4 --dist load --maxschedchunk 1 tests/api
 
 test-e2e: $(VENV)/.installed ## Tests of the deployed operator and the real images
 	@eval "$$($(DEVCLUSTER) env)" && set -a && . build/images.env && set +a && $(BIN)/pytest tests/e2e

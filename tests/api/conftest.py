@@ -30,7 +30,7 @@ VERSION: Final = "v1alpha1"
 PLURAL: Final = "ingestruns"
 PATIENCE: Final = 3
 """The timeouts that the tests name would do on a machine at rest; so many times that long is waited. CI has two cores
-for the cluster and three sessions, and what comes in time costs nothing of it."""
+for the cluster and four sessions, and what comes in time costs nothing of it."""
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -43,10 +43,18 @@ class WaitFor(Protocol):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder needs the cluster, and says so by its marker."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.api)
+    """Everything in this folder needs the cluster, and says so by its marker.
+
+    Tests that wait for a minute go apart from each other in the first half: others compute meanwhile (pytest -n).
+    """
+    ours = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in ours:
+        item.add_marker(pytest.mark.api)
+    waiting = [item for item in ours if item.get_closest_marker("waits")]
+    others = [item for item in items if item not in waiting]
+    for number, item in enumerate(waiting):
+        others.insert(number * len(others) // max(1, 2 * len(waiting)), item)
+    items[:] = others
 
 
 def refusal(error: client.ApiException) -> str:
@@ -307,6 +315,8 @@ def _applied_crd(cluster: Cluster) -> Json:
 def namespace(cluster: Cluster) -> Iterator[str]:
     """A namespace of the test's own. Deleted afterwards, which is not waited for."""
     name = f"ir-test-{uuid.uuid4().hex[:10]}"
+    log = audit_log(cluster)
+    _BEGUN[name] = log.stat().st_size if log.is_file() else 0
     labels = {"ingestrun.dev/test": "true"}
     cluster.core.create_namespace(client.V1Namespace(metadata=client.V1ObjectMeta(name=name, labels=labels)))
     yield name
@@ -327,7 +337,7 @@ def _wait_for(predicate: Callable[[], T], timeout: float = 30.0, what: str = "it
             last = refusal(error) if isinstance(error, client.ApiException) else error
         if time.monotonic() >= deadline:
             pytest.fail(f"waited {timeout:g} s for {what}; last seen: {str(last)[:2000]}")
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -340,14 +350,23 @@ def wait_for() -> WaitFor:
     return _wait_for
 
 
+_BEGUN: Final[dict[str, int]] = {}
+"""How long the audit log was when a namespace was created: of what is before, nothing is about it."""
+
+
+def audit_log(cluster: Cluster) -> Path:
+    """Where the API server of `make cluster-up` writes it."""
+    named = os.environ.get("INGESTRUN_AUDIT_LOG")
+    return Path(named) if named else cluster.kubeconfig.parent / "audit" / "audit.log"
+
+
 @pytest.fixture(scope="session")
 def audit(cluster: Cluster) -> Callable[[str], list[Json]]:
     """The API server's own record of what happened in a namespace until now, in its order: for promises about calls.
 
     A call may be seen to have done its work before it is in the log. So a milestone is set, and waited for.
     """
-    named = os.environ.get("INGESTRUN_AUDIT_LOG")
-    path = Path(named) if named else cluster.kubeconfig.parent / "audit" / "audit.log"
+    path = audit_log(cluster)
 
     def entries(namespace: str) -> list[Json]:
         if not path.is_file():
@@ -356,10 +375,12 @@ def audit(cluster: Cluster) -> Callable[[str], list[Json]]:
 
         def read() -> list[Json]:
             found = []
-            with path.open(encoding="utf-8") as lines:
+            with path.open("rb") as lines:
+                begun = _BEGUN.get(namespace, 0)
+                lines.seek(begun if begun <= path.stat().st_size else 0)  # it may have been rotated meanwhile
                 for line in lines:
                     # The last line may be half written.
-                    if namespace in line and line.endswith("\n"):
+                    if namespace.encode() in line and line.endswith(b"\n"):
                         entry = json.loads(line)
                         if entry.get("objectRef", {}).get("namespace") == namespace:
                             found.append(entry)

@@ -309,6 +309,7 @@ def test_create_that_is_delayed_past_the_cancel_is_refused(
     assert post_late(cluster, relabelled(late, stage="on-cancel")) is None, "the clean-up passes"
 
 
+@pytest.mark.waits
 def test_label_goes_with_the_last_sweep(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor
 ) -> None:

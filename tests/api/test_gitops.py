@@ -333,6 +333,7 @@ def test_flux_leaves_a_patch_alone_where_the_run_says_merge(
     assert warned(cluster, namespace) == []
 
 
+@pytest.mark.waits
 def test_late_revert_is_answered_too(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor, audit: Audit
 ) -> None:

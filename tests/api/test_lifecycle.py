@@ -360,6 +360,7 @@ def test_zero_is_not_unset(field: str, taken: bool, cluster: Cluster, namespace:
 # ---- the time to live -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.waits
 def test_ended_runs_are_deleted_in_their_time(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor, audit: Audit
 ) -> None:

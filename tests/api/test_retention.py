@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from tests.api.conftest import Cluster, Json, WaitFor
 from tests.api.operator_process import OperatorProcess
 from tests.api.test_runs import condition, in_phase, operator, spec
@@ -30,6 +32,7 @@ def deletes(entries: list[Json]) -> list[str]:
     ]
 
 
+@pytest.mark.waits
 def test_jobs_go_in_numbers_and_the_newest_failed_ones_stay_with_their_pods(
     cluster: Cluster, namespace: str, operator: OperatorProcess, wait_for: WaitFor, audit: Audit
 ) -> None:

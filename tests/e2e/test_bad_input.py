@@ -1,8 +1,12 @@
-"""What can be wrong with a run's surroundings: status and Event say which batch, which stage and why."""
+"""What can be wrong with a run's surroundings: status and Event say which batch, which stage and why.
+
+All runs start together; each is waited for on its own.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import pytest
 
@@ -10,51 +14,64 @@ from tests.e2e.cluster import Json, Kubectl, condition, phase, wait_for
 from tests.e2e.runs import ended, events, flights, run_of
 
 
-def with_url(namespace: str, name: str, url: str, **changes: Any) -> Json:
-    body = flights(namespace, name, **changes)
-    body["spec"]["source"]["http"]["url"] = url.format(namespace=namespace)
-    return body
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A source that does not answer as it should, and what is said of the fetch."""
+
+    path: str
+    retries: int
+    reason: str
+    words: str
 
 
-@pytest.mark.parametrize(
-    ("name", "url", "retries", "reason", "words"),
-    [
-        ("no-such-page", "http://flights.{namespace}/nothing-here", 3, "PermanentError", "404"),
-        ("not-json", "http://flights.{namespace}/", 0, "Error", "JSON"),
-        ("no-list", "http://flights.{namespace}/healthz", 0, "Error", "no list of records"),
-        ("no-such-host", "http://nowhere.{namespace}/flights", 0, "Error", "nowhere"),
-    ],
-)
-def test_source_that_does_not_answer_as_it_should(
-    kubectl: Kubectl, namespace: str, name: str, url: str, retries: int, reason: str, words: str
-) -> None:
-    kubectl.apply([with_url(namespace, name, url, retries=retries)])
+CASES: Final = {
+    "no-such-page": Case(path="flights.{namespace}/nothing-here", retries=3, reason="PermanentError", words="404"),
+    "not-json": Case(path="flights.{namespace}/", retries=0, reason="Error", words="JSON"),
+    "no-list": Case(path="flights.{namespace}/healthz", retries=0, reason="Error", words="no list of records"),
+    "no-such-host": Case(path="nowhere.{namespace}/flights", retries=0, reason="Error", words="nowhere"),
+}
+
+
+@pytest.fixture(scope="module")
+def started(kubectl: Kubectl, namespace: str) -> None:
+    """All runs at once."""
+    bodies = []
+    for name, case in CASES.items():
+        body = flights(namespace, name, retries=case.retries)
+        body["spec"]["source"]["http"]["url"] = "http://" + case.path.format(namespace=namespace)
+        bodies.append(body)
+    hook = {"name": "wrong", "validate": {"columns": [{"name": "carrier", "type": "integer"}]}}
+    batches: dict[str, Any] = {"cursor": {}, "size": 10_000, "limit": 10_000}
+    bodies.append(flights(namespace, "wrong-type", hooks=[hook], batches=batches))
+    workspace = {"persistentVolumeClaim": {"claimName": "no-such-claim"}}
+    bodies.append(flights(namespace, "no-volume", workspace=workspace))
+    kubectl.apply(bodies)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_source_that_does_not_answer_as_it_should(kubectl: Kubectl, namespace: str, started: None, name: str) -> None:
+    case = CASES[name]
     run = ended(kubectl, namespace, name, seconds=480)
     assert phase(run) == "Failed"
     assert run["status"]["records"]["fetched"] == 0
     (failure,) = run["status"]["failures"]
-    assert (failure["batch"], failure["stage"], failure["reason"]) == (0, "fetch", reason)
-    assert words in failure["message"]
-    assert words in condition(run, "Stalled")["message"]
+    assert (failure["batch"], failure["stage"], failure["reason"]) == (0, "fetch", case.reason)
+    assert case.words in failure["message"]
+    assert case.words in condition(run, "Stalled")["message"]
     assert [message for message in events(kubectl, namespace, name, "StageFailed") if "batch 0, fetch" in message]
     assert events(kubectl, namespace, name, "Failed")
 
 
-def test_rows_of_the_wrong_type_are_kept_with_their_reason(kubectl: Kubectl, namespace: str) -> None:
+def test_rows_of_the_wrong_type_are_kept_with_their_reason(kubectl: Kubectl, namespace: str, started: None) -> None:
     """`carrier` is no integer: every row goes into quarantine, none is lost, none is published."""
-    hook = {"name": "wrong", "validate": {"columns": [{"name": "carrier", "type": "integer"}]}}
-    body = flights(namespace, "wrong-type", hooks=[hook])
-    body["spec"]["batches"] = {"cursor": {}, "size": 10_000, "limit": 10_000}
-    kubectl.apply([body])
     run = ended(kubectl, namespace, "wrong-type", seconds=480)
     assert phase(run) == "Succeeded", condition(run, "Succeeded")
     assert run["status"]["records"] == {"fetched": 10_000, "rejected": 10_000, "published": 0}
 
 
-def test_missing_volume_is_said_at_once_and_cancel_works_from_there(kubectl: Kubectl, namespace: str) -> None:
-    workspace = {"persistentVolumeClaim": {"claimName": "no-such-claim"}}
-    kubectl.apply([flights(namespace, "no-volume", workspace=workspace)])
-
+def test_missing_volume_is_said_at_once_and_cancel_works_from_there(
+    kubectl: Kubectl, namespace: str, started: None
+) -> None:
     def stuck() -> bool:
         said = condition(run_of(kubectl, namespace, "no-volume"), "Reconciling")
         return said.get("reason") == "PodNotStarting" and "no-such-claim" in said["message"]
@@ -66,17 +83,6 @@ def test_missing_volume_is_said_at_once_and_cancel_works_from_there(kubectl: Kub
     assert phase(run_of(kubectl, namespace, "no-volume")) == "Cancelled"
     left = kubectl.get("-n", namespace, "jobs", "-l", "ingestrun.dev/run=no-volume")["items"]
     assert left == []
-
-
-def test_missing_image_is_said_then_fails_the_run(kubectl: Kubectl, namespace: str) -> None:
-    """The run of `without_image`, begun with the session."""
-    run = ended(kubectl, namespace, "no-image", seconds=480)
-    assert phase(run) == "Failed"
-    (failure,) = run["status"]["failures"]
-    assert (failure["batch"], failure["stage"], failure["reason"]) == (0, "fetch", "ImagePull")
-    assert "localhost/no-such-image:1" in failure["message"]
-    (said,) = events(kubectl, namespace, "no-image", "PodNotStarting")
-    assert "localhost/no-such-image:1" in said
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tests.api.conftest import (
     Cluster,
     Json,
     alone,
+    audit_log,
     cluster,
     crd,
     kubeconfig,
@@ -32,10 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def audit_path(kubeconfig: Path) -> Path:
+def audit_path(cluster: Cluster) -> Path:
     """The API server's audit log."""
-    named = os.environ.get("INGESTRUN_AUDIT_LOG")
-    path = Path(named) if named else kubeconfig.parent / "audit" / "audit.log"
+    path = audit_log(cluster)
     if not path.is_file():
         pytest.fail(f"there is no audit log at {path}: run `make cluster-up NODES=both` first", pytrace=False)
     return path
