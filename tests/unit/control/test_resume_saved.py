@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
 from typing import Any
 
@@ -59,6 +60,42 @@ async def test_of_two_runs_with_one_saved_state_one_goes_on(runs: Runs) -> None:
         f"run {winner} goes on from the saved state, and has not ended: once it has, "
         f"resume from it (resumeFrom: {{name: {winner}}})"
     )
+    judge_whole(runs)
+
+
+async def test_two_passes_side_by_side_do_not_both_take_over(runs: Runs) -> None:
+    state = await state_of_a_run_that_is_gone(runs)
+
+    async def others_first(call: Any) -> None:
+        await asyncio.sleep(0)
+
+    runs.cluster.on_call = others_first
+    for name in ("one", "two"):
+        runs.begin(name, saved=state, batches=CHAIN)
+    await asyncio.gather(*(runs.reconciler.reconcile(key(name), "test") for name in ("one", "two")))
+    await runs.play()
+    assert sorted(runs.of(name)["phase"] for name in ("one", "two")) == ["Failed", "Succeeded"]
+    judge_whole(runs)
+
+
+async def test_a_named_run_that_is_claimed_and_then_goes_is_not_taken_over_from_memory(runs: Runs) -> None:
+    """By then another run may have gone on from its saved state: the watch has not shown yet that it is gone."""
+    await cut(runs)
+    state = saved_state(runs.cluster.run(key("old")))
+
+    async def delete_unseen(call: Any) -> None:
+        if (call.stage, call.verb, call.name) == ("after", "patch", "old"):
+            runs.cluster.on_call = None
+            watchers, runs.cluster._watchers = runs.cluster._watchers, []
+            delete(runs, "old")
+            runs.cluster._watchers = watchers
+            runs.begin("saved", saved=state, batches=CHAIN)
+
+    runs.cluster.on_call = delete_unseen
+    runs.begin("named", after="old", batches=CHAIN)
+    await runs.play()
+    assert runs.of("saved")["phase"] == "Succeeded"
+    assert (runs.of("named")["phase"], runs.says("named")[0]) == ("Failed", "ResumeSourceNotFound")
     judge_whole(runs)
 
 
