@@ -24,6 +24,10 @@ from tests.fakes.cluster import Call, FakeCluster
 KEY = RunKey(namespace="default", name="flights")
 
 
+class Killed(KubeError):  # noqa: N818
+    """Stands for SIGKILL: the pass ends where it is, and a new process knows nothing of it."""
+
+
 def manifest(**spec: Any) -> dict[str, Any]:
     """A run with one hook and one's own containers, cursor chain by default."""
     container = {"image": "example/worker:1"}

@@ -145,7 +145,7 @@ class Reconciler:
         trigger: str,
     ) -> float | _Again | None:
         uid = run.metadata.uid
-        ended = run.status.phase is not None and run.status.phase.ended
+        ended = run.status.ended
         live = None
         primed = self._store.primed(uid)
         self._starter.met(run)
@@ -399,8 +399,8 @@ class Reconciler:
         )  # fmt: skip
 
     def _next_look(self, run: IngestRun, planned: Plan, *, unclear: bool) -> float | None:
-        phase, uid = run.status.phase, run.metadata.uid
-        if phase is not None and phase.ended and planned.requeue_at is None:
+        uid = run.metadata.uid
+        if run.status.ended and planned.requeue_at is None:
             self._drop(uid)
             self._store.close(uid)
             return None

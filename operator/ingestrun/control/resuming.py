@@ -81,7 +81,7 @@ class Resumptions:
     async def _row_of(self, run: IngestRun, origin: str) -> Sequence[Predecessor]:
         """The other runs that publish under that UID: the first one, and those that have gone on from it.
 
-        All of the namespace are listed, once in the run's life: a UID is no field that a list can be asked for.
+        All of the namespace are listed, at the take-over and while that waits: a list can't be asked for a UID.
         """
         bodies = {
             body["metadata"]["name"]: body
@@ -100,8 +100,8 @@ class Resumptions:
         return row
 
     def _known(self, run: IngestRun) -> IngestRun | None:
-        body = self._store.run(_named_by(run))
-        return IngestRun.read(body) if body is not None else None
+        key = _named_by(run)
+        return self._store.parsed(key) if self._store.run(key) is not None else None
 
     async def _read(self, key: RunKey) -> IngestRun | None:
         try:

@@ -33,8 +33,8 @@ class Turns:
 
         Raises KubeError when they could not be listed, or when it is not known whether another has begun.
         """
-        mine, phase = _key(run), run.status.phase
-        if mine is None or (phase is not None and phase.ended):
+        mine = _key(run)
+        if mine is None or run.status.ended:
             yield ()
             return
         seen = self._seen(key, run)

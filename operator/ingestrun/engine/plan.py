@@ -60,7 +60,7 @@ def plan(
     operator's caps and the namespace's quota leave for this run among the others; None: no limit.
     """
     stages = [job for job in jobs if job.job.step != ON_CANCEL_STEP]
-    if run.status.phase is not None and run.status.phase.ended:
+    if run.status.ended:
         clean_up = next((job for job in jobs if job.job.step == ON_CANCEL_STEP), None)
         return settle(run, stages, clean_up, now=now, live=live, parent=parent, children=children)
     if run.metadata.deletion_timestamp is not None:

@@ -112,9 +112,9 @@ def _resume_saved(run: IngestRun, saved: SavedState, row: Sequence[Predecessor],
         rest = _rest_of_saved(saved)
     except ValueError as error:
         return _refuse(run, str(error), now=now)
-    unfit = _unfit(run, rest)
-    if copied(run.spec) > SAVED_BYTES:
-        unfit = f"the saved state has {copied(run.spec)} bytes, and a run's object has room for {SAVED_BYTES}"
+    unfit, size = _unfit(run, rest), copied(run.spec)
+    if size > SAVED_BYTES:
+        unfit = f"the saved state has {size} bytes, and a run's object has room for {SAVED_BYTES}"
     if unfit is not None:
         return _refuse(run, unfit, now=now)
     active = next((each.run for each in row if not _leaves(each.run)), None)
@@ -136,7 +136,7 @@ def _resume_saved(run: IngestRun, saved: SavedState, row: Sequence[Predecessor],
         return _refuse(run, f"{message}, or delete it first", now=now)
     for each in row:
         heir = _heir(each)
-        behind = heir in row_uids if heir is not None else not _rest_of_run(each.run).goes_on_like(rest)
+        behind = heir.metadata.uid in row_uids if heir is not None else not _rest_of_run(each.run).goes_on_like(rest)
         if not behind and (claimed := _already(run, each)) is not None:
             return _refuse(run, f"{claimed}; or delete run {each.run.metadata.name} first", now=now)
     return _taken_over(run, rest, by_name=None)
@@ -188,8 +188,7 @@ def landed(run: IngestRun, jobs: Sequence[JobView]) -> AfterEndStatus | None:
 
 
 def _due(run: IngestRun) -> bool:
-    ended = run.status.phase is not None and run.status.phase.ended
-    return run.status.resumed_from is None and not run.spec.suspend and not ended
+    return run.status.resumed_from is None and not run.spec.suspend and not run.status.ended
 
 
 def _waits_for(old: IngestRun) -> tuple[str, str] | None:
@@ -204,7 +203,7 @@ def _waits_for(old: IngestRun) -> tuple[str, str] | None:
 
 def _leaves(old: IngestRun) -> bool:
     """Whether the run has ended, or is on its way out."""
-    return old.metadata.deletion_timestamp is not None or (old.status.phase is not None and old.status.phase.ended)
+    return old.metadata.deletion_timestamp is not None or old.status.ended
 
 
 def _goes(old: IngestRun) -> tuple[str, str] | None:
@@ -219,8 +218,7 @@ def _from_there(old: IngestRun, saved: SavedState) -> str:
 
 
 def _instead(old: IngestRun) -> str:
-    ended = old.status.phase is not None and old.status.phase.ended
-    return f"{'' if ended else 'once it has, '}resume from it (resumeFrom: {{name: {old.metadata.name}}})"
+    return f"{'' if old.status.ended else 'once it has, '}resume from it (resumeFrom: {{name: {old.metadata.name}}})"
 
 
 def _each_other(run: IngestRun, old: IngestRun) -> bool:
@@ -259,18 +257,18 @@ def _refusal(run: IngestRun, predecessor: Predecessor) -> str | None:
     return _unfit(run, _rest_of_run(old))
 
 
-def _heir(predecessor: Predecessor) -> str | None:
-    """The UID of the run that has claimed the rest, if it is still there."""
+def _heir(predecessor: Predecessor) -> IngestRun | None:
+    """The run that has claimed the rest, if it is still there: another may have its name by now."""
     holder, resumer = predecessor.run.status.resumed_by, predecessor.resumer
-    return holder.uid if holder is not None and resumer is not None and resumer.metadata.uid == holder.uid else None
+    return resumer if holder is not None and resumer is not None and resumer.metadata.uid == holder.uid else None
 
 
 def _already(run: IngestRun, predecessor: Predecessor) -> str | None:
     """That another run has claimed the rest, as a sentence; None where it is free."""
-    name, holder, resumer = predecessor.run.metadata.name, _others_claim(run, predecessor), predecessor.resumer
+    name, holder = predecessor.run.metadata.name, _others_claim(run, predecessor)
     if holder is None:
         return None
-    if resumer is None or resumer.metadata.uid != holder.uid:
+    if _heir(predecessor) is None:
         return (
             f"run {name} was resumed by run {holder.name}, which is gone: "
             "resume from that one's saved state, if it was kept"
@@ -286,13 +284,11 @@ def _others_claim(run: IngestRun, predecessor: Predecessor) -> ResumedByStatus |
 
     A run lets go if it ends without having taken over what it had claimed: a cancel came in between.
     """
-    holder, resumer = predecessor.run.status.resumed_by, predecessor.resumer
+    holder, heir = predecessor.run.status.resumed_by, _heir(predecessor)
     if holder is None or holder.uid == run.metadata.uid:
         return None
-    if resumer is None or resumer.metadata.uid != holder.uid or resumer.status.resumed_from is not None:
-        return holder
-    ended = resumer.status.phase is not None and resumer.status.phase.ended
-    return None if ended else holder
+    let_go = heir is not None and heir.status.resumed_from is None and heir.status.ended
+    return None if let_go else holder
 
 
 def _rest_of_run(old: IngestRun) -> _Rest:

@@ -226,6 +226,11 @@ class IngestRunStatus(KubeModel):
     resumed_from: ResumedFromStatus | None = None
     resumed_by: ResumedByStatus | None = None
 
+    @property
+    def ended(self) -> bool:
+        """Whether the run is in a phase that nothing leaves any more."""
+        return self.phase is not None and self.phase.ended
+
     def condition(self, kind: str) -> Condition | None:
         """The condition of that type, if there is one."""
         return next((condition for condition in self.conditions if condition.type == kind), None)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import structlog
 from tests.fakes.cluster import Call
-from tests.fakes.world import KEY, World, environment, manifest
+from tests.fakes.world import KEY, Killed, World, environment, manifest
 
 from ingestrun.kube.errors import Conflict, Forbidden, KubeError, Unavailable
 from ingestrun.kube.protocol import Object, RunKey
@@ -134,10 +134,6 @@ async def test_operator_killed_around_every_call_and_cancelled_while_down(mode: 
             assert world.phase == "Cancelled", number
             assert len(world.cluster.calls("create", "jobs")) == created[0], f"{number}: started before the cancel"
             assert_accounted(world)
-
-
-class Killed(KubeError):  # noqa: N818
-    """Stands for SIGKILL: the pass ends where it is, and a new process knows nothing of it."""
 
 
 async def play_through_kill(world: World) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.fakes.cluster import Call
-from tests.fakes.world import KEY, World, manifest
+from tests.fakes.world import KEY, Killed, World, manifest
 
 from ingestrun.engine.concurrency import read_rival
 from ingestrun.kube.errors import KubeError, NotFound, Unavailable, Unknown
@@ -328,10 +328,6 @@ async def test_claim_whose_answer_was_lost_holds_the_others_back(world: World) -
 
 
 # ---- every interleaving -------------------------------------------------------------------------------------------
-
-
-class Killed(KubeError):  # noqa: N818
-    """Stands for SIGKILL: the pass ends where it is, and a new process knows nothing of it."""
 
 
 async def finish(world: World) -> None:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from tests.fakes.world import Killed
 from tests.unit.control.test_resume import Runs, cut, ended, judge_end_of, key, runs, saved_state
 
 from ingestrun.kube.errors import KubeError, Unavailable, Unknown
@@ -129,10 +130,6 @@ async def test_a_take_over_whose_answer_was_lost_holds_the_other_back(runs: Runs
     assert runs.of("one")["phase"] == "Succeeded"
     assert refusal(runs, "two").startswith("run one goes on from the saved state")
     judge_whole(runs)
-
-
-class Killed(KubeError):  # noqa: N818
-    """Stands for SIGKILL: the pass ends where it is, and a new process knows nothing of it."""
 
 
 @pytest.mark.parametrize("stage", ["before", "after"])
