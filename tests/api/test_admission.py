@@ -381,7 +381,7 @@ RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
             "batches": {"cursor": None, "size": None, "partitions": {"count": 9}},
             "resumeFrom": {"savedState": {"uid": "b", "cursor": "7"}},
         },
-        "take cursor and gaps out, because this run has partitions",
+        "take cursor and unpublished out, because this run has partitions",
     ),
     "backoff below its default": (OWN, {"backoff": {"maxSeconds": 5}}, "set maxSeconds to no less than initialSeconds"),
 }

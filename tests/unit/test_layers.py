@@ -1,4 +1,4 @@
-"""Imports point one way: `model <- engine <- control -> kube`; `worker` and `cli` see `model` alone."""
+"""Imports point one way: `model <- planner <- controller -> kube`; `worker` and `cli` see `model` alone."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[2] / "operator" / "ingestrun"
 ALLOWED = {
     "model": set(),
-    "engine": {"model"},
+    "planner": {"model"},
     "kube": set(),
-    "control": {"model", "engine", "kube"},
+    "controller": {"model", "planner", "kube"},
     "worker": {"model"},
     "cli": {"model"},
 }
 FOREIGN = {
     "model": {"kopf", "kubernetes", "aiohttp", "structlog", "pyarrow", "httpx", "asyncio"},
-    "engine": {"kopf", "kubernetes", "aiohttp", "structlog", "asyncio", "time"},
+    "planner": {"kopf", "kubernetes", "aiohttp", "structlog", "asyncio", "time"},
     "kube": {"kopf"},
     "worker": {"kopf", "kubernetes"},
 }
@@ -59,18 +59,18 @@ def test_imports_point_one_way(layer: str) -> None:
 
 
 def test_only_the_handlers_and_main_know_kopf() -> None:
-    knowing = {path.name for path in (ROOT / "control").glob("*.py") if "kopf" in imports_of(path.read_text())}
+    knowing = {path.name for path in (ROOT / "controller").rglob("*.py") if "kopf" in imports_of(path.read_text())}
     assert knowing == {"handlers.py", "operator.py"}
 
 
 @pytest.mark.parametrize(
     ("layer", "source"),
     [
-        ("model", "from ingestrun.engine import plan"),
-        ("engine", "import ingestrun.kube.client"),
-        ("engine", "def f():\n    import kopf"),
+        ("model", "from ingestrun.planner import plan"),
+        ("planner", "import ingestrun.kube.client"),
+        ("planner", "def f():\n    import kopf"),
         ("kube", "from ingestrun.model import names"),
-        ("worker", "from ingestrun import engine"),
+        ("worker", "from ingestrun import planner"),
     ],
 )
 def test_a_wrong_import_is_seen(layer: str, source: str) -> None:

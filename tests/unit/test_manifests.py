@@ -11,9 +11,9 @@ import pytest
 import yaml
 from demo.__main__ import check_job
 
-from ingestrun.control import tokens
-from ingestrun.control.handlers import registry
-from ingestrun.control.settings import Settings
+from ingestrun.controller.http import tokens
+from ingestrun.controller.settings import Settings
+from ingestrun.controller.watch.handlers import registry
 from ingestrun.kube.client import KubernetesCluster
 from ingestrun.kube.connection import Connection
 from ingestrun.kube.protocol import Cluster, RunKey

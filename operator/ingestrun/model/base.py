@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
@@ -14,3 +16,14 @@ class KubeModel(BaseModel):
     """
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with these fields changed, as `dataclasses.replace` does; the values are not validated.
+
+        Raises:
+            TypeError: a name is no field of the model. `model_copy(update=...)` would take it, and lose it.
+        """
+        unknown = changes.keys() - type(self).model_fields.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(sorted(unknown))}")
+        return self.model_copy(update=changes)

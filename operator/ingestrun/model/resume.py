@@ -18,7 +18,7 @@ RangesText = Annotated[str, StringConstraints(max_length=3072)]
 """Index ranges as a user gives them; read by the planner, so that what is wrong with them ends in a sentence."""
 
 
-class Gap(KubeModel):
+class UnpublishedBatch(KubeModel):
     """A batch of a chain that has been fetched and is not published: what it takes to fetch it again.
 
     `next` is the digest of the cursor that the batch after it began with; None where the source said `exhausted`
@@ -42,7 +42,7 @@ class SavedBatches(KubeModel):
     fetched: RangesText = ""
     published: RangesText = ""
     exhausted: bool = False
-    gaps: Annotated[list[Gap], Field(max_length=MAX_SAVED_GAPS)] = []
+    unpublished: Annotated[list[UnpublishedBatch], Field(max_length=MAX_SAVED_GAPS)] = []
 
 
 class SavedRecords(KubeModel):

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from ingestrun.model.base import KubeModel
 from ingestrun.model.ranges import IndexRanges
-from ingestrun.model.resume import Gap, LandedRecords
+from ingestrun.model.resume import LandedRecords, UnpublishedBatch
 from ingestrun.model.spec import CancellationPolicy
 
 
@@ -61,17 +61,17 @@ class Condition(KubeModel):
     observed_generation: int | None = None
 
 
-class Parked(KubeModel):
+class Checkpoint(KubeModel):
     """A batch in flight whose ended Jobs may go, or are gone, to make room: all that the next one needs of them.
 
-    Its next Job is attempt `attempt` of stage `step`, counted from 0 as the Jobs' labels are. What is 0 or not there
+    Its next Job is attempt `attempt` of stage `stage`, counted from 0 as the Jobs' labels are. What is 0 or not there
     is left out.
     """
 
     batch: Count
-    step: Count | None = None
+    stage: Count | None = None
     attempt: Count | None = None
-    input: Count | None = None
+    input_attempt: Count | None = None
     """Which attempt of the stage before wrote its input, if it was not the first."""
     written: Count | None = None
     """Rows that the stage before has handed on."""
@@ -94,9 +94,9 @@ class BatchesStatus(KubeModel):
     fetched: Ranges = IndexRanges()
     published: Ranges = IndexRanges()
     failed: Ranges = IndexRanges()
-    redo: Ranges = IndexRanges()
-    gaps: list[Gap] = []
-    parked: list[Parked] = []
+    replay: Ranges = IndexRanges()
+    unpublished: list[UnpublishedBatch] = []
+    checkpoints: list[Checkpoint] = []
     active: Count = 0
     exhausted: bool = False
     progress: str = ""
@@ -173,7 +173,7 @@ class CancellationStatus(KubeModel):
     cascade: bool = False
     parent: str | None = None
     accepted_at: Time
-    in_flight: Count = 0
+    active_batches: Count = 0
     drained_at: Time | None = None
     published: Ranges = IndexRanges()
     not_published: Ranges = IndexRanges()

@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tests.fakes.world import manifest
 
-from ingestrun.engine.accounting import KEPT_FAILURES, KEPT_LOGS
-from ingestrun.engine.fitting import SAVED_BYTES, STATUS_BYTES, copied, fitted
-from ingestrun.engine.gaps import FREE_BYTES
-from ingestrun.engine.history import counted_retries
-from ingestrun.engine.lastwords import LOG_BYTES
-from ingestrun.engine.parking import MAX_PARKED
-from ingestrun.engine.saying import said
 from ingestrun.model.base import KubeModel
 from ingestrun.model.contract import CURSOR_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
-from ingestrun.model.resume import Gap, LandedRecords
+from ingestrun.model.resume import LandedRecords, UnpublishedBatch
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARALLELISM, MAX_PARTITIONS
 from ingestrun.model.status import (
@@ -30,16 +23,21 @@ from ingestrun.model.status import (
     AfterEndStatus,
     BatchesStatus,
     CancellationStatus,
+    Checkpoint,
     Condition,
     ImagePin,
     IngestRunStatus,
-    Parked,
     Phase,
     RecordsStatus,
     ResumedByStatus,
     ResumedFromStatus,
     StageFailure,
 )
+from ingestrun.planner.batch.failure_policy import LOG_BYTES
+from ingestrun.planner.batch.ledger import KEPT_FAILURES, KEPT_LOGS, add_retries
+from ingestrun.planner.run.backpressure import MAX_CHECKPOINTS
+from ingestrun.planner.run.progress import FREE_BYTES
+from ingestrun.planner.status.writer import SAVED_BYTES, STATUS_BYTES, finish_status, fit_status, saved_state_bytes
 
 Model = TypeVar("Model", bound=KubeModel)
 
@@ -79,12 +77,20 @@ STATUSES = made(
         fetched=RANGES,
         published=RANGES,
         failed=RANGES,
-        redo=RANGES,
-        gaps=st.lists(
-            made(Gap, batch=COUNTS, cursor=TEXT, read=COUNTS, next=st.none() | TEXT.map(lambda text: text[:16])),
+        replay=RANGES,
+        unpublished=st.lists(
+            made(
+                UnpublishedBatch,
+                batch=COUNTS,
+                cursor=TEXT,
+                read=COUNTS,
+                next=st.none() | TEXT.map(lambda text: text[:16]),
+            ),
             max_size=3,
         ),
-        parked=st.lists(made(Parked, batch=COUNTS, step=st.none() | COUNTS, written=st.none() | COUNTS), max_size=3),
+        checkpoints=st.lists(
+            made(Checkpoint, batch=COUNTS, stage=st.none() | COUNTS, written=st.none() | COUNTS), max_size=3
+        ),
         active=COUNTS,
         exhausted=st.booleans(),
         progress=TEXT,
@@ -226,13 +232,13 @@ def worst_status(
             failed=lost,
             active=in_flight,
             progress=f"{batches}/{batches}",
-            gaps=[Gap(batch=batches, cursor="c" * (FREE_BYTES - 60), read=2**53, next="d" * 8)],
-            parked=[
-                Parked(
+            unpublished=[UnpublishedBatch(batch=batches, cursor="c" * (FREE_BYTES - 60), read=2**53, next="d" * 8)],
+            checkpoints=[
+                Checkpoint(
                     batch=batches,
-                    step=19,
+                    stage=19,
                     attempt=100,
-                    input=100,
+                    input_attempt=100,
                     written=2**53,
                     rejected=2**53,
                     retries=100,
@@ -240,7 +246,7 @@ def worst_status(
                     disruptions=10,
                     memory_limit=2**43,
                 )
-                for _ in range(min(MAX_PARKED, in_flight))
+                for _ in range(min(MAX_CHECKPOINTS, in_flight))
                 if not drained
             ],
         ),
@@ -260,7 +266,7 @@ def worst_status(
         ],
         retries=[
             entry.model_copy(update={"count": 10**9})
-            for entry in counted_retries([], [("fetch", f"R{n}") for n in range(99)])
+            for entry in add_retries([], [("fetch", f"R{n}") for n in range(99)])
         ],
         images=[
             ImagePin(
@@ -275,7 +281,7 @@ def worst_status(
             reason="r" * 512,
             requested_by="u" * 128,
             accepted_at=NOW,
-            in_flight=in_flight,
+            active_batches=in_flight,
             drained_at=NOW if drained else None,
             published=IndexRanges(list(flying)[::2] if drained else ()),
             not_published=IndexRanges(list(flying)[1::2] if drained else ()),
@@ -296,10 +302,10 @@ def worst_status(
 def test_the_worst_status_leaves_room_in_16_kib(failed: int, in_flight: int, drained: bool) -> None:
     """3 KiB for the spec, the metadata and the managed fields; tests/api measures a whole object."""
     status = worst_status(failed=failed, in_flight=in_flight, drained=drained)
-    fit = fitted(status)
+    fit = fit_status(status)
 
     assert len(dumped(fit).encode()) <= STATUS_BYTES
-    assert fitted(fit) == fit
+    assert fit_status(fit) == fit
     assert fit.batches == status.batches
     assert fit.cancellation == status.cancellation
     assert fit.failures[-1].message == status.failures[-1].message
@@ -314,8 +320,8 @@ def test_beside_the_copy_of_a_saved_state_what_is_said_makes_room() -> None:
 
     def told(**spec: Any) -> IngestRunStatus:
         run = IngestRun.read({"metadata": meta, "spec": {**manifest(**spec)["spec"]}})
-        assert copied(run.spec) <= SAVED_BYTES
-        return said(run, status, phase=None, claims=(), now=NOW)
+        assert saved_state_bytes(run.spec) <= SAVED_BYTES
+        return finish_status(run, status, phase=None, claims=(), now=NOW)
 
     assert told().failures == status.failures
     fit = told(resumeFrom={"savedState": state})

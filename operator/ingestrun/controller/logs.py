@@ -1,0 +1,60 @@
+"""Logs by structlog: JSON for machines, a console form for people; kopf's and aiohttp's in the same stream."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+
+from ingestrun.controller.settings import LogFormat, LogLevel
+
+_QUIET = ("aiohttp.access", "kubernetes", "kopf.activities", "kopf.objects")
+
+
+def configure(*, fmt: LogFormat, level: LogLevel) -> None:
+    """Set the process's logging up; instead of `kopf.configure()`, which would add handlers of its own."""
+    shared: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if fmt == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), timestamp_key="time")
+    )
+    tail: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if fmt == "json":
+        tail.append(structlog.processors.format_exc_info)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, _lift_kopf_reference], processors=[*tail, renderer]
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+
+
+def _lift_kopf_reference(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Kopf puts the object that a line is about on the record; make it fields like those of our own lines."""
+    reference = getattr(event.get("_record"), "k8s_ref", None)
+    if isinstance(reference, dict):
+        for field in ("uid", "name", "namespace"):
+            if reference.get(field):
+                event.setdefault(field, reference[field])
+    return event
