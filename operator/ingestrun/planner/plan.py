@@ -14,13 +14,9 @@ from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase
 from ingestrun.planner.actions import (
     CancelCause,
-    CancelledParent,
-    ChildRun,
     CreateRejection,
     DeleteJob,
-    LivePods,
     Plan,
-    Predecessor,
 )
 from ingestrun.planner.batch.attempt import NO_POD_RECHECK, QUEUED_AFTER, Attempt
 from ingestrun.planner.batch.ledger import batch_states, in_flight, update_counters
@@ -43,12 +39,13 @@ from ingestrun.planner.run.completion import (
     stale_at,
     stale_cause,
 )
-from ingestrun.planner.run.concurrency import ConcurrentRun, StartBlock, replacement_cause, start_block
+from ingestrun.planner.run.concurrency import StartBlock, replacement_cause, start_block
 from ingestrun.planner.run.drain import drain
 from ingestrun.planner.run.fair_sharing import Capacity
 from ingestrun.planner.run.progress import with_unpublished
 from ingestrun.planner.run.resume import TakenOver, resume
 from ingestrun.planner.run.schedule import Schedule, schedule
+from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.events import memory_raised_events
@@ -61,29 +58,11 @@ from ingestrun.planner.status.writer import (
 )
 
 
-def plan(
-    run: IngestRun,
-    jobs: Sequence[Attempt],
-    *,
-    now: datetime,
-    refusal: CreateRejection | None = None,
-    live: LivePods | None = None,
-    parent: CancelledParent | None = None,
-    children: Sequence[ChildRun] = (),
-    rivals: Sequence[ConcurrentRun] = (),
-    predecessors: Sequence[Predecessor] | None = None,
-    capacity: Capacity | None = None,
-) -> Plan:
-    """Decide for one run.
-
-    `jobs` are all that are known of the run. An ended run that is not drained is judged only by `live` ones:
-    without them nothing is said about the drain. `parent` is a run above that is Cancelled with `cascade`;
-    `children` are the runs right below, of interest once this one is Cancelled itself. `rivals` are the other
-    runs of its concurrency key; before a first batch is claimed they have to be listed live. `predecessors`
-    are the runs that `spec.resumeFrom` is about, of interest until this one has taken over (None: nobody has looked):
-    the one that it names, or those left of a saved state's row of resumes. `capacity` is what the
-    operator's caps and the namespace's quota leave for this run among the others; None: no limit.
-    """
+def plan(snapshot: Snapshot) -> Plan:
+    """Decide for one run, from the snapshot alone."""
+    run, jobs, now = snapshot.run, snapshot.attempts, snapshot.now
+    refusal, live, parent, children = snapshot.rejection, snapshot.live, snapshot.parent, snapshot.children
+    rivals, predecessors, capacity = snapshot.peers, snapshot.predecessors, snapshot.capacity
     stages = [job for job in jobs if job.job.step != ON_CANCEL_STEP]
     if run.status.ended:
         clean_up = next((job for job in jobs if job.job.step == ON_CANCEL_STEP), None)

@@ -17,6 +17,7 @@ from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, StageFailure
 from ingestrun.planner.batch.ledger import KEPT_FAILURES, merge_failures
 from ingestrun.planner.plan import plan
+from ingestrun.planner.snapshot import Snapshot
 
 FATES = ["done", "done", "done", "fail", "oom", "garbage", "missing", "deadline", "deleted", "permanent", "evicted"]
 
@@ -108,7 +109,7 @@ async def test_a_plan_that_is_carried_out_asks_for_nothing_more(fate: str) -> No
     meet(world, world.active_jobs()[0], fate)
     await world.settle()
     run = IngestRun.read(world.cluster.run(KEY))
-    again = plan(run, world.store.attempts(run.metadata.uid), now=world.now)
+    again = plan(Snapshot(run=run, attempts=world.store.attempts(run.metadata.uid), now=world.now))
     assert again.creates == ()
     assert again.status.model_dump(mode="json") == run.status.model_dump(mode="json")
 

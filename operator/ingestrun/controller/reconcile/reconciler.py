@@ -48,6 +48,7 @@ from ingestrun.planner.plan import plan
 from ingestrun.planner.run.backpressure import rejection_in_status
 from ingestrun.planner.run.completion import expiry_of
 from ingestrun.planner.run.concurrency import ConcurrentRun
+from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status.events import events_between, normal, skipped_events
 
 logger = structlog.get_logger("ingestrun")
@@ -164,19 +165,20 @@ class Reconciler:
             jobs = await self._podless.explained(key, run, jobs, now=self._clock())
         elif run.status.cancellation is not None and run.status.cancellation.on_cancel is not None:
             jobs = await self._podless.reasons(key.namespace, jobs, now=self._clock())
-        planned = plan(
-            run,
-            jobs,
+        snapshot = Snapshot(
+            run=run,
+            attempts=jobs,
             now=self._clock(),
-            refusal=self._starter.rejection(uid),
+            rejection=self._starter.rejection(uid),
             live=live if ended else None,
             parent=await self._cancelled_parent(key, ask=not primed or self._heard(key, jobs)),
             children=self._children(key) if ended else (),
-            rivals=rivals,
+            peers=rivals,
             predecessors=predecessors,
             # The last to be asked for: nothing is awaited between the snapshot and the reservation of what it grants.
             capacity=self._store.usage.snapshot(uid, key.namespace, now=self._clock()),
         )
+        planned = plan(snapshot)
         if live is None and _lacks_a_job(run.status, planned.status):
             self._store.invalidate(uid)  # a watch may lag behind; what is missing in a live list is gone
             return _Retry()

@@ -16,6 +16,7 @@ from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import MAX_FAILED_BATCHES
 from ingestrun.planner.jobs.retention import DELETE_BATCHES
 from ingestrun.planner.plan import plan
+from ingestrun.planner.snapshot import Snapshot
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 COUNT = 2_000
@@ -111,7 +112,7 @@ async def test_a_pass_takes_as_many_steps_and_as_much_memory_at_a_million_batche
         run, jobs = await far(done)
 
         def one(run: IngestRun = run, jobs: Any = jobs) -> None:
-            planned = plan(run, jobs, now=NOW)
+            planned = plan(Snapshot(run=run, attempts=jobs, now=NOW))
             body = planned.status.model_dump(mode="json", by_alias=True, exclude_none=True)
             IngestRun.read({**manifest(), "metadata": META, "status": body})
 
