@@ -176,7 +176,7 @@ class Crowd:
             clock=lambda: self.now,
             drain_pause_seconds=0,
         )
-        watch = EventHandlers(self.store, self, self.reconciler)  # type: ignore[arg-type]
+        watch = EventHandlers(self.store, self)  # type: ignore[arg-type]
         takes = {"IngestRun": watch.run, "Job": watch.job, "Pod": watch.pod}
         self.cluster.tell = lambda kind, event, body: takes[kind](event, body)
 

@@ -17,7 +17,7 @@ from ingestrun.controller.state.usage import Usage
 from ingestrun.controller.watch.handlers import EventHandlers
 from ingestrun.kube.errors import KubeError
 from ingestrun.kube.protocol import Object, RunKey
-from ingestrun.planner.jobs.manifest import WorkerImage
+from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage
 from ingestrun.planner.run.fair_sharing import JobLimits
 from tests.fakes.cluster import Call, FakeCluster
 
@@ -94,6 +94,7 @@ class World:
         self.source = Source()
         self.worker = "example/worker:1"
         self.pull_policy = "IfNotPresent"
+        self.check: CheckEndpointFor | None = None
         self.due: dict[RunKey, datetime] = {}
         self.asked: dict[RunKey, str] = {}
         self.deaf: set[str] = set()
@@ -111,10 +112,11 @@ class World:
             self.store,
             worker=WorkerImage(name=self.worker, pull_policy=self.pull_policy),
             instance="test",
+            check=self.check,
             clock=lambda: self.now,
             drain_pause_seconds=0,
         )
-        self.watch = EventHandlers(self.store, self, self.reconciler)  # type: ignore[arg-type]
+        self.watch = EventHandlers(self.store, self)  # type: ignore[arg-type]
 
     def restart(self) -> None:
         """The process dies and comes back: watches list everything anew."""

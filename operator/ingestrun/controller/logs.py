@@ -1,10 +1,14 @@
-"""Logs by structlog: JSON for machines, a console form for people; kopf's and aiohttp's in the same stream."""
+"""Logs by structlog: JSON for machines, a console form for people; kopf's and aiohttp's in the same stream.
+
+Which run a line is about is bound to the context once per pass (`about_run`), and stands in every line of the pass.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import structlog
@@ -17,6 +21,7 @@ _QUIET = ("aiohttp.access", "kubernetes", "kopf.activities", "kopf.objects")
 def configure(*, fmt: LogFormat, level: LogLevel) -> None:
     """Set the process's logging up; instead of `kopf.configure()`, which would add handlers of its own."""
     shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.PositionalArgumentsFormatter(),
@@ -48,6 +53,14 @@ def configure(*, fmt: LogFormat, level: LogLevel) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def about_run(*, name: str, namespace: str, uid: str) -> AbstractContextManager[None]:
+    """Bind a run to all lines that are logged in the context.
+
+    The UID stands under a second name, too: `ingest_run_id`, as the first seed document has it in its log line.
+    """
+    return structlog.contextvars.bound_contextvars(run=name, namespace=namespace, uid=uid, ingest_run_id=uid)
 
 
 def _lift_kopf_reference(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

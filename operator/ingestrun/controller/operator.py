@@ -124,28 +124,28 @@ async def _operate(
 ) -> None:
     usage = Usage(settings.caps, wake=lambda key: queue.add(key, "room"))
     usage.start_sync()
-    store = RunCache(usage)
-    background = EventQueue(pressed=lambda: queue.pressed)
+    cache = RunCache(usage)
+    events = EventQueue(paused=lambda: queue.pressed)
     reconciler = Reconciler(
         cluster,
-        store,
+        cache,
         worker=WorkerImage(name=settings.worker_image, pull_policy=settings.worker_pull_policy),
         instance=instance_name(),
         check=check,
-        defer=background.add,
+        defer=events.put,
     )
     queue: WorkQueue[RunKey] = WorkQueue(
-        reconciler.reconcile, concurrency=settings.concurrency, urgent=store.cancel_pending, patient=store.ended
+        reconciler.reconcile, concurrency=settings.concurrency, urgent=cache.cancel_pending, patient=cache.ended
     )
-    handlers = registry(EventHandlers(store, queue, reconciler))
+    handlers = registry(EventHandlers(cache, queue))
 
     @kopf.on.login(registry=handlers, id="login")
     async def login(**_: object) -> kopf.ConnectionInfo:
         return connection_info(await access.configuration())
 
-    posting = asyncio.create_task(background.run(), name="background")
+    posting = asyncio.create_task(events.run(), name="events")
     resync = asyncio.create_task(
-        resync_forever(cluster, store, queue, reconciler, seconds=settings.resync_seconds, health=health),
+        resync_forever(cluster, cache, queue, seconds=settings.resync_seconds, health=health),
         name="resync",
     )
     watching = asyncio.create_task(
@@ -164,7 +164,7 @@ async def _operate(
         for task in (resync, watching):
             task.cancel()
         await queue.close()
-        await background.finish(seconds=FAREWELL_SECONDS)
+        await events.finish(seconds=FAREWELL_SECONDS)
         posting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(resync, watching, posting)

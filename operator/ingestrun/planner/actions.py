@@ -129,6 +129,11 @@ class SkippedStart:
     stage: str
     attempt: int
 
+    @property
+    def key(self) -> tuple[int, str, int]:
+        """What tells it from other skips of the run."""
+        return self.batch, self.stage, self.attempt
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -147,7 +152,7 @@ class Plan:
     fence: bool | None = None
     """Whether the run has to carry the label that the fence selects by; None: as it is."""
     events: tuple[Event, ...] = ()
-    """Events that do not follow from the change of the status alone."""
+    """All that is to be posted once the status is stored."""
     expirable: bool = False
     """Of an ended run: it is drained, cleaned up and swept, so it may be deleted when its time has come."""
     requeue_at: datetime | None = None

@@ -48,7 +48,7 @@ from ingestrun.planner.run.schedule import Schedule, schedule
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
-from ingestrun.planner.status.events import memory_raised_events
+from ingestrun.planner.status.events import Event, events_between, memory_raised_events, skipped_events
 from ingestrun.planner.status.writer import (
     active_conditions,
     activity_condition,
@@ -60,6 +60,19 @@ from ingestrun.planner.status.writer import (
 
 def plan(snapshot: Snapshot) -> Plan:
     """Decide for one run, from the snapshot alone."""
+    decided = _decide(snapshot)
+    return replace(decided, events=all_events(snapshot, decided))
+
+
+def all_events(snapshot: Snapshot, decided: Plan) -> tuple[Event, ...]:
+    """Return all Events of a pass: of the change of status, of the decision itself, and once drained of the skips."""
+    events = [*events_between(snapshot.run.status, decided.status), *decided.events]
+    if any(event.reason == "Drained" for event in events):
+        events += skipped_events({*snapshot.skipped, *(skip.key for skip in decided.skips)})
+    return tuple(events)
+
+
+def _decide(snapshot: Snapshot) -> Plan:
     run, jobs, now = snapshot.run, snapshot.attempts, snapshot.now
     refusal, live, parent, children = snapshot.rejection, snapshot.live, snapshot.parent, snapshot.children
     rivals, predecessors, capacity = snapshot.peers, snapshot.predecessors, snapshot.capacity

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -41,6 +41,8 @@ class Snapshot:
     predecessors: Sequence[Predecessor] | None = None
     """The runs that `spec.resumeFrom` is about, until this one has taken over: the one that it names, or those left of
     a saved state's chain of resumes. None: nobody has looked."""
+    skipped: Collection[tuple[int, str, int]] = ()
+    """The starts that a cancel has prevented so far, as batch, stage and attempt; reported when the run is drained."""
     capacity: Capacity | None = None
     """What the operator's limits and the namespace's quota leave for this run; None: no limit."""
 

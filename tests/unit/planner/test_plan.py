@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from ingestrun.kube.protocol import Object
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, StageFailure
+from ingestrun.planner.actions import LivePods
 from ingestrun.planner.batch.ledger import KEPT_FAILURES, merge_failures
 from ingestrun.planner.plan import plan
 from ingestrun.planner.snapshot import Snapshot
@@ -112,6 +114,25 @@ async def test_a_plan_that_is_carried_out_asks_for_nothing_more(fate: str) -> No
     again = plan(Snapshot(run=run, attempts=world.store.attempts(run.metadata.uid), now=world.now))
     assert again.creates == ()
     assert again.status.model_dump(mode="json") == run.status.model_dump(mode="json")
+
+
+async def test_a_plan_has_all_events_of_its_pass() -> None:
+    """Those of the change of status, and at the end of the drain, once, what the cancel has kept from starting."""
+    world = World()
+    world.create(cancel=True)
+    await world.step()
+    run = IngestRun.read(world.cluster.run(KEY))
+    skipped = {(0, "hook check", 1), (3, "fetch", 0)}
+    ended = Snapshot(run=run, attempts=(), now=world.now, skipped=skipped)
+    drained = plan(replace(ended, live=LivePods(pods=())))
+    assert plan(ended).events == ()
+    assert [(event.reason, event.note.partition(": ")[2]) for event in drained.events[1:]] == [
+        ("BatchSkipped", "batch 0,3"),
+        ("StageSkipped", "hook check of batch 0"),
+    ]
+    assert drained.events[0].reason == "Drained"
+    again = run.model_copy(update={"status": drained.status})
+    assert plan(replace(ended, run=again)).events == ()
 
 
 failures = st.lists(

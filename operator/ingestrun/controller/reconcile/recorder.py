@@ -1,16 +1,18 @@
-"""Telling people: the operator's log lines about runs, and the Events. Nothing here decides; nobody waits for it."""
+"""What the operator says about runs: log lines, and Events. Nothing here decides, and nothing depends on it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from datetime import datetime
 from typing import Any, Final
 
 import structlog
 
+from ingestrun.controller.logs import about_run
+from ingestrun.controller.state.memory import RunMemory
 from ingestrun.kube.errors import KubeError
-from ingestrun.kube.protocol import Cluster, RunKey
+from ingestrun.kube.protocol import Cluster
 from ingestrun.model import names
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase
@@ -21,10 +23,21 @@ logger = structlog.get_logger("ingestrun")
 
 CANCELLED_LINE: Final = "ingest run cancelled, skipping"
 """The line that operators search their logs for. Source: the first seed document."""
+REPORTING_CONTROLLER: Final = f"{names.GROUP}/operator"
+
+MAX_WAITING: Final = 10_000
+"""The queue's limit. It is reached only when the API server has been unreachable for long; Events are dropped then,
+because they only inform people."""
+DELAY_SECONDS: Final = 0.5
+"""How long each piece of work waits, at least."""
+PAUSE_RECHECK_SECONDS: Final = 0.05
 
 
 class EventRecorder:
-    """Posts Events and writes log lines, each skip once."""
+    """Posts the Events of runs and writes the log lines of a pass.
+
+    The lines name no run: the pass has bound it to the context (`logs.about_run`).
+    """
 
     def __init__(
         self,
@@ -34,96 +47,83 @@ class EventRecorder:
         clock: Callable[[], datetime],
         defer: Callable[[Awaitable[None]], None] | None,
     ) -> None:
-        """`defer` takes what can be done later; None: it is done at once."""
+        """Hand the posting to `defer`, such as `EventQueue.put`; with None it is awaited at once."""
         self._cluster = cluster
         self._instance = instance
         self._clock = clock
         self._defer = defer
-        self._skipped: dict[str, set[tuple[int, str, int]]] = {}
 
-    def skipped(self, uid: str) -> Collection[tuple[int, str, int]]:
-        """What a cancel has kept from starting so far: batch, stage, attempt."""
-        return self._skipped.get(uid, ())
-
-    def forget(self, uid: str) -> None:
-        """Drop what is kept of a run."""
-        self._skipped.pop(uid, None)
-
-    async def tell(self, run: IngestRun, told: Sequence[Event]) -> None:
-        """Post Events: for people, so nothing waits for them where they can be deferred."""
-        if self._defer is not None and told:
-            self._defer(self._post(run, told))
+    async def post(self, run: IngestRun, events: Sequence[Event]) -> None:
+        """Post Events. No pass waits for that where it can be deferred."""
+        if self._defer is not None and events:
+            self._defer(self._post(run, events))
         else:
-            await self._post(run, told)
+            await self._post(run, events)
 
-    async def _post(self, run: IngestRun, told: Sequence[Event]) -> None:
-        for announcement in told:
-            try:
-                await self._cluster.create_event(
-                    event_body(run, announcement, now=self._clock(), instance=self._instance)
-                )
-            except KubeError as error:
-                logger.warning(
-                    "an Event could not be posted", run=run.metadata.name, reason=announcement.reason, error=str(error)
-                )
+    async def _post(self, run: IngestRun, events: Sequence[Event]) -> None:
+        meta = run.metadata
+        # Bound once more, because the queue posts in a task of its own, long after the pass.
+        with about_run(name=meta.name, namespace=meta.namespace, uid=meta.uid):
+            for event in events:
+                try:
+                    await self._cluster.create_event(event_body(run, event, now=self._clock(), instance=self._instance))
+                except KubeError as error:
+                    logger.warning("an Event could not be posted", reason=event.reason, error=str(error))
 
-    def log_skips(self, key: RunKey, run: IngestRun, planned: Plan, trigger: str) -> None:
-        """One line for everything that a cancel has kept from starting, each once."""
-        known = self._skipped.setdefault(run.metadata.uid, set()) if planned.skips else set()
-        for skip in planned.skips:
-            identity = (skip.batch, skip.stage, skip.attempt)
-            if identity in known:
-                continue
-            known.add(identity)
-            logger.info(
-                CANCELLED_LINE, run=key.name, namespace=key.namespace, uid=run.metadata.uid, batch=skip.batch,
-                stage=skip.stage, attempt=skip.attempt, trigger=trigger,
-            )  # fmt: skip
+    def log_skips(self, memory: RunMemory, plan: Plan, *, trigger: str) -> None:
+        """Write one line for each start that a cancel has prevented, each once."""
+        for skip in plan.skips:
+            if skip.key not in memory.skipped:
+                logger.info(CANCELLED_LINE, batch=skip.batch, stage=skip.stage, attempt=skip.attempt, trigger=trigger)
+        memory.skipped |= {skip.key for skip in plan.skips}
 
-    def log_failures(self, key: RunKey, before: IngestRunStatus, run: IngestRun, planned: Plan) -> None:
-        """One line for each failed attempt that has come into the status, and for each raise of memory."""
+    def log_failures(self, before: IngestRunStatus, after: IngestRunStatus, plan: Plan) -> None:
+        """Write one line for each failed attempt that has come into the status, and for each raise of memory."""
         known = {failure.key for failure in before.failures}
-        for failure in run.status.failures:
+        for failure in after.failures:
             if failure.key not in known:
                 logger.warning(
-                    "stage failed", run=key.name, namespace=key.namespace, uid=run.metadata.uid, batch=failure.batch,
-                    stage=failure.stage, attempt=failure.attempt, reason=failure.reason, why=failure.message,
-                )  # fmt: skip
-        for told in planned.events:
-            if told.reason == "MemoryRaised":
-                logger.info("memory raised", run=key.name, namespace=key.namespace, uid=run.metadata.uid, why=told.note)
+                    "stage failed",
+                    batch=failure.batch,
+                    stage=failure.stage,
+                    attempt=failure.attempt,
+                    reason=failure.reason,
+                    why=failure.message,
+                )
+        for event in plan.events:
+            if event.reason == "MemoryRaised":
+                logger.info("memory raised", why=event.note)
 
-    def log_phase(self, key: RunKey, before: IngestRunStatus, run: IngestRun) -> None:
-        """One line for each change of phase."""
-        phase = run.status.phase
+    def log_phase(self, before: IngestRunStatus, after: IngestRunStatus) -> None:
+        """Write one line for a change of phase."""
+        phase = after.phase
         if phase is before.phase or phase is None:
             return
-        said = run.status.condition("Succeeded")
+        succeeded = after.condition("Succeeded")
         log = logger.warning if phase is Phase.FAILED else logger.info
         log(
-            f"ingest run {phase.value.lower()}", run=key.name, namespace=key.namespace, uid=run.metadata.uid,
-            why=said.message if said else "", published=run.status.records.published,
-        )  # fmt: skip
+            f"ingest run {phase.value.lower()}",
+            why=succeeded.message if succeeded else "",
+            published=after.records.published,
+        )
 
 
-# Events (events.k8s.io/v1) about a run: for people; nothing depends on one.
+def event_body(run: IngestRun, event: Event, *, now: datetime, instance: str) -> dict[str, Any]:
+    """Return the JSON of an Event (events.k8s.io/v1).
 
-REPORTER: Final = f"{names.GROUP}/operator"
-
-
-def event_body(run: IngestRun, told: Event, *, now: datetime, instance: str) -> dict[str, Any]:
-    """The Event's JSON. Its name is left to the server: an Event repeated after a restart is a second Event."""
+    Its name is left to the server, so an Event that is repeated after a restart is a second Event.
+    """
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
         "metadata": {"generateName": f"{run.metadata.name[:200]}-", "namespace": run.metadata.namespace},
         "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-        "reportingController": REPORTER,
+        "reportingController": REPORTING_CONTROLLER,
         "reportingInstance": instance[:128],
-        "action": told.action,
-        "reason": told.reason,
-        "note": told.note,
-        "type": told.type,
+        "action": event.action,
+        "reason": event.reason,
+        "note": event.note,
+        "type": event.type,
         "regarding": {
             "apiVersion": f"{names.GROUP}/{names.VERSION}",
             "kind": names.KIND,
@@ -135,33 +135,24 @@ def event_body(run: IngestRun, told: Event, *, now: datetime, instance: str) -> 
     }
 
 
-# Work that nobody waits for, such as posting Events: one at a time, in order, dropped when there is too much of it.
-#
-# It gives way to what somebody waits for: when twenty runs are cancelled at once, their twenty Events come after.
-#
-
-MOST: Final = 10_000
-"""So much may wait. Beyond it the API server has been gone for long, and what is dropped was for people only."""
-DELAY_SECONDS: Final = 0.5
-"""How long each piece waits, at least."""
-LOOK_SECONDS: Final = 0.05
-
-
 class EventQueue:
-    """Awaits what it is given, one after another. What fails is logged."""
+    """Awaits what it is given, one after another, in order. A failure is logged and stops nothing.
 
-    def __init__(self, *, pressed: Callable[[], bool] = lambda: False, delay_seconds: float = DELAY_SECONDS) -> None:
-        """While the process is `pressed` nothing is begun."""
-        self._pressed = pressed
+    It gives way to what users wait for: when twenty runs are cancelled at once, their Events are posted afterwards.
+    """
+
+    def __init__(self, *, paused: Callable[[], bool] = lambda: False, delay_seconds: float = DELAY_SECONDS) -> None:
+        """Begin nothing while `paused` says so."""
+        self._paused = paused
         self._delay = delay_seconds
-        self._waiting: asyncio.Queue[tuple[float, Awaitable[None]]] = asyncio.Queue(MOST)
+        self._waiting: asyncio.Queue[tuple[float, Awaitable[None]]] = asyncio.Queue(MAX_WAITING)
 
-    def add(self, work: Awaitable[None]) -> None:
+    def put(self, work: Awaitable[None]) -> None:
         """Have it awaited, later."""
         try:
             self._waiting.put_nowait((asyncio.get_running_loop().time() + self._delay, work))
         except asyncio.QueueFull:
-            logger.warning("too much waits in the background: dropped")
+            logger.warning("too many Events wait to be posted: dropped")
             _drop(work)
 
     async def run(self) -> None:
@@ -169,24 +160,24 @@ class EventQueue:
         while True:
             due, work = await self._waiting.get()
             try:
-                await self._turn(due)
+                await self._wait_until(due)
             except asyncio.CancelledError:
                 _drop(work)
                 raise
             try:
                 await work
             except Exception:
-                logger.warning("background work failed", exc_info=True)
+                logger.warning("Events could not be posted", exc_info=True)
             finally:
                 self._waiting.task_done()
 
-    async def _turn(self, due: float) -> None:
+    async def _wait_until(self, due: float) -> None:
         await asyncio.sleep(due - asyncio.get_running_loop().time())
-        while self._pressed():  # noqa: ASYNC110  (nobody is told when it ends, and nobody waits for this)
-            await asyncio.sleep(LOOK_SECONDS)
+        while self._paused():  # noqa: ASYNC110  (no event marks the end of a pause, and nobody waits for this work)
+            await asyncio.sleep(PAUSE_RECHECK_SECONDS)
 
     async def finish(self, *, seconds: float) -> None:
-        """Give what waits so many seconds to be done; drop the rest."""
+        """Give what waits this time to be done, and drop the rest."""
         try:
             async with asyncio.timeout(seconds):
                 await self._waiting.join()

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+from ingestrun.controller.state.memory import RunMemories
 from ingestrun.controller.state.usage import Usage
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
@@ -40,6 +41,7 @@ class RunCache:
     def __init__(self, usage: Usage | None = None) -> None:
         """`usage` is told of each Job that comes, ends or goes."""
         self.usage = usage or Usage()
+        self.memories = RunMemories()
         self._runs: dict[RunKey, Object] = {}
         self._keys: dict[str, RunKey] = {}
         self._children: dict[str, _Children] = {}
@@ -131,7 +133,7 @@ class RunCache:
         return status.get("phase") in ("Succeeded", "Failed", "Cancelled")
 
     def remove_run(self, key: RunKey) -> None:
-        """Drop a run that is gone, and its children's facts."""
+        """Drop all that is kept of a run that is gone: its body, its children's facts, its record in `memories`."""
         body = self._runs.pop(key, None)
         self._parsed.pop(key, None)
         if body is not None:
@@ -146,11 +148,13 @@ class RunCache:
                 self._resumers.get(resumed, set()).discard(key)
             self._keys.pop(uid, None)
             self._drop_children(uid)
+            self.memories.forget(uid)
             self._closed.discard(uid)
 
     def archive(self, run_uid: str) -> None:
         """Keep no facts of this run's children any more: it has ended and is quiet."""
         self._drop_children(run_uid)
+        self.memories.forget(run_uid)
         self._closed.add(run_uid)
 
     def unarchive(self, run_uid: str) -> None:

@@ -7,7 +7,6 @@ from typing import Any, Final, NoReturn
 import kopf
 import structlog
 
-from ingestrun.controller.reconcile.reconciler import Reconciler
 from ingestrun.controller.state.cache import RunCache, parents_of
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.protocol import Object, RunKey
@@ -21,10 +20,9 @@ logger = structlog.get_logger("ingestrun.watch")
 class EventHandlers:
     """Takes events in any order, doubled or late; types are the API's (None: from a list)."""
 
-    def __init__(self, store: RunCache, queue: WorkQueue[RunKey], reconciler: Reconciler) -> None:
+    def __init__(self, store: RunCache, queue: WorkQueue[RunKey]) -> None:
         self._store = store
         self._queue = queue
-        self._reconciler = reconciler
 
     def run(self, event_type: str | None, body: Object) -> None:
         """A run was added, changed or deleted."""
@@ -37,7 +35,7 @@ class EventHandlers:
             return
         known = self._store.run(key)
         if known is not None and known["metadata"]["uid"] == meta["uid"]:
-            self._reconciler.forget(key)
+            self._store.remove_run(key)
             self._queue.forget(key)
             for waiting in self._store.resuming_runs(key):
                 self._queue.add(waiting, "resume")

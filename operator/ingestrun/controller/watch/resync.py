@@ -12,7 +12,6 @@ import contextlib
 import structlog
 
 from ingestrun.controller.http.health import Health
-from ingestrun.controller.reconcile.reconciler import Reconciler
 from ingestrun.controller.state.cache import RunCache
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.errors import KubeError
@@ -22,7 +21,7 @@ from ingestrun.planner.batch.attempt import MalformedJobError, read_job
 logger = structlog.get_logger("ingestrun")
 
 
-async def resync_once(cluster: Cluster, store: RunCache, queue: WorkQueue[RunKey], reconciler: Reconciler) -> int:
+async def resync_once(cluster: Cluster, store: RunCache, queue: WorkQueue[RunKey]) -> int:
     """List all runs, ask for a look at each that is not done with, forget those that are gone.
 
     Returns how many there are. The first time, if there are caps on Jobs, it counts the Jobs that are there.
@@ -43,7 +42,7 @@ async def resync_once(cluster: Cluster, store: RunCache, queue: WorkQueue[RunKey
             store.invalidate(body["metadata"]["uid"])
             queue.add(key, "resync")
     for key in known - seen:
-        reconciler.forget(key)
+        store.remove_run(key)
         queue.forget(key)
     store.prune_orphans()
     store.usage.finish_sync()
@@ -54,7 +53,6 @@ async def resync_forever(
     cluster: Cluster,
     store: RunCache,
     queue: WorkQueue[RunKey],
-    reconciler: Reconciler,
     *,
     seconds: float,
     health: Health,
@@ -63,7 +61,7 @@ async def resync_forever(
     while True:
         health.beat("resync", within=3 * seconds + 60)
         try:
-            await resync_once(cluster, store, queue, reconciler)
+            await resync_once(cluster, store, queue)
             pause = seconds
         except KubeError as error:
             logger.warning("resync failed", error=str(error))

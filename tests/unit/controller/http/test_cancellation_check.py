@@ -319,7 +319,8 @@ async def test_each_job_gets_the_address_and_a_token_of_its_own_run() -> None:
     world = World()
     async with serving(world.cluster) as asker:
         asker.now = world.now.timestamp()
-        world.reconciler._starter._check = asker.api.check_for
+        world.check = asker.api.check_for
+        world.start()
         world.create()
         await world.settle()
         (job,) = world.active_jobs()
@@ -351,7 +352,8 @@ async def test_without_a_check_jobs_are_told_nothing_of_it() -> None:
 async def test_the_clean_up_is_told_of_no_check_that_would_stop_it() -> None:
     world = World()
     async with serving(world.cluster) as asker:
-        world.reconciler._starter._check = asker.api.check_for
+        world.check = asker.api.check_for
+        world.start()
         world.create(onCancel={"image": "example/clean-up:1"})
         await world.settle()
         world.cancel()

@@ -162,7 +162,7 @@ async def test_a_restart_counts_what_is_there_before_it_starts_anything() -> Non
         assert len(world.active_jobs()) == 3
     assert not condition(world, small, "Backpressured")
     before = len(world.cluster.calls("list", "jobs"))
-    await resync_once(world.cluster, world.store, world, world.reconciler)  # type: ignore[arg-type]
+    await resync_once(world.cluster, world.store, world)  # type: ignore[arg-type]
     await world.settle()
     assert len(world.active_jobs()) == 3
     assert condition(world, small, "Backpressured")["status"] == "True"
@@ -186,7 +186,7 @@ async def test_the_jobs_of_runs_that_are_gone_do_not_count_for_ever() -> None:
     other = add(world, "other")
     await world.settle()
     assert of_run(world, other) == []
-    await resync_once(world.cluster, world.store, world, world.reconciler)  # type: ignore[arg-type]
+    await resync_once(world.cluster, world.store, world)  # type: ignore[arg-type]
     await world.settle()
     assert len(of_run(world, other)) == 1
 

@@ -9,13 +9,13 @@ from ingestrun.controller.reconcile.recorder import EventQueue
 
 async def test_work_is_done_in_order_and_waits_while_the_process_is_pressed() -> None:
     pressed, done = True, list[int]()
-    background = EventQueue(pressed=lambda: pressed, delay_seconds=0)
+    background = EventQueue(paused=lambda: pressed, delay_seconds=0)
 
     async def note(number: int) -> None:
         done.append(number)
 
     for number in range(3):
-        background.add(note(number))
+        background.put(note(number))
     task = asyncio.create_task(background.run())
     await asyncio.sleep(0.1)
     assert done == []
@@ -34,8 +34,8 @@ async def test_failed_work_is_the_end_of_itself_alone() -> None:
     async def note() -> None:
         done.append("after")
 
-    background.add(fail())
-    background.add(note())
+    background.put(fail())
+    background.put(note())
     task = asyncio.create_task(background.run())
     await background.finish(seconds=2)
     assert done == ["after"]
@@ -43,12 +43,12 @@ async def test_failed_work_is_the_end_of_itself_alone() -> None:
 
 
 async def test_what_is_not_done_in_time_is_dropped() -> None:
-    background = EventQueue(pressed=lambda: True, delay_seconds=0)
+    background = EventQueue(paused=lambda: True, delay_seconds=0)
 
     async def never() -> None:
         raise AssertionError
 
-    background.add(never())
+    background.put(never())
     task = asyncio.create_task(background.run())
     await background.finish(seconds=0.05)
     task.cancel()

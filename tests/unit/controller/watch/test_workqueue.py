@@ -98,7 +98,7 @@ async def test_background_work_is_done_in_order_and_a_failure_stops_nothing() ->
     background = EventQueue()
     task = asyncio.create_task(background.run())
     for number in range(4):
-        background.add(work(number))
+        background.put(work(number))
     await background.finish(seconds=10)
     task.cancel()
     assert done == [0, 2, 3]
@@ -111,7 +111,7 @@ async def test_background_work_that_takes_too_long_is_dropped_at_the_end() -> No
     background = EventQueue()
     task = asyncio.create_task(background.run())
     for _ in range(3):
-        background.add(never())
+        background.put(never())
     await background.finish(seconds=0.01)
     task.cancel()
 
