@@ -5,16 +5,19 @@ Which run a line is about is bound to the context once per pass (`about_run`), a
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import sys
 from collections.abc import MutableMapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
 from ingestrun.controller.settings import LogFormat, LogLevel
 
+FIRST_KEYS: Final = ("time", "level", "event", "run", "namespace", "batch", "stage")
+"""What people look for in a line, in this order; all other keys follow."""
 _QUIET = ("aiohttp.access", "kubernetes", "kopf.activities", "kopf.objects")
 
 
@@ -31,9 +34,9 @@ def configure(*, fmt: LogFormat, level: LogLevel) -> None:
     renderer: Any = (
         structlog.processors.JSONRenderer()
         if fmt == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), timestamp_key="time")
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), timestamp_key="time", sort_keys=False)
     )
-    tail: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    tail: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, _order_keys]
     if fmt == "json":
         tail.append(structlog.processors.format_exc_info)
     handler = logging.StreamHandler(sys.stderr)
@@ -61,6 +64,19 @@ def about_run(*, name: str, namespace: str, uid: str) -> AbstractContextManager[
     The UID stands under a second name, too: `ingest_run_id`, as the first seed document has it in its log line.
     """
     return structlog.contextvars.bound_contextvars(run=name, namespace=namespace, uid=uid, ingest_run_id=uid)
+
+
+def context_of_pass(*, name: str, namespace: str, uid: str | None) -> contextvars.Context:
+    """Return a context for the task of a pass: bound to its run, and to nothing of the pass that has asked for it."""
+    context = contextvars.Context()
+    context.run(structlog.contextvars.bind_contextvars, run=name, namespace=namespace)
+    if uid is not None:
+        context.run(structlog.contextvars.bind_contextvars, uid=uid, ingest_run_id=uid)
+    return context
+
+
+def _order_keys(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {key: event[key] for key in (*FIRST_KEYS, *event) if key in event}
 
 
 def _lift_kopf_reference(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from kubernetes.aio.client import Configuration
 from ingestrun.controller.http.cancellation_check import CancellationCheckServer
 from ingestrun.controller.http.health import Health
 from ingestrun.controller.http.tokens import CheckKey
+from ingestrun.controller.logs import context_of_pass
 from ingestrun.controller.reconcile.reconciler import Reconciler
 from ingestrun.controller.reconcile.recorder import EventQueue
 from ingestrun.controller.settings import Settings, instance_name
@@ -134,8 +136,18 @@ async def _operate(
         check=check,
         defer=events.put,
     )
+
+    def context_of(key: RunKey) -> contextvars.Context:
+        body = cache.run(key)
+        uid = body["metadata"]["uid"] if body is not None else None
+        return context_of_pass(name=key.name, namespace=key.namespace, uid=uid)
+
     queue: WorkQueue[RunKey] = WorkQueue(
-        reconciler.reconcile, concurrency=settings.concurrency, urgent=cache.cancel_pending, patient=cache.ended
+        reconciler.reconcile,
+        concurrency=settings.concurrency,
+        urgent=cache.cancel_pending,
+        patient=cache.ended,
+        context=context_of,
     )
     handlers = registry(EventHandlers(cache, queue))
 

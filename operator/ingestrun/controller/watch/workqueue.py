@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
+from contextvars import Context
 from typing import Generic, TypeVar
+
+import structlog
 
 K = TypeVar("K", bound=Hashable)
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger("ingestrun")
 
 FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 60.0
@@ -74,12 +76,16 @@ class WorkQueue(Generic[K]):
         concurrency: int,
         urgent: Callable[[K], bool] = lambda _: False,
         patient: Callable[[K], bool] = lambda _: False,
+        context: Callable[[K], Context] = lambda _: Context(),
     ) -> None:
         """At most `concurrency` keys are handled side by side; those that are `urgent` do not queue behind others.
 
         Of those that are `patient` a few are handled at a time: what they ask of the server is asked beside the rest.
+        A pass runs in the `context` of its key, because a copy of the asker's context would put
+        another run into its log lines.
         """
         self._handle = handle
+        self._context = context
         self._urgent = urgent
         self._patient = patient
         self._slots = PrioritySemaphore(concurrency)
@@ -107,7 +113,9 @@ class WorkQueue(Generic[K]):
             self._again[key] = trigger
             return
         self._drop_timer(key)
-        self._running[key] = asyncio.create_task(self._serve(key, trigger), name=f"pass {key}")
+        self._running[key] = asyncio.create_task(
+            self._serve(key, trigger), name=f"pass {key}", context=self._context(key)
+        )
 
     def add_after(self, key: K, seconds: float, trigger: str) -> None:
         """Ask for a look at the key after so many seconds; of several such requests the earliest counts."""
@@ -162,7 +170,7 @@ class WorkQueue(Generic[K]):
             count = self._errors[key] = self._errors.get(key, 0) + 1
             delay = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(count - 1, 10))
             # The traceback at the first failure only: what goes on failing says so in one line.
-            logger.warning("pass failed, again in %.1f s: %s: %s", delay, key, error, exc_info=count == 1)
+            logger.warning("pass failed", again_in_seconds=delay, error=str(error), exc_info=count == 1)
             self.add_after(key, delay, "retry")
         finally:
             del self._running[key]
