@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
@@ -101,6 +101,21 @@ class BatchesStatus(KubeModel):
     exhausted: bool = False
     progress: str = ""
 
+    @property
+    def in_flight(self) -> IndexRanges:
+        """Return the batches that this run has claimed and not counted as ended yet."""
+        return self.claimed - self.published - self.failed - self.replay
+
+    @property
+    def pending_replays(self) -> dict[int, UnpublishedBatch]:
+        """Return by index what this run has still to fetch again; only a run that resumes another has any."""
+        return {batch.batch: batch for batch in self.unpublished if batch.batch not in self.fetched}
+
+    @property
+    def checkpoint_by_batch(self) -> dict[int, Checkpoint]:
+        """Return the checkpoints by batch; there are some only under a quota that counts ended Jobs."""
+        return {checkpoint.batch: checkpoint for checkpoint in self.checkpoints}
+
 
 class RecordsStatus(KubeModel):
     """Rows, counted once a batch: `fetched` when its fetch has ended, the others when it is published."""
@@ -108,6 +123,16 @@ class RecordsStatus(KubeModel):
     fetched: Count = 0
     rejected: Count = 0
     published: Count = 0
+
+
+class AttemptId(NamedTuple):
+    """What tells one attempt from another among the attempts of one run."""
+
+    batch: int
+    stage: str
+    """As messages name it: `fetch`, `hook NAME` or `publish`."""
+    attempt: int
+    """From 0."""
 
 
 class StageFailure(KubeModel):
@@ -123,9 +148,9 @@ class StageFailure(KubeModel):
     """The last lines of the container's log, for the newest failures."""
 
     @property
-    def key(self) -> tuple[int, str, int]:
-        """What tells one failed attempt from another."""
-        return (self.batch, self.stage, self.attempt)
+    def id(self) -> AttemptId:
+        """Return which attempt it was."""
+        return AttemptId(self.batch, self.stage, self.attempt)
 
 
 class ImagePin(KubeModel):
@@ -231,6 +256,12 @@ class IngestRunStatus(KubeModel):
         """Whether the run is in a phase that nothing leaves any more."""
         return self.phase is not None and self.phase.ended
 
+    @property
+    def drained(self) -> bool:
+        """Tell whether the run has ended and its last pod too, so that nothing of it can write any more."""
+        condition = self.condition("Drained")
+        return self.ended and condition is not None and condition.status == "True"
+
     def condition(self, kind: str) -> Condition | None:
-        """The condition of that type, if there is one."""
+        """Return the condition of that type, if there is one."""
         return next((condition for condition in self.conditions if condition.type == kind), None)

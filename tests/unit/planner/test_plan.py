@@ -130,7 +130,7 @@ failures = st.lists(
 
 @given(seen=failures)
 def test_kept_failures_are_the_same_whatever_the_order_and_how_often_seen(seen: list[StageFailure]) -> None:
-    unique = list({failure.key: failure for failure in seen}.values())
+    unique = list({failure.id: failure for failure in seen}.values())
     at_once = merge_failures([], unique)
     one_by_one: list[StageFailure] = []
     for failure in reversed(unique):

@@ -24,7 +24,7 @@ from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import ConcurrencyPolicy
 from ingestrun.planner.actions import ClaimPredecessor, Predecessor
 from ingestrun.planner.run.concurrency import ConcurrentRun, read_concurrent_run, replacing_run, start_block
-from ingestrun.planner.run.resume import is_drained, must_resume
+from ingestrun.planner.run.resume import must_resume
 
 LockKey = tuple[str, str]
 """A namespace, and what in it only one run may do at a time."""
@@ -211,7 +211,7 @@ class ResumeGate:
         Also once it bears this run's claim: a cache may show one that is gone, and whose saved state another has taken.
         """
         old = self._known(run)
-        if old is None or is_drained(old):
+        if old is None or old.status.drained:
             old = await self._read(_predecessor_key(run))
         if old is None:
             return ()

@@ -49,7 +49,7 @@ from ingestrun.planner.run.backpressure import rejection_in_status
 from ingestrun.planner.run.completion import expiry_of
 from ingestrun.planner.run.concurrency import ConcurrentRun
 from ingestrun.planner.snapshot import Snapshot
-from ingestrun.planner.status.events import events_between, normal, skipped_events
+from ingestrun.planner.status.events import normal
 
 logger = structlog.get_logger("ingestrun")
 
@@ -175,6 +175,7 @@ class Reconciler:
             children=self._children(key) if ended else (),
             peers=rivals,
             predecessors=predecessors,
+            skipped=self._teller.skipped(uid),
             # The last to be asked for: nothing is awaited between the snapshot and the reservation of what it grants.
             capacity=self._store.usage.snapshot(uid, key.namespace, now=self._clock()),
         )
@@ -203,11 +204,8 @@ class Reconciler:
             if written is None:
                 return _Retry()
             run_now = written
-            told = [*events_between(stored, run_now.status), *planned.events]
-            if any(announcement.reason == "Drained" for announcement in told):
-                told += skipped_events(self._teller.skipped(uid))
             self._teller.log_failures(key, stored, run_now, planned)
-            await self._teller.tell(run_now, told)
+            await self._teller.tell(run_now, planned.events)
             self._teller.log_phase(key, stored, run_now)
             if run_now.status.phase is Phase.CANCELLED and not ended:
                 # The drain can wait a moment; the other runs that were cancelled in this second can't.
@@ -456,8 +454,8 @@ class Reconciler:
 
 def _lacks_a_job(before: IngestRunStatus, after: IngestRunStatus) -> bool:
     """Whether a batch is to fail for a Job that is not there, as far as is known."""
-    known = {failure.key for failure in before.failures}
-    return any(failure.reason == JOB_MISSING and failure.key not in known for failure in after.failures)
+    known = {failure.id for failure in before.failures}
+    return any(failure.reason == JOB_MISSING and failure.id not in known for failure in after.failures)
 
 
 def _json(status: IngestRunStatus) -> dict[str, Any]:

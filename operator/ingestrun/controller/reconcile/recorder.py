@@ -13,7 +13,7 @@ from ingestrun.kube.errors import KubeError
 from ingestrun.kube.protocol import Cluster, RunKey
 from ingestrun.model import names
 from ingestrun.model.run import IngestRun
-from ingestrun.model.status import IngestRunStatus, Phase
+from ingestrun.model.status import AttemptId, IngestRunStatus, Phase
 from ingestrun.planner.actions import Plan
 from ingestrun.planner.status.events import Event
 
@@ -39,9 +39,9 @@ class EventRecorder:
         self._instance = instance
         self._clock = clock
         self._defer = defer
-        self._skipped: dict[str, set[tuple[int, str, int]]] = {}
+        self._skipped: dict[str, set[AttemptId]] = {}
 
-    def skipped(self, uid: str) -> Collection[tuple[int, str, int]]:
+    def skipped(self, uid: str) -> Collection[AttemptId]:
         """What a cancel has kept from starting so far: batch, stage, attempt."""
         return self._skipped.get(uid, ())
 
@@ -71,10 +71,9 @@ class EventRecorder:
         """One line for everything that a cancel has kept from starting, each once."""
         known = self._skipped.setdefault(run.metadata.uid, set()) if planned.skips else set()
         for skip in planned.skips:
-            identity = (skip.batch, skip.stage, skip.attempt)
-            if identity in known:
+            if skip in known:
                 continue
-            known.add(identity)
+            known.add(skip)
             logger.info(
                 CANCELLED_LINE, run=key.name, namespace=key.namespace, uid=run.metadata.uid, batch=skip.batch,
                 stage=skip.stage, attempt=skip.attempt, trigger=trigger,
@@ -82,9 +81,9 @@ class EventRecorder:
 
     def log_failures(self, key: RunKey, before: IngestRunStatus, run: IngestRun, planned: Plan) -> None:
         """One line for each failed attempt that has come into the status, and for each raise of memory."""
-        known = {failure.key for failure in before.failures}
+        known = {failure.id for failure in before.failures}
         for failure in run.status.failures:
-            if failure.key not in known:
+            if failure.id not in known:
                 logger.warning(
                     "stage failed", run=key.name, namespace=key.namespace, uid=run.metadata.uid, batch=failure.batch,
                     stage=failure.stage, attempt=failure.attempt, reason=failure.reason, why=failure.message,
