@@ -62,7 +62,7 @@ class Snapshot:
 
     @cached_property
     def status(self) -> IngestRunStatus:
-        """The stored status with newly ended fetches and batches counted; phase and conditions are still the old ones."""
+        """The stored status with newly ended fetches and batches counted; phase and conditions are still the old."""
         chained = self.run.spec.batches.cursor is not None
         counted = update_counters(self.run.status, self.batches, chained=chained, now=self.now)
         return with_unpublished(self.run, counted, self.batches)

@@ -23,7 +23,7 @@ from ingestrun.kube.protocol import Cluster, RunKey
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import ConcurrencyPolicy
 from ingestrun.planner.actions import ClaimPredecessor, Predecessor
-from ingestrun.planner.run.concurrency import ConcurrentRun, read_concurrent_run, replacing_run, start_block
+from ingestrun.planner.run.concurrency import ConcurrentRun, replacing_run, start_block
 from ingestrun.planner.run.resume import must_resume
 
 LockKey = tuple[str, str]
@@ -115,12 +115,12 @@ class ConcurrencyGate:
         live = await self._cluster.list_runs_of(namespace=mine[0], concurrency_key=mine[1])
         for body in live:
             self._store.upsert_run(body)
-        return [read_concurrent_run(body) for body in live if body["metadata"]["uid"] != run.metadata.uid]
+        return [ConcurrentRun.read(body) for body in live if body["metadata"]["uid"] != run.metadata.uid]
 
     def _seen(self, key: RunKey, run: IngestRun) -> list[ConcurrentRun]:
         body = self._store.run(key)
         found = self._store.peers_of(body) if body is not None else ()
-        return [read_concurrent_run(other) for other in found if other["metadata"]["uid"] != run.metadata.uid]
+        return [ConcurrentRun.read(other) for other in found if other["metadata"]["uid"] != run.metadata.uid]
 
     async def _confirmed(self, key: RunKey, run: IngestRun, seen: Sequence[ConcurrentRun]) -> Sequence[ConcurrentRun]:
         """The same, but nothing is cancelled for a run that the server does not say is waiting."""
@@ -134,7 +134,7 @@ class ConcurrencyGate:
                 seen = others
             else:
                 self._store.upsert_run(body)
-                live = read_concurrent_run(body)
+                live = ConcurrentRun.read(body)
                 seen = [*others, live] if live.uid == newer.uid else others
                 if live == newer:
                     return seen

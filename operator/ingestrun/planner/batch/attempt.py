@@ -261,7 +261,7 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
 
 
 def attempt_of(job: ObservedJob, pods: Sequence[ObservedPod]) -> Attempt:
-    """Put a Job and its pod together. Of several pods (the operator makes none: backoffLimit is 0) the ended one counts.
+    """Put a Job and its pod together. Of several pods (backoffLimit is 0, so there are none) the ended one counts.
 
     A pod that has ended with exit code 0 is the Job's success: the Job controller reports it a second or two later, and
     the next stage need not wait for that. This holds even if the Job then exceeds its deadline, so that the verdict on
@@ -364,7 +364,7 @@ def _image(job: Mapping[str, Any]) -> str | None:
 
 
 def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return datetime.fromisoformat(text)
 
 
 def _short(text: str | None) -> str | None:

@@ -107,40 +107,40 @@ def update_counters(
     old: IngestRunStatus, seen: Sequence[BatchState], *, chained: bool, now: datetime
 ) -> IngestRunStatus:
     """Count newly ended fetches and batches: cursor, ranges and records move in one write."""
-    fetched = {
-        batch.index: batch.fetched
-        for batch in seen
-        if batch.fetched is not None and batch.index not in old.batches.fetched
-    }
+    fetched = {batch.index: batch.fetched for batch in seen if batch.fetched and batch.index not in old.batches.fetched}
+    published = [batch for batch in seen if batch.published is not None]
+    failed = [batch for batch in seen if batch.failed is not None]
     # A replayed batch was counted when it was first fetched, and the chain has gone on from it since.
     replays = old.batches.pending_replays
     first_time = [result for index, result in fetched.items() if index not in replays]
-    published = {batch.index: (batch, batch.published) for batch in seen if batch.published is not None}
-    failed = [batch for batch in seen if batch.failed is not None]
-    ended = [*(batch for batch, _ in published.values()), *failed]
-    records = old.records
     return old.replace(
         batches=_moved_ranges(old.batches, fetched=fetched, published=published, failed=failed).replace(
             exhausted=old.batches.exhausted or (chained and any(result.exhausted for result in first_time))
         ),
-        records=RecordsStatus(
-            fetched=records.fetched + sum(result.read for result in first_time),
-            rejected=records.rejected + sum(batch.rejected for batch, _ in published.values()),
-            published=records.published + sum(result.written for _, result in published.values()),
-        ),
+        records=_counted_records(old.records, fetched=first_time, published=published),
         cursor=_moved_cursor(old.cursor, first_time) if chained else old.cursor,
         failures=merge_failures(old.failures, (failure for batch in seen for failure in batch.failures)),
-        retries=add_retries(old.retries, (retry for batch in ended for retry in batch.retried)),
-        last_progress_time=now if (fetched or ended) else old.last_progress_time,
+        retries=add_retries(old.retries, (retry for batch in (*published, *failed) for retry in batch.retried)),
+        last_progress_time=now if (fetched or published or failed) else old.last_progress_time,
+    )
+
+
+def _counted_records(
+    old: RecordsStatus, *, fetched: Iterable[StageResult], published: Sequence[BatchState]
+) -> RecordsStatus:
+    return RecordsStatus(
+        fetched=old.fetched + sum(result.read for result in fetched),
+        rejected=old.rejected + sum(batch.rejected for batch in published),
+        published=old.published + sum(batch.published.written for batch in published if batch.published),
     )
 
 
 def _moved_ranges(
-    old: BatchesStatus, *, fetched: Iterable[int], published: Iterable[int], failed: Iterable[BatchState]
+    old: BatchesStatus, *, fetched: Iterable[int], published: Iterable[BatchState], failed: Iterable[BatchState]
 ) -> BatchesStatus:
     batches = old.replace(
         fetched=old.fetched | IndexRanges(fetched),
-        published=old.published | IndexRanges(published),
+        published=old.published | IndexRanges(batch.index for batch in published),
         failed=old.failed | IndexRanges(batch.index for batch in failed),
     )
     in_flight = batches.in_flight
@@ -164,10 +164,10 @@ def merge_failures(old: Iterable[StageFailure], seen: Iterable[StageFailure]) ->
 
 
 def add_retries(old: Iterable[RetryCount], retried: Iterable[tuple[str, str]]) -> list[RetryCount]:
-    """Return `status.retries` with newly retried attempts, each as (stage, reason), in the order in which they were seen.
+    """Return `status.retries` with newly retried attempts, each as (stage, reason), in the order they were seen.
 
-    The list is bounded, and each retry is counted once: a batch's retries are counted in the write that counts the batch,
-    from its attempts, which are all there until then.
+    The list is bounded, and each retry is counted once, because a batch's retries are counted in the write that counts
+    the batch, from its attempts, which are all there until then.
     """
     counts = {(entry.stage, entry.reason): entry.count for entry in old}
     other = (OTHER, OTHER)

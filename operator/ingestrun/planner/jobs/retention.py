@@ -2,7 +2,7 @@
 
 While a run goes on, Jobs of published and of failed batches are deleted as soon as there are enough of them to be
 worth a call. The Jobs of the newest failed batches stay with their pods, so that `kubectl logs` has something to
-show. A minute after the end all others are deleted; with `secondsAfterFinished` these are, too, when their time is over.
+show. A minute after the end all others are deleted; with `secondsAfterFinished` these are, too, in their time.
 """
 
 from __future__ import annotations

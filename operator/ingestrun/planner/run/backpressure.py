@@ -95,7 +95,7 @@ def quota_used_up(capacity: Capacity | None) -> bool:
 
 
 def jobs_to_free_quota(snapshot: Snapshot, *, last_resort: bool = False) -> DeleteJobs | None:
-    """Return the Jobs to delete at once under such a quota: those of batches that have ended, as the stored status says.
+    """Return the Jobs to delete at once under such a quota: those of batches ended by the stored status.
 
     Those of failed batches that are kept for their logs are deleted only as a last resort, one batch's at a time.
     """
@@ -150,7 +150,7 @@ def rejection_in_status(run: IngestRun, *, now: datetime) -> CreateRejection | N
 
 
 def _quota_freed_since(rejection: CreateRejection, capacity: Capacity | None) -> bool:
-    """Tell whether Jobs have gone since the quota refused one, so that asking before the interval is over is worth it."""
+    """Tell whether Jobs have gone since the quota refused one, so that it is worth trying before the interval is over."""
     quota = capacity.quota if capacity is not None else None
     return rejection.reason == "QuotaExceeded" and quota is not None and quota.free > 0
 

@@ -7,7 +7,7 @@ create that was under way when the run ended and arrived late.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -50,10 +50,7 @@ def drain(snapshot: Snapshot) -> Decision:
     """Decide for an ended run."""
     run = snapshot.run
     status = _updated_record(snapshot)
-    if run.status.drained:
-        decision = _after_drain(snapshot, status)
-    else:
-        decision = _await_drain(snapshot, status)
+    decision = _after_drain(snapshot, status) if run.status.drained else _await_drain(snapshot, status)
     cancelled = status.phase is Phase.CANCELLED
     plan = decision.plan
     return replace(
@@ -69,38 +66,45 @@ def drain(snapshot: Snapshot) -> Decision:
 
 
 def _await_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
-    run, now = snapshot.run, snapshot.now
     if snapshot.live is None:
-        return Decision(plan=Plan(status=status, requeue_at=now))
-    waiting = {attempt.job.uid for attempt in snapshot.stages if attempt.state is JobState.WAITING}
+        return Decision(plan=Plan(status=status, requeue_at=snapshot.now))
     pods = [pod for pod in snapshot.live.pods if not pod.ended]
     terminate = status.cancellation is not None and status.cancellation.policy is CancellationPolicy.TERMINATE
     unfinished = sum(1 for attempt in snapshot.stages if not attempt.state.finished)
     if not unfinished and not pods:
         return _drained(snapshot, status, terminate=terminate)
     reason, message = "Draining", pluralize(max(unfinished, len(pods)), "pod has", "pods have") + " not ended"
-    stuck = [pod for pod in pods if pod.deleting_until is not None and now >= pod.deleting_until + STUCK_AFTER]
+    stuck = [pod for pod in pods if _is_stuck(pod, now=snapshot.now)]
     if stuck:
         reason, message = "PodStuckTerminating", _stuck_message(stuck)
     return Decision(
         plan=Plan(
             status=status,
-            pod_deletions=tuple(
-                DeletePod(name=pod.name, uid=pod.uid, grace_seconds=run.spec.cancellation.grace_period_seconds)
-                for pod in pods
-                if terminate and pod.deleting_until is None and pod.job_uid not in waiting
-            ),
+            pod_deletions=tuple(_pods_to_terminate(snapshot, pods)) if terminate else (),
             job_deletions=unstarted_jobs(snapshot.stages),
-            requeue_at=now + DRAIN_RECHECK,
+            requeue_at=snapshot.now + DRAIN_RECHECK,
         ),
         conditions=[ConditionUpdate(type=c.DRAINED, status="False", reason=reason, message=message)],
     )
 
 
+def _pods_to_terminate(snapshot: Snapshot, pods: Sequence[ObservedPod]) -> Iterator[DeletePod]:
+    """Yield the deletions of started pods; those that have not started are deleted with their Jobs."""
+    waiting = {attempt.job.uid for attempt in snapshot.stages if attempt.state is JobState.WAITING}
+    grace = snapshot.run.spec.cancellation.grace_period_seconds
+    for pod in pods:
+        if pod.deleting_until is None and pod.job_uid not in waiting:
+            yield DeletePod(name=pod.name, uid=pod.uid, grace_seconds=grace)
+
+
+def _is_stuck(pod: ObservedPod, *, now: datetime) -> bool:
+    return pod.deleting_until is not None and now >= pod.deleting_until + STUCK_AFTER
+
+
 def unstarted_jobs(attempts: Sequence[Attempt]) -> tuple[DeleteJob, ...]:
     """Return the Jobs whose pods have not started, to be deleted if that is still so.
 
-    The attempts must be listed live, because what the watches have shown may be a moment old, and a pod that has started
+    The attempts must be listed live, because the cache may be a moment old, and a pod that has started
     since would be ended with its work, or with the only trace of what it has published.
     """
     return tuple(
@@ -157,16 +161,9 @@ def published_after_end(run: IngestRun, attempts: Sequence[Attempt]) -> LateResu
     attempt of its publish was, whatever came of the others.
     """
     publish = steps_of(run.spec)[-1].index
-    in_flight = run.status.batches.in_flight
-    checkpoints = run.status.batches.checkpoint_by_batch
     results: dict[tuple[int, int], StageResult] = {}
     lost: set[int] = set()
-    for attempt in sorted(attempts, key=lambda attempt: attempt.number):
-        checkpoint = checkpoints.get(attempt.batch)
-        if attempt.batch not in in_flight or attempt.state is not JobState.SUCCEEDED:
-            continue
-        if checkpoint is not None and is_checkpointed(checkpoint, attempt):
-            continue
+    for attempt in _ended_well(run, attempts):
         outcome = outcome_of(attempt)
         if isinstance(outcome, StageResult):
             results[attempt.batch, attempt.step] = outcome
@@ -177,35 +174,44 @@ def published_after_end(run: IngestRun, attempts: Sequence[Attempt]) -> LateResu
     if not written:
         return LateResults(after_end=None, unknown=unknown)
     rejected = sum(result.rejected for (batch, _), result in results.items() if batch in written)
-    rejected += sum(checkpoint.rejected or 0 for batch, checkpoint in checkpoints.items() if batch in written)
+    checkpoints = run.status.batches.checkpoints
+    rejected += sum(checkpoint.rejected or 0 for checkpoint in checkpoints if checkpoint.batch in written)
     records = LandedRecords(published=sum(written.values()), rejected=rejected)
     return LateResults(after_end=AfterEndStatus(published=IndexRanges(written), records=records), unknown=unknown)
 
 
+def _ended_well(run: IngestRun, attempts: Sequence[Attempt]) -> Iterator[Attempt]:
+    """Yield the attempts of batches in flight that ended with 0 and that no checkpoint has counted, the latest last."""
+    in_flight, checkpoints = run.status.batches.in_flight, run.status.batches.checkpoint_by_batch
+    for attempt in sorted(attempts, key=lambda attempt: attempt.number):
+        checkpoint = checkpoints.get(attempt.batch)
+        counted = checkpoint is not None and is_checkpointed(checkpoint, attempt)
+        if attempt.batch in in_flight and attempt.state is JobState.SUCCEEDED and not counted:
+            yield attempt
+
+
 def _after_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
     """Run the clean-up, sweep once, then delete Jobs as their retention says."""
-    run, now, clean_up = snapshot.run, snapshot.now, snapshot.clean_up
+    run, now = snapshot.run, snapshot.now
     status, creates = _advance_clean_up(snapshot, status)
     sweep_at = (status.completion_time or now) + SWEEP_AFTER
     late = _late_jobs(snapshot, status)
     record = status.cancellation
     unfinished = record is not None and (_clean_up_active(record) or _children_pending(record))
     swept = now >= sweep_at and snapshot.live is not None and not late
-    found = (*snapshot.stages, *((clean_up,) if clean_up is not None else ()))
+    finished = swept and not unfinished
     if now < sweep_at:
         requeue_at: datetime | None = sweep_at
     elif unfinished or late:
         requeue_at = now + DRAIN_RECHECK
     else:
-        expire_at = jobs_expire_at(run) if found else None
-        requeue_at = expire_at if expire_at is not None and expire_at > now else None
-    finished = swept and not unfinished
+        requeue_at = _next_expiry(snapshot)
     return Decision(
         plan=Plan(
             status=status,
             creates=creates,
             job_deletions=late,
-            bulk_deletion=jobs_to_delete_after_end(run, found, now=now) if finished else None,
+            bulk_deletion=jobs_to_delete_after_end(run, snapshot.attempts, now=now) if finished else None,
             fence=False if swept else None,
             expirable=finished,
             requeue_at=requeue_at,
@@ -213,8 +219,14 @@ def _after_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
     )
 
 
+def _next_expiry(snapshot: Snapshot) -> datetime | None:
+    """Return when the retention of the run's last Jobs is over, if it has any and it is not over yet."""
+    expire_at = jobs_expire_at(snapshot.run) if snapshot.attempts else None
+    return expire_at if expire_at is not None and expire_at > snapshot.now else None
+
+
 def _late_jobs(snapshot: Snapshot, status: IngestRunStatus) -> tuple[DeleteJob, ...]:
-    """Return Jobs that arrived after the drain, and that of a clean-up that was given up: it must not start after all."""
+    """Return Jobs that arrived after the drain, and that of a clean-up given up, which must not start after all."""
     clean_up = snapshot.clean_up
     late: tuple[DeleteJob, ...] = ()
     if snapshot.live is not None:
@@ -229,7 +241,7 @@ def _late_jobs(snapshot: Snapshot, status: IngestRunStatus) -> tuple[DeleteJob, 
 
 
 def _advance_clean_up(snapshot: Snapshot, status: IngestRunStatus) -> tuple[IngestRunStatus, tuple[CreateJob, ...]]:
-    """Take the clean-up one step further. It is claimed before it is created, and never created again once it was seen."""
+    """Take the clean-up one step further. It is claimed before it is created, and not created again once seen."""
     record, step, clean_up = status.cancellation, on_cancel_step(snapshot.run.spec), snapshot.clean_up
     if record is None or step is None:
         return status, ()

@@ -7,8 +7,8 @@ The steps, each decided from the state alone, so that a restart between any two 
 3. write `resumedBy` into the other run, by compare-and-set, so that a second run that resumes it finds that there;
 4. take over in the same write that claims the first batches. From then on the other run is not needed any more.
 
-With a saved state there may be no other run. What is left of its chain of resumes is judged likewise. A run that ended in
-exactly this state is claimed as if named. Any other run of the chain is ahead of it, so the user has to name that one.
+With a saved state there may be no other run. What is left of its chain of resumes is judged likewise. A run that ended
+in exactly this state is claimed as if named. Any other run of the chain is ahead of it: the user has to name that one.
 
 Batches keep their indexes and are published under the first run's UID, so a batch that was published without anybody's
 knowing is published over itself, and not beside.
@@ -80,7 +80,7 @@ def resume(snapshot: Snapshot) -> TakenOver | Decision | Plan | None:
 
 
 def _resume_saved(snapshot: Snapshot, saved: SavedState, chain: Sequence[Predecessor]) -> TakenOver | Decision | Plan:
-    """Decide for a saved state. `chain` is what is left of the run that it was copied from and those that resumed it."""
+    """Decide for a saved state. `chain` is what is left of the run that it is of and of those that resumed it."""
     run = snapshot.run
     try:
         progress = progress_of_saved_state(saved)

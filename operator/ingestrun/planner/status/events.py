@@ -13,7 +13,9 @@ from ingestrun.model.status import AttemptId, IngestRunStatus, Phase
 from ingestrun.planner.batch.state import NextAttempt
 from ingestrun.planner.status import conditions as c
 
-WAIT_REASONS: Final = ("WaitingForDrain", "WaitingForReplaced")
+WAITING_FOR_DRAIN: Final = "WaitingForDrain"
+WAITING_FOR_REPLACED: Final = "WaitingForReplaced"
+WAIT_REASONS: Final = (WAITING_FOR_DRAIN, WAITING_FOR_REPLACED)
 """Why a run waits for another before its first batch; each has one Event."""
 NOTE_CHARS: Final = 1000
 """events.k8s.io/v1 accepts notes of at most 1 KiB."""

@@ -20,7 +20,7 @@ from ingestrun.planner.status.conditions import ConditionUpdate
 STATUS_BYTES: Final = 13 * 1024
 """Of the object's 16 KiB; the rest is for the spec, the metadata and the managed fields."""
 SAVED_BYTES: Final = 5632
-"""Share of STATUS_BYTES that a saved state may use (its ranges are copied into the status). One run never leaves more."""
+"""Share of STATUS_BYTES that a saved state may use (its ranges come again in the status). A run never leaves more."""
 LONG_RANGES: Final = 2048
 """With ranges up to this length all else fits at its longest (a test computes it), so nothing is measured then."""
 SHORT_MESSAGE: Final = 64
@@ -71,7 +71,7 @@ def active_conditions(phase: Phase, reconciling: ConditionUpdate) -> list[Condit
 
 
 def describe_failure(failure: StageFailure) -> str:
-    """Describe one failed attempt. A text too long for a condition is cut in the middle, because its end says what follows."""
+    """Describe one failed attempt. If it is too long, cut it in the middle, because its end says what follows."""
     text = f"batch {failure.batch}, {failure.stage}, attempt {failure.attempt + 1}: {failure.reason}: {failure.message}"
     if len(text) <= c.MESSAGE_CHARS:
         return text
