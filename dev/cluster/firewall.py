@@ -1,0 +1,55 @@
+"""The packet filter rules that podman's network leaves behind when its last container has gone.
+
+Podman (with CNI plugins, or netavark) makes chains of its own at the first container and never removes them. What was
+not there before the cluster, and nobody needs any more, `down` takes away again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from dev.cluster.host import run, which
+
+OURS = re.compile(r"\b(CNI|NETAVARK)[-_]")
+TOOLS = (("iptables-save", "iptables-restore"), ("ip6tables-save", "ip6tables-restore"))
+
+
+def has_engine_chains(saved: str) -> bool:
+    """Whether an iptables-save shows chains of a container engine's network."""
+    return any(line.startswith(":") and OURS.search(line) for line in saved.splitlines())
+
+
+def removal(saved: str) -> str:
+    """Input for iptables-restore --noflush that removes the engine's chains and the rules that lead to them."""
+    script: list[str] = []
+    for table in re.split(r"^\*", saved, flags=re.M)[1:]:
+        lines = table.splitlines()
+        chains = [line[1:].split()[0] for line in lines if line.startswith(":") and OURS.search(line)]
+        if not chains:
+            continue
+        rules = [line for line in lines if line.startswith("-A ") and OURS.search(line)]
+        outer = [rule for rule in rules if rule.split()[1] not in chains]
+        script.append(f"*{lines[0]}")
+        script += [f"-D {rule[3:]}" for rule in outer]
+        script += [f"-F {chain}" for chain in chains]
+        script += [f"-X {chain}" for chain in chains]
+        script.append("COMMIT")
+    return "\n".join(script) + "\n" if script else ""
+
+
+def engine_chains_present() -> bool:
+    return any(has_engine_chains(run([save]).stdout.decode(errors="replace")) for save, _ in TOOLS if which(save))
+
+
+def remove_engine_chains() -> list[str]:
+    """Remove them; returns what could not be removed, by tool."""
+    failed: list[str] = []
+    for save, restore in TOOLS:
+        script = removal(run([save]).stdout.decode(errors="replace")) if which(save) else ""
+        if script and run([restore, "--noflush"], stdin=script.encode()).returncode != 0:
+            failed.append(restore)
+    return failed
+
+
+__all__: Sequence[str] = ["engine_chains_present", "has_engine_chains", "removal", "remove_engine_chains"]
