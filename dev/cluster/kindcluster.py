@@ -122,7 +122,8 @@ class DevCluster:
 
     def __init__(self, progress: Progress | None = None, state: Path | None = None) -> None:
         self.progress = progress or Progress()
-        self.state = state or REPOSITORY / ".devcluster"
+        # A link is followed, so that all that share a cluster by one name its files alike: KWOK is known by a path.
+        self.state = (state or REPOSITORY / ".devcluster").resolve()
         self.image = NodeImage(self.progress)
         self.kubeconfig = self.state / "kubeconfig"
         self.kubectl = self.state / "bin/kubectl"

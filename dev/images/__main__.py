@@ -20,7 +20,7 @@ from dev.images.wheels import REQUIREMENTS, ROOT, Wheelhouse, own_sources, tool_
 
 BUILD = ROOT / "build"
 ENV_FILE = BUILD / "images.env"
-STATE = ROOT / ".devcluster"
+STATE = (ROOT / ".devcluster").resolve()
 MB = 1_000_000
 
 

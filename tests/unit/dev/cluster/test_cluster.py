@@ -128,6 +128,11 @@ def test_archive_is_a_docker_archive(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.layer"))
 
 
+def test_a_link_to_the_state_of_another_checkout_is_that_state(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "state")
+    assert kindcluster.DevCluster(state=tmp_path / "link").kubeconfig == tmp_path / "state" / "kubeconfig"
+
+
 def test_unknown_cluster(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("CLUSTER", "prod")
     assert cli.main(["status"]) == 1
