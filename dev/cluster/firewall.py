@@ -7,7 +7,6 @@ not there before the cluster, and nobody needs any more, `down` takes away again
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from dev.cluster.host import run, which
 
@@ -50,6 +49,3 @@ def remove_engine_chains() -> list[str]:
         if script and run([restore, "--noflush"], stdin=script.encode()).returncode != 0:
             failed.append(restore)
     return failed
-
-
-__all__: Sequence[str] = ["engine_chains_present", "has_engine_chains", "removal", "remove_engine_chains"]

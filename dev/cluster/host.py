@@ -339,10 +339,8 @@ class Engine:
     name: str
     env: Mapping[str, str] = field(default_factory=dict)
 
-    def run(
-        self, *args: str, stdin: bytes | None = None, timeout: float | None = None
-    ) -> subprocess.CompletedProcess[bytes]:
-        return run([self.name, *args], env=self.env, stdin=stdin, timeout=timeout)
+    def run(self, *args: str, timeout: float | None = None) -> subprocess.CompletedProcess[bytes]:
+        return run([self.name, *args], env=self.env, timeout=timeout)
 
     def out(self, *args: str) -> str:
         """The output of a command that answers a question; empty if it fails."""

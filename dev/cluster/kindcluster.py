@@ -504,6 +504,3 @@ def current_context() -> str:
             f"CLUSTER=current: the cluster of the context {name} does not answer:\n{tail(answer.stderr, 3)}"
         )
     return name
-
-
-__all__ = ["CLUSTER", "DevCluster", "Options", "current_context", "render_config", "static_pod_edits"]

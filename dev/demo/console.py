@@ -63,14 +63,14 @@ class Console:
         self._print(f"  {'ok ' if right else 'BAD'}  {text}", "32" if right else "31;1")
         return right
 
-    def run(self, command: Sequence[str], *, shown: str | None = None, stdin: str | None = None) -> None:
+    def run(self, command: Sequence[str], *, shown: str | None = None) -> None:
         """Print a command as one would type it, then its output as it comes.
 
         Raises:
             DemoError: it fails.
         """
         self._print(f"$ {shown or shlex.join(command)}", "1")
-        done = subprocess.run(command, cwd=ROOT, env=self.environment, input=stdin, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, text=True, check=False)
         if done.returncode:
             raise DemoError(f"`{shown or shlex.join(command)}` failed")
 

@@ -61,7 +61,6 @@ def main() -> int:
     )
     commands.add_parser("load", help="load the images into the development cluster")
     commands.add_parser("push", help="push the images to the registry that the prefix names")
-    commands.add_parser("tools", help="print the build tools' Python")
     lock = commands.add_parser("lock", help="make the lock files anew from pyproject.toml and requirements/*.in")
     lock.add_argument("--upgrade", action="store_true", help="take the newest versions, not those already locked")
     given = parser.parse_args()
@@ -71,8 +70,6 @@ def main() -> int:
     try:
         if given.command == "lock":
             make_locks(cache, upgrade=given.upgrade)
-        elif given.command == "tools":
-            say(tool_python(cache))
         elif given.command == "build":
             build_all(cache, progress, given.base, given.prefix)
         elif given.command == "load":
