@@ -22,7 +22,7 @@ def test_calls(
     wait_for: WaitFor,
     say: Callable[[str], None],
 ) -> None:
-    """The print."""
+    """Run the chain and print its calls."""
     operator = Operator(
         kubeconfig=operator_kubeconfig, context=cluster.context, namespaces=[namespace], log=tmp_path / "operator.log"
     )

@@ -1,7 +1,7 @@
-"""`make bench-cancel`: from the answer to the cancel's patch to the stored Cancelled, by the audit log.
+"""`make bench-cancel`: the time from the answered cancel patch to the stored Cancelled, from the audit log.
 
-Twenty runs of ten running pods each are cancelled, ROUNDS times over, by turns all at once and one every 250 ms. Prints
-the latency, and the operator's calls per cancelled run: up to Cancelled, and from there until Drained.
+Twenty runs of ten running pods each are cancelled, ROUNDS times over, in turns all at once and one every 250 ms. It
+prints the latency, and the operator's calls per cancelled run: up to Cancelled, and from there until Drained.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def test_cancel_latency(
     tmp_path: Path,
     say: Callable[[str], None],
 ) -> None:
-    """The bench."""
+    """Cancel all runs of each round and print the latencies and calls."""
     operator = Operator(
         kubeconfig=operator_kubeconfig, context=cluster.context, namespaces=[namespace], log=tmp_path / "operator.log"
     )

@@ -1,4 +1,4 @@
-"""`make bench-cancel-many`: 500 runs with a running pod each, patched as fast as this machine can; by the audit log."""
+"""`make bench-cancel-many`: 500 runs with a running pod each, cancelled as fast as this machine can patch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_cancel_many(
     tmp_path: Path,
     say: Callable[[str], None],
 ) -> None:
-    """The bench."""
+    """Cancel all runs and print the latencies from the audit log."""
     operator = Operator(
         kubeconfig=operator_kubeconfig, context=cluster.context, namespaces=[namespace], log=tmp_path / "operator.log"
     )

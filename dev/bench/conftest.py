@@ -1,4 +1,4 @@
-"""The benches use the cluster and the fixtures of the race tests; they print, and judge no time."""
+"""Fixtures of the race tests, for the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the admission policies cost: a Job's create and a run's write, with and without them, beside many runs.
+"""The cost of the admission policies: a Job's create and a run's patch, with and without them, beside many runs.
 
     PYTHONPATH=operator:. python -m dev.bench.fence [runs]
 
-A note for docs/admission.md, no test. It works in namespaces of its own, binds the policies to them alone, and takes
-all of it away again. The calls of all arms take turns, so that whatever else the machine does falls on each alike. They
-are dry runs: all of a request but the write.
+It measures for docs/admission.md and tests nothing. It works in namespaces of its own, binds the policies to them
+alone, and removes all of it at the end. The calls with and without policies take turns, so that other load on the
+machine slows all of them alike. They are dry runs: a whole request without the write.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SELECTS_ALL: Final = "ingestrun.dev/bench-selects-all"
 
 
 def main() -> None:
-    # As by Ctrl-C: with the clean-up.
+    # SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that the clean-up runs.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     path = REPOSITORY / ".devcluster" / "kubeconfig"
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def select_all(cluster: Cluster, labels: Mapping[str, str]) -> str:
-    """The fence once more, for one namespace, as it would be without the label."""
+    """Bind the fence to one namespace without its label selector, and return the binding's name."""
     (suffix,) = labels.values()
     kind = "ValidatingAdmissionPolicyBinding"
     (body,) = (b for b in component(COMPONENT) if b["kind"] == kind and b["metadata"]["name"].endswith("fence"))
@@ -97,7 +97,7 @@ def measure(cluster: Cluster, runs: int, *, free: str, fenced: str, full: str) -
             _content_type="application/merge-patch+json",
         )
 
-    tell(f"{runs} runs in the namespace, {CALLS} calls each, in turns; milliseconds{'':4}p10{'':5}p50")
+    say(f"{runs} runs in the namespace, {CALLS} calls each, in turns; milliseconds{'':4}p10{'':5}p50")
     compare(
         {
             "create a Job: no policy": create(free),
@@ -118,7 +118,7 @@ def measure(cluster: Cluster, runs: int, *, free: str, fenced: str, full: str) -
 
 
 def compare(arms: Mapping[str, Callable[[], object]]) -> None:
-    """Time the arms in turns."""
+    """Time the calls in turns and print their percentiles."""
     took: dict[str, list[float]] = {what: [] for what in arms}
     for _ in range(CALLS + WARM_UP):
         for what, call in arms.items():
@@ -127,10 +127,10 @@ def compare(arms: Mapping[str, Callable[[], object]]) -> None:
             took[what].append(1000 * (time.perf_counter() - started))
     for what, all_times in took.items():
         times = sorted(all_times[WARM_UP:])
-        tell(f"{what:60}{times[len(times) // 10]:8.1f}{statistics.median(times):8.1f}")
+        say(f"{what:60}{times[len(times) // 10]:8.1f}{statistics.median(times):8.1f}")
 
 
-def tell(line: str) -> None:
+def say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

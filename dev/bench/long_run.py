@@ -1,8 +1,7 @@
 """`make bench-long-run BATCHES=100000`: the whole operator but its client, before a cluster in memory.
 
-Two Jobs a batch. Prints CPU time and calls per batch by tenths of the run, the largest version of the object, and how
-many Jobs the cluster held and the operator knew of at most. tests/unit/control/test_scale.py holds what is printed
-here, counted instead of timed.
+Two Jobs a batch. It prints CPU time and calls per batch by tenths of the run, the largest version of the object, and
+the most Jobs that the cluster held and the operator knew of. The unit tests (test_scale.py) hold the same as counts.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ PARALLELISM = int(os.environ.get("PARALLELISM") or 20)
 
 
 async def test_long_run(say: Callable[[str], None]) -> None:
-    """The bench."""
+    """Play the run and print its cost by tenths."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     crowd = Crowd(clock=time.process_time)
     say(f"\n{BATCHES} partitions, {PARALLELISM} in flight, {2 * BATCHES} Jobs")

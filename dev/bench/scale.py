@@ -1,12 +1,12 @@
-"""`make bench-scale BATCHES=1500`: one run of so many partitions, fetch and publish each, played by KWOK.
+"""`make bench-scale BATCHES=1500`: one run of 1500 partitions, fetch and publish each, played by KWOK.
 
-`make bench-scale BATCHES=100000 TAIL=1000`: the first thousand of a run of so many, which is then cancelled; then the
-last thousand, by a run that goes on from a saved state. Its published batches are cut to pieces, by as many gaps as one
-run can leave; these are done again first, and are of the thousand.
+`make bench-scale BATCHES=100000 TAIL=1000`: the first thousand of a run of 100,000, which is then cancelled; then the
+last thousand, by a run that goes on from a saved state. The batches that are published in that state have as many gaps
+as one run can leave; the gaps are repeated first, and count into the thousand.
 
-Prints Jobs per second, the operator's calls per batch from the audit log and the largest version of the object, by
-tenths; how many Jobs there were at most, and the operator's memory. Whether the runs end as they should, in objects
-below 16 KiB, is all that is judged.
+It prints Jobs per second, the operator's calls per batch from the audit log and the largest version of the object, by
+tenths; also the most Jobs at once, and the operator's memory. It fails only if a run does not end as it should, or if a
+version of the object exceeds 16 KiB.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ ENDED: Final = ("Succeeded", "Failed", "Cancelled")
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """So many batches of a run of `BATCHES`."""
+    """A part of a run of `BATCHES` partitions, to be measured."""
 
     name: str
     batches: int
     phase: str = "Succeeded"
-    """How the run ends; Cancelled: once this stretch is published."""
+    """The phase in which the run ends. With Cancelled, it is cancelled once this stretch is published."""
     before: IndexRanges = field(default_factory=IndexRanges)
-    """What is published when it begins."""
+    """The batches that are published when the stretch begins."""
 
     def spec(self) -> dict[str, Any]:
-        """The run's."""
+        """Build the spec of the stretch's run."""
         partitions = {"partitions": {"count": BATCHES}}
         spec = run_spec({"rows": str(ROWS)}, hooks=0, batches=partitions, parallelism=PARALLELISM)
         if self.before:
@@ -70,7 +70,7 @@ class Stretch:
 
 
 def stretches() -> list[Stretch]:
-    """What is run, one after the other."""
+    """List the stretches that are measured, in their order."""
     if not TAIL:
         return [Stretch(name=f"{BATCHES} partitions", batches=BATCHES)]
     done = BATCHES - TAIL
@@ -87,7 +87,7 @@ def stretches() -> list[Stretch]:
 
 
 def cut(published: int) -> IndexRanges:
-    """So many batches with gaps, all apart: those that failed and those in flight, as many of both as there may be."""
+    """Return this many published batches with the most gaps that failed batches and batches in flight can leave."""
     gaps = min(MAX_FAILED_BATCHES + MAX_PARALLELISM, TAIL)
     end = published + gaps
     return IndexRanges.span(0, end - 1) - IndexRanges((n + 1) * end // (gaps + 1) for n in range(gaps))
@@ -95,7 +95,7 @@ def cut(published: int) -> IndexRanges:
 
 @dataclass
 class Part:
-    """A tenth of the stretch, from one status write to another."""
+    """A tenth of the stretch, between two status writes."""
 
     number: int
     batches: int
@@ -103,7 +103,7 @@ class Part:
     calls: Counter[str]
 
     def line(self, *, largest: int, memory: int) -> str:
-        """For people."""
+        """Format the part as a line of the report."""
         per = {kind: count / self.batches for kind, count in self.counts().items()}
         jobs = self.calls["create jobs"] / (self.microseconds / 1_000_000)
         return (
@@ -113,7 +113,7 @@ class Part:
         )
 
     def counts(self) -> Counter[str]:
-        """By kind; a delete is a write too."""
+        """Count the calls by kind; a delete counts as a write too."""
         kinds: Counter[str] = Counter(writes=0, reads=0, deletes=0)
         for call, count in self.calls.items():
             if not is_event(call) and not is_watch(call):
@@ -129,14 +129,14 @@ class Course:
         self.phase = ""
         self.calls: Counter[str] = Counter()
         self.published = 0
-        """Of the stretch."""
+        """The number of published batches of the stretch."""
         self._stretch = stretch
         self._since: int | None = None
         self._accounted = 0
         self._here: Counter[str] = Counter()
 
     def add(self, entry: dict[str, Any]) -> Iterator[Part]:
-        """Take an entry; a tenth that ends with it."""
+        """Take an entry of the log and yield the tenth that ends with it, if one does."""
         if entry["user"]["username"] != OPERATOR:
             return
         call = call_name(entry)
@@ -148,7 +148,7 @@ class Course:
         self.phase = body["status"].get("phase", "")
         batches, at = body["status"]["batches"], microseconds(entry["stageTimestamp"])
         if not batches.get("claimed"):
-            return  # it has taken over nothing yet
+            return  # the saved state is not taken over yet
         self.published = len(IndexRanges.parse(batches.get("published", ""))) - len(self._stretch.before)
         self._since = at if self._since is None else self._since
         tenth = PARTS * self.published // self._stretch.batches
@@ -168,7 +168,7 @@ class Versions:
         self._here = self._last = 0
 
     def follow(self, seconds: int) -> None:
-        """Take each version that is stored within this time."""
+        """Measure each version that is stored within this time."""
         answer = self._cluster.custom.list_namespaced_custom_object(
             GROUP,
             VERSION,
@@ -186,7 +186,7 @@ class Versions:
             self._here, self.largest = max(self._here, self._last), max(self.largest, self._last)
 
     def largest_since(self) -> int:
-        """The largest since this was asked last, the one that was there then included."""
+        """Return the largest size since the last call, including the version that was current then."""
         here, self._here = self._here, self._last
         return here
 
@@ -201,7 +201,7 @@ def test_scale(
     tmp_path: Path,
     say: Callable[[str], None],
 ) -> None:
-    """The bench."""
+    """Run the stretch on the cluster and print its cost by tenths."""
     operator = Operator(
         kubeconfig=operator_kubeconfig, context=cluster.context, namespaces=[namespace], log=tmp_path / "operator.log"
     )
@@ -238,6 +238,6 @@ def test_scale(
 
 
 def _memory(operator: Operator) -> int:
-    """Resident, in MiB."""
+    """Read the operator's resident memory in MiB."""
     lines = Path(f"/proc/{operator.pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) // 1024

@@ -1,4 +1,4 @@
-"""Lets `python3 dev/cluster COMMAND` run from a bare checkout, before anything is installed."""
+"""Entry point of `python3 dev/cluster COMMAND`; it needs only a checkout and Python, nothing installed."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Container images written by hand, as docker-archive files: a root folder, a configuration, names.
+"""Container images written without an engine, as docker-archive files: a root folder, a configuration, names.
 
-Neither an engine's store nor its `import` and `save` are needed, which copy a root of hundreds of megabytes each time;
-and the same file is good for podman, docker and containerd.
+An engine's `import` and `save` would each copy a root of hundreds of megabytes. Podman, docker and containerd all load
+the same file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def image_config(layer_digest: str, arch: str, config: Mapping[str, object]) -> bytes:
-    """The image's configuration; its digest is the image's ID. No date: the same content has the same ID."""
+    """Build the image's configuration, whose digest is the image's ID.
+
+    It has no date, so equal content has an equal ID.
+    """
     return json.dumps(
         {
             "architecture": arch,

@@ -1,4 +1,4 @@
-"""`python3 dev/cluster COMMAND`: the commands behind `make cluster-up` and its like."""
+"""The commands of `python3 dev/cluster COMMAND`, behind `make cluster-up` and the other cluster targets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def use_current(command: str) -> None:
-    """CLUSTER=current: the user's own cluster is checked and named, and otherwise left alone."""
+    """Run a command for CLUSTER=current: check and name the user's own cluster, and change nothing in it."""
     if command == "env":
         name = current_context()
         if os.environ.get("KUBECONFIG"):

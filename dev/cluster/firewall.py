@@ -1,7 +1,7 @@
 """The packet filter rules that podman's network leaves behind when its last container has gone.
 
-Podman (with CNI plugins, or netavark) makes chains of its own at the first container and never removes them. What was
-not there before the cluster, and nobody needs any more, `down` takes away again.
+Podman (with CNI plugins, or netavark) makes its own chains at the first container and never removes them. `down`
+removes those that were not there before the cluster and that no container uses.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ TOOLS = (("iptables-save", "iptables-restore"), ("ip6tables-save", "ip6tables-re
 
 
 def has_engine_chains(saved: str) -> bool:
-    """Whether an iptables-save shows chains of a container engine's network."""
+    """Return whether an iptables-save shows chains of a container engine's network."""
     return any(line.startswith(":") and OURS.search(line) for line in saved.splitlines())
 
 
 def removal(saved: str) -> str:
-    """Input for iptables-restore --noflush that removes the engine's chains and the rules that lead to them."""
+    """Build the input for iptables-restore --noflush that removes the engine's chains and the rules leading to them."""
     script: list[str] = []
     for table in re.split(r"^\*", saved, flags=re.M)[1:]:
         lines = table.splitlines()
@@ -42,7 +42,7 @@ def engine_chains_present() -> bool:
 
 
 def remove_engine_chains() -> list[str]:
-    """Remove them; returns what could not be removed, by tool."""
+    """Remove the engine's chains; return the tools that could not."""
     failed: list[str] = []
     for save, restore in TOOLS:
         script = removal(run([save]).stdout.decode(errors="replace")) if which(save) else ""

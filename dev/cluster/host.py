@@ -1,6 +1,6 @@
-"""What the host is and has: system, rights, disk, packages, container engine.
+"""The host: its system, rights, disk, packages and container engine.
 
-Every error says in one sentence what to do.
+Each error says in one sentence what to do.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
 class UserError(Exception):
-    """Something the user can act on: one sentence that says what to do."""
+    """An error that the user can act on; its first sentence says what to do."""
 
 
 def read_settings(path: Path) -> dict[str, str]:
-    """`versions.env`: KEY=VALUE lines and comments."""
+    """Read the KEY=VALUE lines of `versions.env`."""
     settings = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.strip() and not line.startswith("#"):
@@ -45,7 +45,7 @@ def read_settings(path: Path) -> dict[str, str]:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel end this child when we end, also by kill -9: a build must not go on behind a dead `make`."""
+    """Have the kernel kill this child when its parent ends, so that no build outlives `make`, even after kill -9."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
@@ -58,7 +58,7 @@ def run(
     cwd: Path | None = None,
     timeout: float | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a command without raising; its output is captured, or goes to a log file."""
+    """Run a command without raising; capture its output, or append it to a log file."""
     full = {**os.environ, **(env or {})}
     full["PATH"] = f"{full.get('PATH', '/usr/bin:/bin')}:{SBIN}"
     handle = log.open("ab") if log else None
@@ -85,21 +85,21 @@ def run(
 
 
 def tail(data: bytes | Path, lines: int = 15) -> str:
-    """The last lines of an output or a log file."""
+    """Return the last lines of an output or a log file."""
     raw = data.read_bytes() if isinstance(data, Path) else data
     return "\n".join(raw.decode(errors="replace").strip().splitlines()[-lines:])
 
 
 def check(result: subprocess.CompletedProcess[bytes], sentence: str, log: Path | None = None) -> str:
-    """The output of a command that must have worked; else a UserError with the end of what it printed."""
+    """Return the output of a command that must have worked; else raise a UserError that ends with what it printed."""
     if result.returncode != 0:
-        said = tail(log) if log else tail((result.stdout or b"") + b"\n" + (result.stderr or b""))
-        raise UserError(f"{sentence}\n{said}" + (f"\n(the whole log: {log})" if log else ""))
+        printed = tail(log) if log else tail((result.stdout or b"") + b"\n" + (result.stderr or b""))
+        raise UserError(f"{sentence}\n{printed}" + (f"\n(the whole log: {log})" if log else ""))
     return (result.stdout or b"").decode(errors="replace").strip()
 
 
 def which(program: str) -> str | None:
-    """Where a program is, also in the sbin folders that a plain user's PATH lacks."""
+    """Find a program, also in the sbin folders that a plain user's PATH lacks."""
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{SBIN}")
 
 
@@ -115,7 +115,7 @@ def check_linux() -> None:
 
 
 def os_release(text: str | None = None) -> dict[str, str]:
-    """/etc/os-release as a dictionary."""
+    """Parse /etc/os-release."""
     if text is None:
         try:
             text = Path("/etc/os-release").read_text()
@@ -130,7 +130,7 @@ def is_debian_like(release: Mapping[str, str]) -> bool:
 
 
 def go_arch() -> str:
-    """The machine's architecture by Go's and the image format's name."""
+    """Return the machine's architecture under the name that Go and the image format use."""
     machine = platform.machine()
     try:
         return {"x86_64": "amd64", "aarch64": "arm64"}[machine]
@@ -139,7 +139,7 @@ def go_arch() -> str:
 
 
 def has_capability(number: int, status: str | None = None) -> bool:
-    """Whether this process holds a Linux capability (effective set)."""
+    """Return whether this process holds a Linux capability (effective set)."""
     text = Path("/proc/self/status").read_text() if status is None else status
     found = re.search(r"^CapEff:\s*([0-9a-f]+)", text, re.M)
     return bool(found and int(found.group(1), 16) >> number & 1)
@@ -150,7 +150,7 @@ def cgroup_v2() -> bool:
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:
-    """Say before the work starts that the disk is too small for it, not in its middle."""
+    """Raise a UserError if the disk has too little room, so that work does not fail half-way."""
     probe = folder
     while not probe.exists():
         probe = probe.parent
@@ -163,7 +163,7 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
 
 
 def check_port(port: int) -> None:
-    """A port that was asked for by name must be free; without one kind picks a free port itself."""
+    """Raise a UserError if the port that the user asked for is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -179,7 +179,7 @@ def check_port(port: int) -> None:
 
 @dataclass(frozen=True)
 class Package:
-    """A package, what it is for, and whether it is there."""
+    """A package, its purpose, and whether it is installed."""
 
     name: str
     why: str
@@ -187,14 +187,17 @@ class Package:
 
 
 def version_tuple(text: str) -> tuple[int, ...]:
-    """`go1.26.8` or `v1.36.3` or `2:1.19~1` as numbers to compare."""
+    """Parse the numbers of `go1.26.8`, `v1.36.3` or `2:1.19~1`, to compare versions."""
     core = text.split(":")[-1]
     found = re.search(r"(\d+(?:\.\d+)*)", core)
     return tuple(int(n) for n in found.group(1).split(".")) if found else ()
 
 
 def go_problem(needed: str) -> str | None:
-    """Why the Go on this machine cannot build the cluster's parts, or None. From 1.21 on Go fetches a newer itself."""
+    """Return why this machine's Go cannot build the cluster's parts, or None.
+
+    From 1.21 on Go fetches a newer version itself.
+    """
     if which("go") is None:
         return f"Go is not installed; {needed} or newer is needed"
     found = run(["go", "env", "GOVERSION", "GOTOOLCHAIN"]).stdout.decode().split()
@@ -212,7 +215,7 @@ def podman_network_present() -> bool:
 
 
 def registry_reachable(image: str, timeout: float = 3.0) -> bool:
-    """Whether the public node image's registry answers at all: decides what must be installed to do without."""
+    """Return whether the registry of the public node image answers; if not, the image must be made here."""
     if os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY"):
         return True
     try:
@@ -223,7 +226,7 @@ def registry_reachable(image: str, timeout: float = 3.0) -> bool:
 
 
 def packages(engine_works: bool, image_available: bool) -> list[Package]:
-    """What this machine needs, each with its reason. `image_available`: the node image need not be made here."""
+    """List what this machine needs, with reasons; `image_available` means that no node image need be made here."""
     wanted = []
     if not engine_works:
         wanted += [
@@ -249,7 +252,7 @@ def packages(engine_works: bool, image_available: bool) -> list[Package]:
 
 
 def install_packages(missing: Sequence[Package], progress: Progress) -> None:
-    """Install packages on Debian and Ubuntu as root, saying what and why; elsewhere say exactly what to install."""
+    """Install packages on Debian and Ubuntu as root, printing the reasons; elsewhere raise an error that lists them."""
     if not missing:
         return
     names = [p.name for p in missing]
@@ -265,7 +268,7 @@ def install_packages(missing: Sequence[Package], progress: Progress) -> None:
     env = {"DEBIAN_FRONTEND": "noninteractive"}
     with progress.step(command):
         result = run(["apt-get", "install", "-y", "-q", "--no-install-recommends", *names], env=env)
-        if result.returncode != 0:  # most often the package lists are missing or old
+        if result.returncode != 0:  # usually because the package lists are missing or old
             check(
                 run(["apt-get", "update", "-q"], env=env),
                 "apt-get update failed: see to this machine's package sources.",
@@ -280,7 +283,7 @@ def apt_candidate(package: str) -> str:
 
 
 def ensure_go(needed: str, progress: Progress) -> None:
-    """Go itself: from the distribution if that one is new enough to fetch the rest, else say where to get it."""
+    """Install the distribution's Go if that can fetch a newer one; else raise an error that says where to get it."""
     problem = go_problem(needed)
     if problem is None:
         return
@@ -296,7 +299,7 @@ def ensure_go(needed: str, progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class AptSource:
-    """Where this machine's own packages come from: the node's come from there too."""
+    """The package source of this machine, from which the node's packages come too."""
 
     suite: str
     mirror: str
@@ -305,7 +308,7 @@ class AptSource:
 
 
 def apt_source(release: Mapping[str, str], texts: Sequence[str] | None = None) -> AptSource:
-    """The first source of the running release in apt's configuration, in either of its two formats."""
+    """Return the first source of the running release in apt's configuration, in either of its two formats."""
     suite = release.get("VERSION_CODENAME", "")
     if texts is None:
         lists = Path("/etc/apt/sources.list.d")
@@ -334,7 +337,7 @@ def apt_source(release: Mapping[str, str], texts: Sequence[str] | None = None) -
 
 @dataclass(frozen=True)
 class Engine:
-    """podman or docker, with the environment in which it works here."""
+    """A container engine, podman or docker, and the environment that it needs on this host."""
 
     name: str
     env: Mapping[str, str] = field(default_factory=dict)
@@ -343,13 +346,16 @@ class Engine:
         return run([self.name, *args], env=self.env, timeout=timeout)
 
     def out(self, *args: str) -> str:
-        """The output of a command that answers a question; empty if it fails."""
+        """Return the output of a query, or an empty text if it fails."""
         result = self.run(*args)
         return result.stdout.decode().strip() if result.returncode == 0 else ""
 
 
 def docker_problem() -> str | None:
-    """Why docker cannot be used, or None. A command without its daemon is no docker, nor is podman's stand-in."""
+    """Return why docker cannot be used, or None.
+
+    The command must reach a Docker daemon, and not be podman's stand-in.
+    """
     if which("docker") is None:
         return "docker is not installed"
     asked = run(["docker", "version", "--format", "{{.Server.Version}} {{.Server.Platform.Name}}"], timeout=20)
@@ -362,7 +368,7 @@ def docker_problem() -> str | None:
 
 
 def podman_problem() -> str | None:
-    """Why podman cannot be used, or None."""
+    """Return why podman cannot be used, or None."""
     if which("podman") is None:
         return "podman is not installed"
     if os.geteuid() != 0 and not cgroup_v2():
@@ -372,7 +378,7 @@ def podman_problem() -> str | None:
 
 
 def containers_conf(hard_files: int, hard_processes: int, may_raise: bool, v2: bool, runc: bool, pid_max: int) -> str:
-    """Podman's settings where its own defaults fail; empty where they do not.
+    """Return podman's settings for a host on which its defaults fail, or an empty text if they work.
 
     podman asks for 1,048,576 files and processes, which root without CAP_SYS_RESOURCE may not set above the hard limits
     (of processes podman first lowers its own to kernel.pid_max); crun refuses hybrid cgroups, runc does not.
@@ -390,7 +396,7 @@ def containers_conf(hard_files: int, hard_processes: int, may_raise: bool, v2: b
 
 
 def podman_env(state: Path) -> dict[str, str]:
-    """Podman's environment for this host. A CONTAINERS_CONF of the user's own is left alone."""
+    """Return podman's environment for this host. A CONTAINERS_CONF that the user has set is kept."""
     ours = state / "containers.conf"
     theirs = os.environ.get("CONTAINERS_CONF")
     env = {"KIND_EXPERIMENTAL_PROVIDER": "podman"}
@@ -413,7 +419,7 @@ def podman_env(state: Path) -> dict[str, str]:
 
 
 def find_engine(state: Path, holder: str = "") -> Engine:
-    """The engine that really works, docker before podman; ENGINE in the environment, or `holder`, decides for one."""
+    """Find an engine that works, docker before podman, unless ENGINE in the environment or `holder` names one."""
     wanted = os.environ.get("ENGINE") or holder
     if wanted not in ("", "docker", "podman"):
         raise UserError(f"ENGINE is {wanted!r}: set it to docker or podman, or leave it out.")

@@ -1,4 +1,4 @@
-"""The cluster itself: up, down, status, load. All state is under `.devcluster/`; kind never sees another kubeconfig."""
+"""The cluster: up, down, status, load. All its state is under `.devcluster/`; kind gets no other kubeconfig."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CLUSTER = "ingestrun"
 NODE = f"{CLUSTER}-control-plane"
 NODES = ("real", "simulated", "both")
 LIMITS = {
-    # Kubernetes' own: a Job controller that makes a few Jobs a second.
+    # Kubernetes' defaults, with which the Job controller makes a few Jobs a second.
     "default": {
         "controller_qps": "20",
         "controller_burst": "30",
@@ -47,7 +47,7 @@ LIMITS = {
         "scheduler_burst": "100",
         "job_syncs": "5",
     },
-    # What two cores do: the cluster is not what a test waits for.
+    # As much as two cores can do, so that tests do not wait for the cluster.
     "raised": {
         "controller_qps": "500",
         "controller_burst": "1000",
@@ -60,7 +60,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What can be chosen, by environment variables of the same names."""
+    """The options, set by environment variables of the same names."""
 
     nodes: str = "real"
     simulated_nodes: int = 4
@@ -69,7 +69,7 @@ class Options:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str], facts: Mapping[str, object] | None = None) -> Options:
-        """The chosen options; what is not chosen stays as it is in a running cluster (`facts`), else is the default."""
+        """Read the options; one that is not set has its value of the running cluster (`facts`), else the default."""
         kept = {name.upper(): str(value) for name, value in (facts or {}).items() if name in cls.__dataclass_fields__}
         env = {**kept, **{name: value for name, value in env.items() if value}}
         nodes = env.get("NODES") or cls.nodes
@@ -91,7 +91,7 @@ class Options:
 
 
 def render_config(template: str, options: Options, image: str, public: bool, state: Path) -> str:
-    """kind.yaml with its placeholders filled in."""
+    """Fill in the placeholders of kind.yaml."""
     values = {
         **LIMITS[options.limits],
         "api_port": str(options.api_port),
@@ -103,7 +103,7 @@ def render_config(template: str, options: Options, image: str, public: bool, sta
 
 
 def static_pod_edits(limits: str) -> list[str]:
-    """The sed commands that set the controllers' limits in the manifests of a running node."""
+    """Build the sed commands that set the controllers' limits in the manifests of a running node."""
     values = LIMITS[limits]
     manifests = "/etc/kubernetes/manifests"
     edits = []
@@ -118,11 +118,11 @@ def static_pod_edits(limits: str) -> list[str]:
 
 
 class DevCluster:
-    """One cluster for one clone of the repository."""
+    """The one cluster of a checkout."""
 
     def __init__(self, progress: Progress | None = None, state: Path | None = None) -> None:
         self.progress = progress or Progress()
-        # A link is followed, so that all that share a cluster by one name its files alike: KWOK is known by a path.
+        # Resolved, so that checkouts that share the state by a link use equal paths: KWOK is recognized by one.
         self.state = (state or REPOSITORY / ".devcluster").resolve()
         self.image = NodeImage(self.progress)
         self.kubeconfig = self.state / "kubeconfig"
@@ -144,16 +144,16 @@ class DevCluster:
         new.rename(self.state / "state.json")
 
     def engine(self) -> Engine:
-        """The engine that holds the cluster, else the one that works."""
+        """Find the engine that holds the cluster; if there is no cluster, one that works."""
         return find_engine(self.state, str(self.facts().get("engine", "")))
 
     def _kind(self, engine: Engine, *args: str, log: Path | None = None) -> subprocess.CompletedProcess[bytes]:
-        """kind, with our kubeconfig and the engine's environment."""
+        """Run kind with our kubeconfig and the engine's environment."""
         env = {**engine.env, "KUBECONFIG": str(self.kubeconfig)}
         return run([str(self.image.cache.get(self.image.kind) / "kind"), *args], env=env, log=log)
 
     def _query(self, *args: str) -> str | None:
-        """The answer of kubectl, or None."""
+        """Return kubectl's answer, or None if it has none."""
         if not (self.kubectl.exists() and self.kubeconfig.exists()):
             return None
         result = run(
@@ -164,7 +164,7 @@ class DevCluster:
     # -- deps --------------------------------------------------------------------------------------------------------
 
     def deps(self) -> None:
-        """Install what is missing; idempotent and quick when all is there."""
+        """Install what is missing; quick if nothing is."""
         check_linux()
         try:
             engine: Engine | None = find_engine(self.state)
@@ -201,7 +201,7 @@ class DevCluster:
         if engine.out("container", "inspect", "--format", "{{.State.Running}}", NODE) != "true":
             return False
         if not self.facts().get("created"):
-            return False  # a start that was killed in its middle
+            return False  # an earlier start was killed half-way
         with self.progress.step("check the running cluster", quiet=True):
             for _ in range(10):
                 if (self._query("get", "--raw", "/readyz") or "").strip() == "ok":
@@ -231,7 +231,7 @@ class DevCluster:
 
         log = self.state / "kind.log"
         log.unlink(missing_ok=True)
-        # No --wait: whoever waits asks the API server itself, below; kind polls by a process in the node.
+        # No --wait, because kind polls by a process in the node; _wait_ready asks the API server.
         with self.progress.step("kind create cluster", 25):
             result = self._kind(
                 engine, "create", "cluster", "--name", CLUSTER, "--retain",
@@ -248,11 +248,14 @@ class DevCluster:
         self.remember(created=True, limits=options.limits)
 
     def _remember_what_was_there(self, engine: Engine) -> None:
-        """What `down` must leave in place. Kept from the first start on: a second would find what the first made."""
+        """Record what `down` must leave in place.
+
+        This is done at the first start only, because a second one would find what the first has made.
+        """
         facts = self.facts()
         if "network_was_there" not in facts:
             self.remember(network_was_there=self._network_exists(engine), rules_were_there=engine_chains_present())
-        # kind mounts /lib/modules, which a machine whose kernel has all built in may lack: an empty one will do.
+        # kind mounts /lib/modules. A machine with a kernel without modules may lack it; an empty folder will do.
         folder = Path("/lib/modules")
         if folder.exists():
             return
@@ -265,7 +268,7 @@ class DevCluster:
         self.remember(made_modules_folder=True)
 
     def _programs(self, engine: Engine, public: bool) -> None:
-        """.devcluster/bin: kind, and the kubectl of the cluster's own version (the node's, if we did not build it)."""
+        """Fill .devcluster/bin with kind and with the cluster's own kubectl (the node's, if we did not build it)."""
         folder = self.state / "bin"
         folder.mkdir(exist_ok=True)
         links = {"kind": self.image.cache.get(self.image.kind) / "kind"}
@@ -283,7 +286,7 @@ class DevCluster:
             link.symlink_to(target)
 
     def _wait_ready(self, seconds: float = 180) -> None:
-        """The node Ready, CoreDNS and the volume provisioner available: what a test may take for granted."""
+        """Wait until the node, CoreDNS, the volume provisioner and the default service account are ready for tests."""
         until = time.monotonic() + seconds
         steps = [
             ["wait", "node", NODE, "--for=condition=Ready"],
@@ -305,7 +308,7 @@ class DevCluster:
                 time.sleep(0.5)
 
     def _change_limits(self, engine: Engine, options: Options) -> None:
-        """The controllers' limits without a new cluster: the kubelet restarts what the edited manifests describe."""
+        """Change the controllers' limits in place: the kubelet restarts the pods whose manifests are edited."""
         with self.progress.step(f"set the controllers' limits to {options.limits}", 20):
             for edit in static_pod_edits(options.limits):
                 check(
@@ -343,7 +346,7 @@ class DevCluster:
     # -- down --------------------------------------------------------------------------------------------------------
 
     def down(self) -> None:
-        """Leave no process, container, volume, mount or network behind, whatever state the cluster is in."""
+        """Remove all processes, containers, volumes, mounts and networks of the cluster, in any state of it."""
         self.state.mkdir(parents=True, exist_ok=True)
         with locked(self.state / "lock"):
             self.simulated.stop_process()
@@ -365,7 +368,10 @@ class DevCluster:
         return engine.out("ps", "-a", "-q", "--filter", f"label=io.x-k8s.kind.cluster={CLUSTER}").split()
 
     def _volumes(self, engine: Engine) -> list[str]:
-        """The node's volumes: kind labels podman's by the node's name; docker's go with the container."""
+        """List the node's volumes.
+
+        kind labels podman's by the node's name; docker removes its own with the container.
+        """
         return engine.out("volume", "ls", "-q", "--filter", f"label={NODE}").split()
 
     def _leftovers(self, engine: Engine) -> list[str]:
@@ -375,7 +381,7 @@ class DevCluster:
         return engine.run("network", "inspect", "kind").returncode == 0
 
     def _delete(self, engine: Engine) -> None:
-        """By the engine itself, not by kind: the same labels, and it needs no kind and no kubeconfig.
+        """Delete the cluster by the engine, not by kind, because that works without kind and without a kubeconfig.
 
         The node is killed, not stopped: nothing in it is worth the 10 s that systemd takes to end its services.
         """
@@ -392,7 +398,7 @@ class DevCluster:
         self._delete_network(engine)
 
     def _delete_network(self, engine: Engine) -> None:
-        """Remove kind's network and podman's chains, unless they were there before us or others use them."""
+        """Remove kind's network and podman's chains, unless they are older than the cluster or used by others."""
         facts = self.facts()
         if not facts.get("network_was_there", True) and self._network_exists(engine):
             if engine.run("network", "rm", "kind").returncode != 0:
@@ -408,7 +414,7 @@ class DevCluster:
     # -- status, env, load -------------------------------------------------------------------------------------------
 
     def status(self) -> bool:
-        """Print what there is; whether the cluster works."""
+        """Print the cluster's state; return whether it works."""
         facts = self.facts()
         if not facts.get("created"):
             print(
@@ -433,7 +439,7 @@ class DevCluster:
         return True
 
     def environment(self) -> dict[str, str]:
-        """What others need to use the same engine and cluster."""
+        """Return the variables by which others use the same engine and cluster."""
         engine = self.engine()
         return {
             "ENGINE": engine.name,
@@ -446,7 +452,7 @@ class DevCluster:
         }
 
     def load(self, images: list[str]) -> None:
-        """Have images of the engine in the node, under their own names; one that is there already is passed over."""
+        """Load images of the engine into the node, under their own names; skip those that are there."""
         engine = self.engine()
         if engine.out("container", "inspect", "--format", "{{.State.Running}}", NODE) != "true":
             raise UserError("There is no running cluster to load into: run `make cluster-up` first.")
@@ -465,7 +471,7 @@ class DevCluster:
             record.write_text(json.dumps(loaded, indent=1))
 
     def _digest_in_node(self, engine: Engine, image: str) -> str:
-        """The digest under which containerd keeps a name; empty if it has none."""
+        """Return the digest under which containerd has an image, or an empty text."""
         for line in engine.out("exec", NODE, "ctr", "--namespace", "k8s.io", "images", "ls").splitlines()[1:]:
             fields = line.split()
             if fields[0] in (image, f"docker.io/library/{image}", f"docker.io/{image}", f"localhost/{image}"):
@@ -473,7 +479,7 @@ class DevCluster:
         return ""
 
     def _load_one(self, engine: Engine, image: str) -> None:
-        """The engine's archive (docker-archive: an oci-archive loses the name), piped into kind."""
+        """Pipe the engine's archive into kind (a docker-archive, because an oci-archive loses the name)."""
         archive_format = ["--format", "docker-archive"] if engine.name == "podman" else []
         kind = str(self.image.cache.get(self.image.kind) / "kind")
         env = {**os.environ, **engine.env}
@@ -490,7 +496,7 @@ class DevCluster:
 
 
 def current_context() -> str:
-    """The name of the user's own current context, made sure to answer. Nothing is written anywhere."""
+    """Return the name of the user's current context, after its cluster has answered. Nothing is written."""
     if which("kubectl") is None:
         raise UserError("CLUSTER=current needs kubectl: install it, or leave CLUSTER out for a cluster by kind.")
     name = run(["kubectl", "config", "current-context"]).stdout.decode().strip()

@@ -1,4 +1,4 @@
-"""The node's image and the programs around the cluster: pulled where that is possible, else made here.
+"""The node's image and the programs around the cluster, pulled if possible, else made here.
 
 Parts, each cached by what it is made from:
 
@@ -50,7 +50,7 @@ DISK_RUN = 3 * GIB
 
 
 class NodeImage:
-    """Knows the parts, and gets the node image into the engine by the shortest way."""
+    """The parts, and the shortest way to have the node image in the engine."""
 
     def __init__(self, progress: Progress, cache: Cache | None = None) -> None:
         self.versions = read_settings(HERE / "versions.env")
@@ -62,7 +62,7 @@ class NodeImage:
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def go_version(self) -> str:
-        """The Go that builds: it belongs to what a binary is made from."""
+        """Return the version of the Go that builds; it is among the inputs of each Go part."""
         with self._go_lock:
             if self._go_version is None:
                 ensure_go(self.versions["GO"], self.progress)
@@ -71,7 +71,7 @@ class NodeImage:
         return self._go_version
 
     def _go(self, work: Path, *args: str) -> None:
-        """One Go command with the flags that all parts share: static binaries, so that they run in any root."""
+        """Run a Go command that builds static binaries, because they must run in any root."""
         env = {"CGO_ENABLED": "0", "GOBIN": str(work)}
         log = work.parent / f"{work.name}.log"
         log.unlink(missing_ok=True)
@@ -80,7 +80,7 @@ class NodeImage:
         check(result, f"Building {work.name} failed: if it says that a module was not found, see to GOPROXY.", log)
 
     def installed(self, name: str, package: str, version_key: str, expected: float) -> Part:
-        """A part that is one `go install package@version`."""
+        """Define a part made by one `go install package@version`."""
         target = f"{package}@{self.versions[version_key]}"
 
         def build(work: Path) -> None:
@@ -121,7 +121,7 @@ class NodeImage:
 
     @property
     def base_root(self) -> Part:
-        """The distribution's root; what kind of machine it is made on belongs to what it is made from."""
+        """The distribution's root. The kind of machine is among its inputs, because the packages depend on it."""
         release = os_release()
 
         def build(work: Path) -> None:
@@ -145,7 +145,7 @@ class NodeImage:
         return f"{LOCAL_NAME}:{self.node_image.key.rpartition('-')[2]}"
 
     def _in_namespace(self, work: Path, script: Path, *args: str) -> None:
-        """Run a root-making script with mounts and processes of its own, which the kernel ends with it."""
+        """Run a script that makes a root, in mount and process namespaces that end with it."""
         log = work.parent / f"{work.name}.log"
         command = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
         result = run([*command, "bash", str(script), *args], log=log, env={"LC_ALL": "C.UTF-8"})
@@ -157,7 +157,7 @@ class NodeImage:
         return Path(found)
 
     def _assemble(self, work: Path) -> None:
-        """The node's image out of the other parts."""
+        """Assemble the node's image from the other parts."""
         log = work.parent / f"{work.name}.log"
         log.unlink(missing_ok=True)
         version = self.versions["KUBERNETES"]
@@ -210,7 +210,7 @@ class NodeImage:
         return [f"{self.versions['NODE_IMAGE']}:{tag}" for tag in self.versions["NODE_IMAGE_TAGS"].split()]
 
     def obtainable_without_building(self, engine: Engine | None) -> bool:
-        """Whether the node image is there already, or its registry answers."""
+        """Return whether the node image is in the engine or the cache, or its registry answers."""
         if registry_reachable(self.versions["NODE_IMAGE"]):
             return True
         if engine and any(engine.run("image", "inspect", tag).returncode == 0 for tag in self.public_tags()):
@@ -263,7 +263,7 @@ class NodeImage:
         return None
 
     def _check_can_build(self) -> None:
-        """All that would end the build after minutes is checked before it starts."""
+        """Raise a UserError now for what would end the build after minutes."""
         ensure_go(self.versions["GO"], self.progress)
         if not is_debian_like(os_release()):
             raise UserError(
@@ -281,7 +281,10 @@ class NodeImage:
         check_disk(self.cache.root, DISK_BUILD if len(have) < 4 else 2 * DISK_RUN, "Making the node image")
 
     def _build_all(self) -> None:
-        """The Go builds one after the other, since each uses all cores; the packages beside them: they wait for I/O."""
+        """Build all parts of the node image, then the image.
+
+        The Go parts are built one by one, because each uses all cores; the packages beside them, as they wait for I/O.
+        """
         self.progress.say("making the node image: about 16 minutes the first time on 2 cores, kept for all later times")
 
         def in_turn() -> None:
@@ -297,7 +300,7 @@ class NodeImage:
 
 
 def storage_images(constants: str) -> list[str]:
-    """The names of the two images in kind's manifest of the standard StorageClass (`const_storage.go`)."""
+    """Find the names of the two images in kind's manifest of the standard StorageClass (`const_storage.go`)."""
     names = re.findall(r'^const storage(?:Provisioner|Helper)Image = "([^"]+)"', constants, re.M)
     if len(names) != 2:
         raise UserError(

@@ -1,8 +1,8 @@
-"""The cache of built parts: each under the hash of what it is made from, complete or not there at all.
+"""The cache of built parts, each under the hash of its inputs, and only when it is complete.
 
 A part is a directory `<name>-<hash>` in the user's cache folder. It is made in a folder beside it and renamed at the
-end, so that a build which is interrupted, even by kill -9, leaves nothing that looks finished. `PART.json` lists its
-files and sizes; a part whose files do not agree is broken, said to be so, and made again.
+end, so that an interrupted build, even by kill -9, leaves nothing that looks finished. `PART.json` lists its files and
+sizes; a part whose files do not agree is reported as broken and made again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MANIFEST = "PART.json"
 
 
 def cache_root() -> Path:
-    """The user's own cache folder: shared by all clones of this repository on the machine."""
+    """Return the user's cache folder, which all checkouts on the machine share."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "ingestrun-devcluster"
 
 
 def content_hash(inputs: Sequence[str | Path]) -> str:
-    """A hash of texts and files, in order. A file counts by its name and its content, not by where it lies."""
+    """Hash texts and files, in order. A file counts by its name and content; its folder does not."""
     digest = hashlib.sha256()
     for item in inputs:
         kind, data = (f"file {item.name}", item.read_bytes()) if isinstance(item, Path) else ("text", item.encode())
@@ -41,7 +41,7 @@ def content_hash(inputs: Sequence[str | Path]) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however that ends."""
+    """Hold a lock that the kernel releases when the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -50,7 +50,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that is built once. `build` gets an empty folder to fill."""
+    """A thing that is built once; `build` fills the empty folder that it is given."""
 
     name: str
     inputs: Sequence[str | Path] = field(repr=False)
@@ -76,7 +76,7 @@ class Cache:
         return fault(self.path(part)) is None
 
     def get(self, part: Part) -> Path:
-        """The part's folder, building it if it is not there or broken."""
+        """Return the part's folder; build it if it is missing or broken."""
         path = self.path(part)
         if fault(path) is None:
             os.utime(path)
@@ -88,7 +88,8 @@ class Cache:
             if path.exists():
                 self._progress.say(f"the cached part {part.key} is broken ({problem}): it is made again")
                 shutil.rmtree(path)
-            work = self.root / "making" / part.name  # the lock makes it ours: leftovers are of a build that died
+            # Only the holder of the lock writes there, so what is left there is of a build that died.
+            work = self.root / "making" / part.name
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
             with self._progress.step(f"build {part.name}", part.expected_seconds):
@@ -100,7 +101,7 @@ class Cache:
         return path
 
     def prune(self, keep: Sequence[Part], older_than_days: float = 14.0) -> list[str]:
-        """Remove older versions of these parts that nobody has used for a while; return their names."""
+        """Remove older versions of these parts that were not used for a while; return their names."""
         gone = []
         for part in keep:
             for path in self.root.glob(f"{part.name}-" + "?" * 16):
@@ -111,7 +112,7 @@ class Cache:
 
 
 def fault(path: Path) -> str | None:
-    """What is wrong with a part's folder, or None when it is whole."""
+    """Return why a part's folder is broken, or None if it is complete."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
         for name, size in files.items():

@@ -1,7 +1,7 @@
-"""Progress lines for steps that take long, and the table of timings at the end.
+"""Progress lines for long steps, and the table of timings at the end.
 
-The first build of the node image takes a quarter of an hour: whoever waits must see that it goes on, what it does and
-how long that usually takes. On a terminal one line is kept up to date; elsewhere (CI logs) a line is printed now and
+The first build of the node image takes a quarter of an hour, so the user must see that it goes on, what it does and how
+long that usually takes. A terminal gets one line that is kept up to date; elsewhere (CI logs) a line is printed now and
 then.
 """
 
@@ -16,7 +16,7 @@ from typing import TextIO
 
 
 def clock(seconds: float) -> str:
-    """Seconds as people read them: `45 s`, `3 min 05 s`."""
+    """Format seconds for people: `45 s`, `3 min 05 s`."""
     whole = round(seconds)
     if whole < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -24,7 +24,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Prints what happens with the time since the start, and remembers how long each step took."""
+    """A printer of progress with the time since the start, which records how long each step took."""
 
     def __init__(self, stream: TextIO | None = None, every: float = 15.0) -> None:
         self._stream = stream or sys.stderr
@@ -67,7 +67,7 @@ class Progress:
                 self.timings.append((title, took))
 
     def summary(self) -> str:
-        """The timings of the steps, in the order in which they ended."""
+        """Format the steps' timings, in the order in which they ended."""
         rows = [f"  {clock(took):>12}  {title}" for title, took in self.timings if took >= 0.05]
         return "\n".join([*rows, f"  {clock(self.elapsed):>12}  in all"])
 

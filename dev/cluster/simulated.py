@@ -1,6 +1,6 @@
-"""Simulated nodes: KWOK, run beside the cluster as a background process, plays nodes and their pods.
+"""Simulated nodes: KWOK, a background process beside the cluster, plays nodes and their pods.
 
-KWOK gets a service account of its own, so that the audit log tells its writes from those of the tests.
+KWOK has its own service account, so that the audit log distinguishes its writes from those of the tests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ACCOUNT = "devcluster-kwok"
 
 
 def node(number: int) -> dict[str, object]:
-    """A simulated node. The taint keeps away every pod that does not ask for it."""
+    """Build a simulated node. Its taint repels every pod that does not tolerate it."""
     name = f"simulated-{number}"
     return {
         "apiVersion": "v1",
@@ -43,7 +43,7 @@ def node(number: int) -> dict[str, object]:
 
 
 def account() -> list[dict[str, object]]:
-    """The service account that KWOK works as."""
+    """Build the service account that KWOK works as."""
     return [
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT, "namespace": "kube-system"}},
         {
@@ -57,7 +57,7 @@ def account() -> list[dict[str, object]]:
 
 
 class Simulated:
-    """KWOK's process and its nodes. `kwok` may be None where nothing is to be started."""
+    """KWOK's process and its nodes."""
 
     def __init__(self, state: Path, kubectl: Path, kubeconfig: Path, progress: Progress) -> None:
         self.state = state / "kwok"
@@ -74,7 +74,7 @@ class Simulated:
         return check(result, f"kubectl {args[0]} failed for the simulated nodes: see `make cluster-status`.")
 
     def pid(self) -> int | None:
-        """The running KWOK's process, made sure by its command line: a number alone may be another's by now."""
+        """Return KWOK's process ID if it runs; the command line is compared, because the ID may have been reused."""
         try:
             pid = int((self.state / "pid").read_text())
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -109,7 +109,7 @@ class Simulated:
         self._kubectl("wait", "node", "-l", f"{LABEL}=true", "--for=condition=Ready", "--timeout=60s")
 
     def remove(self) -> None:
-        """No simulated node and no KWOK, in the cluster that goes on."""
+        """Remove the simulated nodes and KWOK from a cluster that goes on."""
         have = self.nodes()
         if have:
             self._remove_nodes(have)
@@ -128,7 +128,7 @@ class Simulated:
         (self.state / "pid").unlink(missing_ok=True)
 
     def _remove_nodes(self, names: list[str]) -> None:
-        """Nodes with their pods: no kubelet would ever end what is left bound to them."""
+        """Delete nodes and their pods, because no kubelet would end the pods."""
         for name in names:
             self._kubectl(
                 "delete",

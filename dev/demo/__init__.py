@@ -1,1 +1,1 @@
-"""The demo: real data through the operator, in a real cluster. `make demo`."""
+"""The demo, `make demo`: real data through the operator, in a real cluster."""

@@ -19,14 +19,14 @@ SYSTEM = "ingestrun-system"
 RUN, CANCELLED_RUN = "flights", "flights-cancelled"
 BATCHES = 7
 CANCEL_AT = 3
-"""So many of the 7 batches are published when the second run is cancelled."""
+"""The number of published batches at which the second run is cancelled."""
 STUCK_SECONDS = 120
 CANCEL_PATCH = {"spec": {"cancel": True, "cancellation": {"reason": "demo: enough for today"}}}
 SKIPPING = "ingest run cancelled, skipping"
 
 
 def main() -> int:
-    """Tell the story; 1 if anything in it is not as it should be."""
+    """Run the demo; return 1 if a check fails."""
     cluster = os.environ.get("CLUSTER") or "kind"
     console = Console(cluster)
     try:
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def story(console: Console) -> bool:
-    """All parts in their order; whether all checks were right."""
+    """Run all parts in order; return whether all checks passed."""
     prepare(console)
     ingest(console)
     begin_check(console, RUN)
@@ -67,7 +67,7 @@ def story(console: Console) -> bool:
 
 
 def prepare(console: Console) -> None:
-    """Images, cluster, operator, data source; a second demo starts from a clean namespace."""
+    """Build and deploy images, cluster, operator and data source, and remove what an earlier demo has left."""
     prefix = os.environ.get("IMAGE_PREFIX", "")
     if console.cluster == "current" and not prefix:
         raise DemoError(
@@ -82,7 +82,7 @@ def prepare(console: Console) -> None:
         console.run([sys.executable, "dev/cluster", "up"], shown="make cluster-up CLUSTER=current")
         console.say("Your own cluster: there will be no audit log to show.")
     else:
-        # Also where it is up: it says so in a second, and mends a cluster that has gone meanwhile.
+        # Also if the cluster is up: that takes a second, and repairs a cluster that has died meanwhile.
         console.run([sys.executable, "dev/cluster", "up"], shown="make cluster-up")
     console.adopt()
     if console.cluster != "current":
@@ -107,17 +107,17 @@ def clean(console: Console) -> None:
     console.try_capture([*in_demo, "ingestruns", RUN, CANCELLED_RUN])
     console.capture([*in_demo, "jobs", "--all", "--cascade=foreground"])
     console.capture([*in_demo, "pvc", "ingest-data"])
-    # One call for all of them; `delete events --all` makes one for each, at five a second.
+    # One call for all of them, because `delete events --all` makes one call for each, at five a second.
     console.capture(["kubectl", "delete", "--raw", f"/api/v1/namespaces/{NAMESPACE}/events"])
 
 
 def wait_for(console: Console, *arguments: str) -> None:
-    """A kubectl that waits; what it prints is its result."""
+    """Run a kubectl command that waits, and show its output."""
     console.run(["kubectl", *arguments])
 
 
 def ingest(console: Console) -> None:
-    """The first run, to its end."""
+    """Run the first run to its end."""
     console.section(f"Ingest {ROWS:,} flights from HTTP to Parquet")
     console.say((ROOT / "dev" / "demo" / "runs" / f"{RUN}.yaml").read_text())
     console.run(["kubectl", "apply", "-f", f"dev/demo/runs/{RUN}.yaml"])
@@ -131,7 +131,7 @@ def ingest(console: Console) -> None:
 
 
 def cancel_half_way(console: Console) -> dict[str, Any]:
-    """The second run, cancelled; drained when this returns."""
+    """Cancel the second run half-way, wait until it has drained, and return it."""
     console.section("The same again, and a cancel half-way")
     console.run(["kubectl", "apply", "-f", f"dev/demo/runs/{CANCELLED_RUN}.yaml"])
     status = follow(console, CANCELLED_RUN, until_published=CANCEL_AT)
@@ -186,7 +186,7 @@ def cancel_half_way(console: Console) -> dict[str, Any]:
 
 
 def follow(console: Console, name: str, until_published: int | None = None) -> Status:
-    """Show a run's progress until it has ended, or has published so many batches; its status then.
+    """Show a run's progress until it has ended or published `until_published` batches; return its last status.
 
     Raises:
         DemoError: nothing has moved for two minutes.
@@ -207,13 +207,13 @@ def follow(console: Console, name: str, until_published: int | None = None) -> S
 
 
 def begin_check(console: Console, dataset: str, *arguments: str) -> None:
-    """Have DuckDB look at a dataset, by a Job beside it: no image here has a shell to copy files with."""
+    """Start a Job that checks a dataset by DuckDB in the cluster, because no image has a shell to copy files out."""
     job = check_job(f"check-{dataset}", dataset, arguments)
     console.capture(["kubectl", "create", "-f", "-"], stdin=json.dumps(job))
 
 
 def show_check(console: Console, dataset: str) -> bool:
-    """What the check has found, once it has ended."""
+    """Wait until the check has ended and show its findings; return whether all are right."""
     console.section(f"Check the dataset {dataset!r} with DuckDB, in the cluster")
     name = f"check-{dataset}"
     deadline = time.monotonic() + 120
@@ -230,7 +230,10 @@ def show_check(console: Console, dataset: str) -> bool:
 
 
 def check_job(name: str, dataset: str, arguments: Sequence[str], *, image: str | None = None) -> dict[str, Any]:
-    """dev/demo/check_dataset.py over a folder of the volume; by the image last built, unless another is given."""
+    """Build the Job that runs dev/demo/check_dataset.py on a folder of the volume.
+
+    It runs the image that was built last, unless `image` names another.
+    """
     container = {
         "name": "check",
         "image": image or built("DEMO_IMAGE"),
@@ -271,7 +274,7 @@ def check_job(name: str, dataset: str, arguments: Sequence[str], *, image: str |
 
 
 def judge(console: Console, run: dict[str, Any]) -> bool:
-    """The API server's audit log on the promise: no Job is created after Cancelled."""
+    """Check by the API server's audit log that no Job was created after Cancelled."""
     console.section("No Job was created after Cancelled: what the API server's audit log says")
     log = console.environment.get("INGESTRUN_AUDIT_LOG", "")
     if console.cluster == "current" or not Path(log).exists():
@@ -292,7 +295,7 @@ def judge(console: Console, run: dict[str, Any]) -> bool:
 
 
 def diagnose(console: Console) -> None:
-    """What one would look at next; nothing before it is certain which cluster kubectl talks to."""
+    """Show pods, runs, events and logs after a failure, once kubectl is known to talk to the right cluster."""
     if not console.adopted:
         return
     for title, command in (
@@ -307,14 +310,14 @@ def diagnose(console: Console) -> None:
 
 
 def wait_quietly(console: Console, condition: str, timeout: str) -> None:
-    """Wait without a word of kubectl's."""
+    """Wait for a condition of the cancelled run without showing kubectl's output."""
     console.capture(
         ["kubectl", "-n", NAMESPACE, "wait", f"ingestrun/{CANCELLED_RUN}", condition, f"--timeout={timeout}"]
     )
 
 
 def await_events(console: Console) -> None:
-    """Events come a moment after what they tell of; the last of them is the one of what was skipped."""
+    """Wait for the Event about skipped batches, which the operator posts last."""
     given_up = time.monotonic() + 15
     about = f"involvedObject.name={CANCELLED_RUN},reason=BatchSkipped"
     while time.monotonic() < given_up:
@@ -324,7 +327,7 @@ def await_events(console: Console) -> None:
 
 
 def built(variable: str) -> str:
-    """An image of build/images.env."""
+    """Return the name of an image from build/images.env."""
     lines = (ROOT / "build" / "images.env").read_text().splitlines()
     return dict(line.split("=", 1) for line in lines)[variable]
 

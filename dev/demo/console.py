@@ -1,4 +1,4 @@
-"""The demo's screen: sections, commands as one would type them with their real output, and failures."""
+"""The demo's screen: sections, commands as a user would type them with their real output, and failures."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def _pump(source: IO[str] | None, sink: queue.Queue[str]) -> None:
 
 
 class DemoError(Exception):
-    """The demo can't go on; the text says why."""
+    """An error that ends the demo; the text says why."""
 
 
 class Console:
-    """Runs commands in the cluster's environment, and prints."""
+    """A printer that runs commands in the cluster's environment."""
 
     def __init__(self, cluster: str) -> None:
         self.cluster = cluster
@@ -50,12 +50,12 @@ class Console:
         return time.monotonic() - self._began
 
     def section(self, title: str) -> None:
-        """Begin a part."""
+        """Print the heading of a part."""
         line = f"== {title} "
         self._print(f"\n{line:=<100} {self.elapsed:4.0f} s", "1;36")
 
     def say(self, text: str = "") -> None:
-        """Print a line of ours."""
+        """Print a text."""
         self._print(text, "")
 
     def verdict(self, right: bool, text: str) -> bool:
@@ -64,7 +64,7 @@ class Console:
         return right
 
     def run(self, command: Sequence[str], *, shown: str | None = None) -> None:
-        """Print a command as one would type it, then its output as it comes.
+        """Print a command as a user would type it, then its output as it comes.
 
         Raises:
             DemoError: it fails.
@@ -75,7 +75,7 @@ class Console:
             raise DemoError(f"`{shown or shlex.join(command)}` failed")
 
     def capture(self, command: Sequence[str], *, stdin: str | None = None) -> str:
-        """The output of a command, not shown.
+        """Return the output of a command without showing it.
 
         Raises:
             DemoError: it fails.
@@ -88,19 +88,19 @@ class Console:
         return done.stdout
 
     def try_capture(self, command: Sequence[str]) -> str:
-        """The output of a command, and what it complains about; whether it fails or not."""
+        """Return all output of a command, also if it fails."""
         done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
         return done.stdout + done.stderr
 
     def object(self, *names: str) -> dict[str, Any]:
-        """One object of the cluster."""
+        """Get one object of the cluster."""
         found: dict[str, Any] = json.loads(self.capture(["kubectl", "get", *names, "-o", "json"]))
         return found
 
     def changes(self, *names: str, every: float = 1.0) -> Iterator[dict[str, Any] | None]:
-        """An object's status now and at each change; None when nothing has changed for so many seconds.
+        """Yield an object's status now and at each change, and None after each `every` seconds without one.
 
-        One kubectl that watches, instead of one each second: on a small machine these take their share of it.
+        One kubectl watches, because a new one each second would take a good share of a small machine's CPU.
         """
         command = ["kubectl", "get", *names, "--watch", "-o", 'jsonpath={.status}{"\\n"}']
         while True:

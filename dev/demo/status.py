@@ -1,4 +1,4 @@
-"""What a run's status says, as the demo shows it."""
+"""The parts of a run's status that the demo shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ENDED = frozenset({"Succeeded", "Failed", "Cancelled"})
 
 
 class Status:
-    """`.status` of an IngestRun, which may be empty still."""
+    """The `.status` of an IngestRun; it is empty until the operator has seen the run."""
 
     def __init__(self, status: Mapping[str, Any]) -> None:
         self._status = status
@@ -18,34 +18,34 @@ class Status:
 
     @property
     def phase(self) -> str:
-        """Where the run stands; Pending until it says so."""
+        """The phase; Pending until the status has one."""
         return str(self._status.get("phase") or "Pending")
 
     @property
     def published(self) -> int:
-        """How many batches are published."""
+        """The number of published batches."""
         return count(self._batches.get("published", ""))
 
     @property
     def rows(self) -> int:
-        """How many rows are published."""
+        """The number of published rows."""
         return int((self._status.get("records") or {}).get("published", 0))
 
     @property
     def files(self) -> int:
-        """How many batches have got into the dataset: published, or in flight at the cancel and landed after all."""
+        """The number of batches in the dataset: published, or in flight at the cancel and completed afterwards."""
         late = (self._status.get("cancellation") or {}).get("published", "")
         return self.published + count(late)
 
     @property
     def message(self) -> str:
-        """Why the run is where it is."""
+        """The conditions' reasons and messages in one line."""
         conditions = self._status.get("conditions") or ()
-        said = [f"{c['type']}: {c.get('reason')}: {c.get('message')}" for c in conditions if c.get("message")]
-        return "; ".join(said) or "it has no conditions yet"
+        messages = [f"{c['type']}: {c.get('reason')}: {c.get('message')}" for c in conditions if c.get("message")]
+        return "; ".join(messages) or "it has no conditions yet"
 
     def line(self) -> str:
-        """The run's progress in one line."""
+        """Format the run's progress as one line."""
         bar = "#" * round(24 * self.rows / ROWS)
         begun = count(self._batches.get("claimed", ""))
         return (
@@ -55,6 +55,6 @@ class Status:
 
 
 def count(ranges: str) -> int:
-    """How many indexes "0-3,5" stands for."""
+    """Count the indexes in ranges such as "0-3,5"."""
     pairs = [part.partition("-") for part in ranges.split(",") if part]
     return sum(int(last or first) - int(first) + 1 for first, _, last in pairs)

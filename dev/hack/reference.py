@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the CRD, so that the two can't differ: `python dev/hack/reference.py`."""
+"""Write docs/reference.md from the CRD, so that the two can't differ: `python dev/hack/reference.py`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ a field that is not here is refused (by kubectl, which asks the API server to be
 """
 
 CONTAINERS: Final = ("spec.publish", "spec.hooks[].container")
-"""The same fields as `spec.fetch`: told once."""
+"""Objects with the fields of `spec.fetch`, which the page lists once."""
 
 Schema = dict[str, Any]
 
 
 def render(document: Schema) -> str:
-    """The page for a CRD."""
+    """Render the page for a CRD."""
     (version,) = document["spec"]["versions"]
     names = document["spec"]["names"]
     root = version["schema"]["openAPIV3Schema"]

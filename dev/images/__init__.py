@@ -1,1 +1,1 @@
-"""Builds the container images, with or without a registry: `python3 -m dev.images --help`."""
+"""The container images' build, with or without a registry: `python3 -m dev.images --help`."""

@@ -1,4 +1,4 @@
-"""The images: `python3 -m dev.images build|load|push|lock`."""
+"""Build the images and bring them to a cluster: `python3 -m dev.images build|load|push|lock`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Image:
     variable: str
     lock: str
     files: Sequence[Path]
-    """What else of ours it holds; the wheel of the package itself is of the operator and the worker."""
+    """The source files in the image, beside the wheel of our package, which the operator and the worker have."""
 
 
 IMAGES = (
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def build_all(cache: Cache, progress: Progress, wanted_base: str | None, prefix: str) -> None:
-    """Build each image whose inputs have changed; say where they are and how large."""
+    """Build each image whose inputs have changed, and print the images' names and sizes."""
     if prefix and not prefix.endswith("/"):
         prefix += "/"
     engine = find_engine(STATE)
@@ -103,7 +103,7 @@ def build_all(cache: Cache, progress: Progress, wanted_base: str | None, prefix:
 
 
 def tag(image: Image, found: base.Base) -> str:
-    """What an image is made from, as its tag: another content is another name, so a rollout follows by itself."""
+    """Return the hash of an image's inputs as its tag, so that new content has a new name and a rollout follows."""
     files = [ROOT / "Dockerfile", ROOT / "dev/images/install.py", REQUIREMENTS / f"{image.lock}.lock", *image.files]
     files += own_sources() if image.lock != "demo" else [REQUIREMENTS / "demo-data.lock"]
     inputs: list[str | Path] = [found.identity, image.target]
@@ -113,7 +113,7 @@ def tag(image: Image, found: base.Base) -> str:
 
 
 def lay_out(cache: Cache, found: base.Base, images: Sequence[Image]) -> None:
-    """The wheels of these images; the build tools first, since all of them wait for those."""
+    """Lay out the wheels of these images; the build tools come first, because all parts need them."""
     house = Wheelhouse(cache, found.target)
     tool_python(cache)
     parts = {}
@@ -129,7 +129,7 @@ def lay_out(cache: Cache, found: base.Base, images: Sequence[Image]) -> None:
 
 
 def build_one(engine: Engine, progress: Progress, found: base.Base, image: Image, name: str) -> None:
-    """One target of the one Dockerfile. chroot: podman then needs neither a network nor rights beyond root's usual."""
+    """Build one target of the Dockerfile. With chroot isolation podman needs neither a network nor special rights."""
     command = ["build", "--quiet", "--target", image.target, "--tag", name, "--build-arg", f"BASE={found.name}"]
     if engine.name == "podman":
         command += ["--isolation", "chroot", "--layers"]
@@ -138,14 +138,14 @@ def build_one(engine: Engine, progress: Progress, found: base.Base, image: Image
 
 
 def prune(engine: Engine, repository: str, keep: int = 3) -> None:
-    """Remove all but the newest few of an image's tags: each change of a source file makes one."""
+    """Remove all but the newest tags of an image, because each change of a source file makes a new one."""
     tags = engine.out("image", "ls", "--format", "{{.Repository}}:{{.Tag}}", repository).splitlines()
     for old in tags[keep:]:
         engine.run("rmi", old)
 
 
 def write_env(variables: dict[str, str]) -> None:
-    """build/images.env, which make and shells can read alike."""
+    """Write build/images.env, which make and shells can read."""
     BUILD.mkdir(exist_ok=True)
     ENV_FILE.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
 
@@ -168,7 +168,7 @@ def write_overlays(names: dict[str, str]) -> None:
 
 
 def write_overlay(folder: str, resource: str, image: str, reference: str, **more: object) -> None:
-    """One kustomization that replaces one image."""
+    """Write a kustomization that replaces one image."""
     name, _, version = reference.rpartition(":")
     overlay = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -182,7 +182,7 @@ def write_overlay(folder: str, resource: str, image: str, reference: str, **more
 
 
 def print_sizes(engine: Engine, found: base.Base, names: Sequence[str]) -> None:
-    """What each image weighs unpacked, and how much of it is not the base that all share."""
+    """Print each image's unpacked size, and how much of it is not the shared base."""
     say(f"{'image':<52} {'size':>8} {'on base':>9}")
     say(f"{found.name:<52} {found.size / MB:>5.0f} MB {'':>9}")
     for name in names:
@@ -203,7 +203,7 @@ def load(progress: Progress) -> None:
 
 
 def push(progress: Progress) -> None:
-    """Push the images where IMAGE_PREFIX said that they belong."""
+    """Push the images to the registry that IMAGE_PREFIX named when they were built."""
     names = list(read_env().values())
     if names[0].startswith("localhost/"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""The base image: what BASE names, else the public one, else one made here from the distribution's packages."""
+"""The base image: the one that BASE names, else the public one, else one made from the distribution's packages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PUBLIC = "docker.io/library/python:3.13-slim"
 LOCAL = "localhost/ingestrun-base"
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 HERE = Path(__file__).resolve().parent
-# The Debian release whose Python is the public base's, whatever release the host is.
+# The Debian release of the public base, used on any Debian host so that the Python is the same.
 DEBIAN_SUITE = "trixie"
 
 
@@ -44,7 +44,7 @@ class Base:
 
 
 def resolve(engine: Engine, cache: Cache, progress: Progress, wanted: str | None) -> Base:
-    """Get the base image into the engine, by the shortest way."""
+    """Have the base image in the engine, by the shortest way."""
     if wanted:
         if not present(engine, wanted):
             with progress.step(f"{engine.name} pull {wanted}", 30):
@@ -68,12 +68,12 @@ def resolve(engine: Engine, cache: Cache, progress: Progress, wanted: str | None
 
 
 def present(engine: Engine, name: str) -> bool:
-    """Whether the engine has an image."""
+    """Return whether the engine has an image."""
     return engine.run("image", "inspect", name).returncode == 0
 
 
 def describe(engine: Engine, name: str) -> Base:
-    """What an image is; its Python by its PYTHON_VERSION, else by asking it."""
+    """Describe an image; its Python version is PYTHON_VERSION, or what its Python prints."""
     found = json.loads(check(engine.run("image", "inspect", name), f"{engine.name} does not have the image {name}."))[0]
     settings = dict(item.partition("=")[::2] for item in found["Config"].get("Env") or ())
     version = settings.get("PYTHON_VERSION") or check(
@@ -89,7 +89,7 @@ def describe(engine: Engine, name: str) -> Base:
 
 
 def local_part(progress: Progress) -> Part:
-    """The base image made here."""
+    """Define the part that is the base image made here."""
     release = os_release()
     script = HERE / "base-root.sh"
 

@@ -1,4 +1,4 @@
-"""Runs inside the image builds, by the base image's Python: installs from the wheelhouse, makes it small, compiles it.
+"""Install from the wheelhouse, remove what is not needed and compile; the image builds run this by the base's Python.
 
 prepare                    tools with pip, an empty /venv, and the standard library's bytecode where the base lacks it
 packages [--check A,B]     /lock from /wheels into /venv, by hash; then our own builds in /built, if there are any
@@ -24,10 +24,10 @@ STDLIB = Path("/stdlib")
 
 NOT_AT_RUN_TIME = ("*.pyx", "*.pxd", "*.pxi", "*.pyi", "*.h", "*.hpp", "*.c", "*.cc", "*.cpp", "*.a")
 TEST_FOLDERS = ("tests", "test")
-# pyarrow's parts that nothing here loads: Flight (RPC), Substrait's module, clouds' file systems, encryption, tests.
-# Its other modules import them only if they are there. libarrow_substrait stays: pyarrow's core is linked to it.
+# Parts of pyarrow that nothing here loads: Flight (RPC), Substrait's module, cloud file systems, encryption, tests. Its
+# other modules import them only if they are there. libarrow_substrait stays, because pyarrow's core is linked to it.
 PYARROW_PARTS = ("flight", "_substrait.cpython", "s3", "gcsfs", "azurefs", "hdfs", "encryption", "cpp_tests", "gandiva")
-# Generated and huge: kept as bytecode alone, without docstrings, a third of the size. Tracebacks lack its source lines.
+# Large generated packages, kept only as bytecode without docstrings, a third of the size. Tracebacks lack source lines.
 BYTECODE_ONLY = ("kubernetes",)
 UNUSED_STDLIB = {
     "test",
@@ -58,12 +58,12 @@ def main() -> None:
 
 
 def prepare() -> None:
-    """Two environments, so that /venv never holds pip; and the standard library's bytecode.
+    """Make two environments, so that /venv never holds pip, and compile the standard library.
 
-    The public Python image ships without it. With a read-only root each start would compile anew what it imports.
+    The public Python image lacks its bytecode, and with a read-only root each start would compile anew what it imports.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    # A module that nothing has imported yet, so that its bytecode can only be the base's.
+    # Nothing has imported colorsys yet, so its bytecode can only be the base's.
     compiled_already = Path(importlib.util.cache_from_source(str(library / "colorsys.py"))).exists()
     run([sys.executable, "-m", "venv", str(TOOLS)])
     run([sys.executable, "-m", "venv", "--without-pip", str(VENV)])
@@ -77,11 +77,11 @@ def prepare() -> None:
             try:
                 py_compile.compile(str(source), str(target), str(source), doraise=True, invalidation_mode=UNCHECKED)
             except py_compile.PyCompileError:
-                continue  # the library has a few templates that are no modules
+                continue  # the library has a few templates that are not valid modules
 
 
 def packages(check: list[str]) -> None:
-    """Install what the lock says, and nothing else; cut what is not needed; see that the rest still imports."""
+    """Install exactly what the lock lists, remove what is not needed, and check that the rest still imports."""
     pip("--require-hashes", "--find-links", "/wheels", "-r", "/lock")
     built = sorted(Path("/built").glob("*.whl")) if Path("/built").is_dir() else []
     if built:
@@ -102,7 +102,7 @@ def packages(check: list[str]) -> None:
 
 
 def app(script: str) -> None:
-    """Install our own wheel, with the one entry point that the image is for."""
+    """Install our own wheel, with only the entry point that the image runs."""
     target = Path("/app")
     pip("--prefix", str(target), *map(str, sorted(Path("/own").glob("*.whl"))))
     for path in (target / "bin").iterdir():
@@ -127,7 +127,7 @@ def site_packages(root: Path) -> Path:
 
 
 def trim_pyarrow(folder: Path) -> None:
-    """Leave out what is not loaded here, and the second and third copy of its libraries (a wheel has no links)."""
+    """Remove what nothing here loads, and the second and third copy of its libraries (a wheel has no links)."""
     if not folder.is_dir():
         return
     for name in ("include", "src"):
@@ -149,7 +149,7 @@ def bytecode_only(folder: Path) -> None:
 
 
 def compiled(folder: Path) -> None:
-    """Bytecode that is trusted without a look at the source's date: a start reads no clock and writes nothing."""
+    """Compile to bytecode that Python trusts without a look at the source's date, so that a start writes nothing."""
     compileall.compile_dir(folder, quiet=2, workers=0, invalidation_mode=UNCHECKED)
 
 

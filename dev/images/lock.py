@@ -1,4 +1,4 @@
-"""Makes the lock files: every version and every file's hash, for all supported Pythons, without paths or hosts."""
+"""Make the lock files: all versions and files' hashes, for all supported Pythons, without paths or hosts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMON = (
 
 
 def make_locks(cache: Cache, *, upgrade: bool) -> None:
-    """All lock files, each consistent with the dev one, which holds everything."""
+    """Make all lock files. Each takes its versions from the dev one, which holds everything."""
     refresh = ("--upgrade",) if upgrade else ()
     uv = _uv(cache)
     dev = "requirements/dev.lock"
@@ -37,7 +37,7 @@ def make_locks(cache: Cache, *, upgrade: bool) -> None:
 
 
 def _uv(cache: Cache) -> list[str]:
-    """Uv from the locked build tools; the very first time, when there is no lock, the one on the PATH."""
+    """Return the command of the locked uv; before there is a lock, of the one on the PATH."""
     if (REQUIREMENTS / "build.lock").exists():
         return [tool_python(cache), "-m", "uv"]
     return [which("uv") or "uv"]

@@ -1,7 +1,7 @@
-"""A universal lock file as it holds for one target: `target_requirements.py LOCK PYTHON_VERSION MACHINE`, to stdout.
+"""Reduce a universal lock file to one target: `target_requirements.py LOCK PYTHON_VERSION MACHINE`, to stdout.
 
-`pip download --python-version` judges markers by the Python that runs pip, not by the one asked for; so they are judged
-here. Runs by the build tools' own Python, which has `packaging`.
+`pip download --python-version` evaluates markers for the Python that runs pip, not for the one asked for, so they are
+evaluated here. The build tools' own Python runs this, because it has `packaging`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from packaging.markers import Marker
 
 
 def for_target(lock: str, python_version: str, machine: str) -> str:
-    """The entries of a lock file whose markers hold, without their markers."""
+    """Return the lock file's entries whose markers hold, without their markers."""
     major, minor = python_version.split(".")[:2]
     target = {
         "implementation_name": "cpython",

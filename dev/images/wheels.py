@@ -22,21 +22,21 @@ OLDEST_GLIBC, NEWEST_GLIBC = 17, 36
 
 @dataclass(frozen=True)
 class Target:
-    """What the wheels are for: the base image's Python, and the machine as Linux names it."""
+    """The target of the wheels: the base image's Python, and the machine by Linux' name."""
 
     python_version: str
     machine: str
 
 
 class Wheelhouse:
-    """Gets the wheels, from the cache where they are there."""
+    """The wheels, taken from the cache if they are there."""
 
     def __init__(self, cache: Cache, target: Target) -> None:
         self.cache = cache
         self.target = target
 
     def locked(self, name: str) -> Part:
-        """What one lock file asks for, as wheels for the target."""
+        """Define the part with the wheels of one lock file, for the target."""
         lock = REQUIREMENTS / f"{name}.lock"
         platforms = [f"manylinux_2_{minor}_{self.target.machine}" for minor in range(OLDEST_GLIBC, NEWEST_GLIBC + 1)]
         arguments = [
@@ -54,7 +54,7 @@ class Wheelhouse:
         return Part(f"wheels-{name}", (lock, *arguments), build, 30)
 
     def built(self, name: str) -> Part:
-        """What PyPI has no wheel of: built here, from the source archive whose hash is in the lock."""
+        """Define the part with wheels that PyPI lacks, built from the source archives whose hashes are in the lock."""
         lock = REQUIREMENTS / f"{name}.lock"
 
         def build(work: Path) -> None:
@@ -63,7 +63,10 @@ class Wheelhouse:
         return Part(f"built-{name}", (lock, REQUIREMENTS / "build.lock"), build, 10)
 
     def own(self) -> Part:
-        """Our own wheel. The readme is left empty: to mend a word in it must not make new images."""
+        """Define the part with our own wheel.
+
+        Its readme is empty, so that an edit of the readme makes no new images.
+        """
 
         def build(work: Path) -> None:
             stage = work / "stage"
@@ -97,14 +100,14 @@ class Wheelhouse:
 
 
 def own_sources() -> list[Path]:
-    """What our wheel is made of."""
+    """List the source files of our wheel."""
     package = ROOT / "operator" / "ingestrun"
     files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return sorted([*files, ROOT / "pyproject.toml", ROOT / "LICENSE"])
 
 
 def tool_python(cache: Cache) -> str:
-    """The Python of an environment with the build tools of requirements/build.lock."""
+    """Return the Python of an environment with the build tools of requirements/build.lock."""
     lock = REQUIREMENTS / "build.lock"
 
     def build(work: Path) -> None:
@@ -130,6 +133,6 @@ def tool_python(cache: Cache) -> str:
 
 
 def pip(cache: Cache, command: str, *args: str) -> None:
-    """Pip on the host, with the user's own index settings; dependencies are the lock file's business."""
+    """Run pip with the user's index settings and without dependencies, because the lock files list all of them."""
     full = [tool_python(cache), "-m", "pip", command, "--quiet", "--disable-pip-version-check", "--no-deps", *args]
     check(run(full), f"`pip {command}` failed: see to pip's package index; or is a lock file old (`make lock`)?")

@@ -1,4 +1,4 @@
-# The development cluster. Options are environment or make variables; dev/cluster/README.md tells them all.
+# The development cluster. Options are environment or make variables; dev/cluster/README.md lists them.
 export CLUSTER NODES SIMULATED_NODES LIMITS API_PORT ENGINE NODE_IMAGE
 
 DEVCLUSTER := python3 dev/cluster
