@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A stand-in for python:3.13-slim from the distribution's packages: Python with its venv module, TLS roots, and little else.
 # Usage: base-root.sh WORKDIR SUITE MIRROR COMPONENTS [KEYRING]   (makes WORKDIR/root and WORKDIR/python-version)
-# It runs inside its own mount namespace (images/base.py sees to that).
+# dev/images/base.py runs it in a mount namespace of its own.
 set -euo pipefail
 work=$1 root=$1/root suite=$2 mirror=$3 components=$4 keyring=${5:-}
 

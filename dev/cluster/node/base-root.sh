@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The node's Debian (or Ubuntu) root: what kind's own base image installs, from the distribution's packages.
 # Usage: base-root.sh OUT.tar WORKDIR SUITE MIRROR COMPONENTS [KEYRING]
-# It runs inside its own mount namespace (devcluster/nodeimage.py sees to that), so that whatever debootstrap mounts
-# is gone when this ends, however it ends.
+# dev/cluster/nodeimage.py runs it in a mount namespace of its own, so that what debootstrap mounts is gone at the end,
+# even after a failure.
 set -euo pipefail
 out=$1 root=$2/root suite=$3 mirror=$4 components=$5 keyring=${6:-}
 
