@@ -105,7 +105,7 @@ def decide_retry(
 def retry_delay(backoff: Backoff, *, identity: str, attempt: int) -> timedelta:
     """Return how long to wait before the next try, after `attempt` earlier failures of the same budget.
 
-    The delay doubles from `initialSeconds` up to `maxSeconds`; then up to a fifth is subtracted, by a hash of `identity`,
+    The delay doubles from `initialSeconds` up to `maxSeconds`; then a hash of `identity` takes up to a fifth off,
     so that batches which failed together are not retried together, and a restart changes nothing.
     """
     seconds = min(backoff.max_seconds, backoff.initial_seconds * 2 ** min(attempt, 30))

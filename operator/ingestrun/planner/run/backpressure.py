@@ -150,7 +150,7 @@ def rejection_in_status(run: IngestRun, *, now: datetime) -> CreateRejection | N
 
 
 def _quota_freed_since(rejection: CreateRejection, capacity: Capacity | None) -> bool:
-    """Tell whether Jobs have gone since the quota refused one, so that it is worth trying before the interval is over."""
+    """Tell whether Jobs have gone since the rejection, so that trying before the interval is over is worth it."""
     quota = capacity.quota if capacity is not None else None
     return rejection.reason == "QuotaExceeded" and quota is not None and quota.free > 0
 
