@@ -12,6 +12,8 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic.alias_generators import to_camel
 
+from ingestrun.model.text import truncate_bytes
+
 VERSION: Final = "v1"
 
 ENV_CONTRACT: Final = "INGEST_CONTRACT"
@@ -149,6 +151,6 @@ def render_result(result: StageResult) -> str:
     text = result.model_dump_json(by_alias=True, exclude_none=True)
     excess = len(text.encode()) - RESULT_MAX_BYTES
     if excess > 0 and result.message:
-        kept = result.message.encode()[: -(excess + 3)].decode(errors="ignore")
-        return render_result(result.model_copy(update={"message": kept + "…" if kept else None}))
+        shorter = truncate_bytes(result.message, len(result.message.encode()) - excess)
+        return render_result(result.model_copy(update={"message": shorter or None}))
     return text

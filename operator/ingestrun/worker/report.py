@@ -11,6 +11,7 @@ from typing import Final
 
 from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
+from ingestrun.model.text import truncate
 
 ENV_TERMINATION_PATH: Final = "INGEST_TERMINATION_MESSAGE_PATH"
 _MESSAGE_CHARS: Final = 512
@@ -29,7 +30,7 @@ _IDENTITY: Final = {
 
 def failed(message: str, *, read: int = 0, rejected: int = 0) -> StageResult:
     """The result of a stage that did not come to its end; a long message is cut to what the contract takes."""
-    short = message if len(message) <= _MESSAGE_CHARS else message[: _MESSAGE_CHARS - 1] + "…"
+    short = truncate(message, _MESSAGE_CHARS)
     return StageResult(v=contract.VERSION, outcome=Outcome.FAILED, read=read, rejected=rejected, message=short)
 
 
