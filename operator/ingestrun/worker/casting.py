@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ingestrun.model.worker import ColumnType
-from ingestrun.worker.failure import PermanentError
+from ingestrun.worker.errors import PermanentError
 
 ARROW: Final = {
     ColumnType.STRING: pa.string(),

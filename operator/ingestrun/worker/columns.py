@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from ingestrun.worker.failure import PermanentError
+from ingestrun.worker.errors import PermanentError
 
 TEXT: Final = pa.string()
 _REFUSED: Final = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)

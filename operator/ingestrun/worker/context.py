@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from ingestrun.model import contract
 from ingestrun.model.contract import Stage
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
-from ingestrun.worker.failure import PermanentError
+from ingestrun.worker.errors import PermanentError
 
 _MAX_DIGITS = 18
 M = TypeVar("M", bound=BaseModel)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from ingestrun.model import contract
-from ingestrun.worker.failure import PermanentError
+from ingestrun.worker.errors import PermanentError
 
 ENV_FAULT: Final = "INGEST_FAULT"
 _AT_START: Final = ("exit", "permanent", "oom", "hang")

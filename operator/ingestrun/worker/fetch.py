@@ -9,10 +9,10 @@ from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
 from ingestrun.model.worker import Source
 from ingestrun.worker.context import Context, parse
-from ingestrun.worker.failure import PermanentError
-from ingestrun.worker.handover import Spool, new_output
+from ingestrun.worker.errors import PermanentError
 from ingestrun.worker.partition_list import partition_of
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.shutdown import Stop
+from ingestrun.worker.stage_io import Spool, new_output
 
 
 class BatchReader(Protocol):

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from ingestrun.model.worker import FileFormat, FilesSource
 from ingestrun.worker.columns import TEXT, table_of
-from ingestrun.worker.failure import PermanentError
-from ingestrun.worker.handover import BATCH_ROWS
+from ingestrun.worker.errors import PermanentError
+from ingestrun.worker.stage_io import BATCH_ROWS
 
 _CHUNK_ROWS: Final = 10_000
 _FIELD_CHARS: Final = 64 * 2**20

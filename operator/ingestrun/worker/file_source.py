@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ingestrun.model.worker import FileFormat, FilesSource
 from ingestrun.worker.context import Context
-from ingestrun.worker.failure import PermanentError
+from ingestrun.worker.errors import PermanentError
 from ingestrun.worker.file_formats import Mark, reader_of
-from ingestrun.worker.handover import Spool
+from ingestrun.worker.stage_io import Spool
 
 PARTITION: Final = "{partition}"
 _SUFFIXES: Final = {

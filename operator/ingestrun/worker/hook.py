@@ -7,8 +7,8 @@ import json
 from ingestrun.model.contract import StageResult
 from ingestrun.model.worker import Validate
 from ingestrun.worker.context import Context, parse
-from ingestrun.worker.failure import PermanentError
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.errors import PermanentError
+from ingestrun.worker.shutdown import Stop
 
 
 def run_hook(context: Context, stop: Stop) -> StageResult:

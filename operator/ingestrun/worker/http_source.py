@@ -14,10 +14,10 @@ import httpx
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION, HttpSource
 from ingestrun.worker.columns import table_of
 from ingestrun.worker.context import Context
-from ingestrun.worker.failure import PermanentError, RetryableError, WorkerError
-from ingestrun.worker.handover import Spool
+from ingestrun.worker.errors import PermanentError, RetryableError, WorkerError
 from ingestrun.worker.pagination import Page, find, is_absent, pager_of, same_origin
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.shutdown import Stop
+from ingestrun.worker.stage_io import Spool
 
 PARTITION: Final = "{partition}"
 _OK: Final = 200

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ingestrun.worker.stopping import EXIT_STOPPED, Cancelled, Stop, Stopped
+from ingestrun.worker.shutdown import EXIT_STOPPED, Cancelled, Stop, Stopped
 
 if TYPE_CHECKING:
     from ingestrun.model.contract import StageResult
@@ -34,8 +34,9 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
     A cancelled run is 0 as well: the Job is complete, and its result says that it is nobody's failure.
     """
     from ingestrun.model import contract
-    from ingestrun.worker import faults, report
-    from ingestrun.worker.failure import explain
+    from ingestrun.worker import faults
+    from ingestrun.worker import result as report
+    from ingestrun.worker.errors import explain
 
     fault = None
     try:
@@ -70,9 +71,9 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
 def _do_stage(env: Mapping[str, str], stop: Stop) -> StageResult:
     from ingestrun.model import contract
     from ingestrun.model.contract import RESULT_MAX_BYTES, Stage, render_result
-    from ingestrun.worker import report
+    from ingestrun.worker import result as report
     from ingestrun.worker.context import read_context
-    from ingestrun.worker.failure import PermanentError
+    from ingestrun.worker.errors import PermanentError
 
     context = read_context(env)
     if env.get(contract.ENV_CANCELLATION_URL):

@@ -15,7 +15,7 @@ from urllib.parse import urljoin, urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ingestrun.model.worker import HttpSource
-from ingestrun.worker.failure import PermanentError, RetryableError
+from ingestrun.worker.errors import PermanentError, RetryableError
 
 Natural = Annotated[int, Field(ge=0)]
 _ABSENT: Final = object()

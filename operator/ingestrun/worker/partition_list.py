@@ -9,7 +9,7 @@ from typing import Final
 
 from ingestrun.model.contract import ENV_CURSOR, PARTITION_MAX_BYTES
 from ingestrun.worker.context import Context
-from ingestrun.worker.failure import PermanentError
+from ingestrun.worker.errors import PermanentError
 
 _BLOCK: Final = 2**20
 _BOM: Final = b"\xef\xbb\xbf"

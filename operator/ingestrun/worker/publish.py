@@ -19,9 +19,9 @@ from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
 from ingestrun.model.worker import Sink
 from ingestrun.worker.context import Context, parse
-from ingestrun.worker.failure import PermanentError, RetryableError
-from ingestrun.worker.handover import Input, ParquetFile, sync_directory
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.errors import PermanentError, RetryableError
+from ingestrun.worker.shutdown import Stop
+from ingestrun.worker.stage_io import Input, ParquetFile, sync_directory
 
 META_KEY: Final = "ingestrun.key"
 META_ROWS: Final = "ingestrun.rows"

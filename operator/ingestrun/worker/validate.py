@@ -14,9 +14,9 @@ from ingestrun.model.contract import Outcome, StageResult
 from ingestrun.model.worker import ColumnRule, ColumnType, Validate
 from ingestrun.worker import casting
 from ingestrun.worker.context import Context
-from ingestrun.worker.failure import PermanentError
-from ingestrun.worker.handover import DATA_FILE, Input, ParquetFile, new_directory
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.errors import PermanentError
+from ingestrun.worker.shutdown import Stop
+from ingestrun.worker.stage_io import DATA_FILE, Input, ParquetFile, new_directory
 
 REASON = "_reason"
 BATCH = "_batch"

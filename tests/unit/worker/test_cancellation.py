@@ -14,7 +14,7 @@ import pytest
 
 from ingestrun.worker import cancellation
 from ingestrun.worker.cancellation import CancellationCheck
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.shutdown import Stop
 
 from .support import UID, Answer, Bench, Reply, Request, Site, page
 from .test_main import spawn
@@ -106,7 +106,7 @@ def test_cancelled_while_the_source_asks_to_wait(
 ) -> None:
     """A minute's Retry-After holds no cancelled pod: it asks every two seconds."""
     slept: list[float] = []
-    monkeypatch.setattr("ingestrun.worker.stopping.sleep", slept.append)
+    monkeypatch.setattr("ingestrun.worker.shutdown.sleep", slept.append)
     site.answer = lambda _request: Reply(429, b"", {"retry-after": "55"})
     check.answer = lambda _request: says(len(slept) >= 3)
     answer = bench.run("fetch", http(site), limit=45, **told(check))
@@ -117,7 +117,7 @@ def test_cancelled_while_the_source_asks_to_wait(
 
 def test_wait_is_as_long_as_it_was_asked_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("ingestrun.worker.stopping.sleep", slept.append)
+    monkeypatch.setattr("ingestrun.worker.shutdown.sleep", slept.append)
     for seconds in (0.5, 4, 5.5, 0):
         Stop().wait(seconds)
     assert slept == [0.5, 2, 2, 2, 2, 1.5]
@@ -142,7 +142,7 @@ def test_cancelled_between_files(bench: Bench, check: Site) -> None:
 
 
 def test_cancelled_between_row_groups_of_a_hook(bench: Bench, check: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ingestrun.worker.handover.BATCH_ROWS", 400)
+    monkeypatch.setattr("ingestrun.worker.stage_io.BATCH_ROWS", 400)
     bench.hand_on(ROWS)
     check.answer = lambda _request: says(len(check.requests) == 3)
     answer = bench.run("hook", HOOK, **told(check))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestrun.model.worker import HttpSource
-from ingestrun.worker.failure import WorkerError
+from ingestrun.worker.errors import WorkerError
 from ingestrun.worker.http_source import retry_after, shown
 from ingestrun.worker.pagination import Page, pager_of, shorten
 
@@ -306,7 +306,7 @@ def test_types_over_several_pages(bench: Bench, site: Site) -> None:
 
 def test_parts_of_several_schemas_become_one_file(bench: Bench, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the types change after a row group is on the disk."""
-    monkeypatch.setattr("ingestrun.worker.handover.BATCH_ROWS", 2)
+    monkeypatch.setattr("ingestrun.worker.stage_io.BATCH_ROWS", 2)
     values: list[Any] = [None, 1, 2**60 + 1, 1, 2.5, "x", None, True]
     site.answer = lambda request: page([{"v": v} for v in values[int(request.params["offset"]) :][:1]])
     config = {"http": {"url": site.url, "pageSize": 1, "pagination": {"offset": {}}}}

@@ -18,7 +18,7 @@ import pytest
 
 from ingestrun.model.contract import ResultError, parse_result
 from ingestrun.worker import faults
-from ingestrun.worker.stopping import Stop, Stopped
+from ingestrun.worker.shutdown import Stop, Stopped
 
 from .support import Bench, Reply, Request, Site, page
 
@@ -183,9 +183,9 @@ def test_a_disk_that_fills_up(bench: Bench, site: Site, monkeypatch: pytest.Monk
         bench.hand_on(ROWS)
     with monkeypatch.context() as patch:
         if step == "fsync":
-            patch.setattr("ingestrun.worker.handover.os.fsync", full)
+            patch.setattr("ingestrun.worker.stage_io.os.fsync", full)
         else:
-            patch.setattr("ingestrun.worker.handover.ParquetFile.write", full)
+            patch.setattr("ingestrun.worker.stage_io.ParquetFile.write", full)
         answer = bench.run(stage, configs[stage])
     assert answer.code == 1
     assert "no space left on the workspace volume: nothing of this batch was handed on" in answer.message

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ingestrun.model.contract import ENV_PARTITION_FILE
-from ingestrun.worker.failure import PermanentError
+from ingestrun.worker.errors import PermanentError
 
 from .support import Answer, Bench, Site, page
 

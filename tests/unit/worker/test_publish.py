@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ingestrun.worker import publish as module
-from ingestrun.worker.stopping import Stop, Stopped
+from ingestrun.worker.shutdown import Stop, Stopped
 
 from .support import UID, Bench
 

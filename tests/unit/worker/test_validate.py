@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from ingestrun.model.worker import ColumnType, Validate
 from ingestrun.worker.casting import ARROW, cast
-from ingestrun.worker.failure import PermanentError
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.errors import PermanentError
+from ingestrun.worker.shutdown import Stop
 from ingestrun.worker.validate import Check
 
 from .support import Bench

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ingestrun.worker.columns import NotExactError, as_text, common_schema, conform
-from ingestrun.worker.failure import PermanentError, RetryableError
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.errors import PermanentError, RetryableError
+from ingestrun.worker.shutdown import Stop
 
 DATA_FILE: Final = "data.parquet"
 BATCH_ROWS: Final = 65_536
