@@ -1,4 +1,4 @@
-"""SIGTERM, or a cancel of the run: stop while that is harmless, never between a commit and the word of it."""
+"""Stopping a stage on SIGTERM or on a cancel of its run, but never between a commit and its result."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from ingestrun.worker.cancellation import CancellationCheck
+    from ingestrun.worker.cancellation import CancellationClient
 
 WAIT_SLICE: Final = 2.0
-"""How long a wait goes on without a look: a source may ask for a minute, and a cancel comes meanwhile."""
+"""Seconds that a wait sleeps between two checks: a source may ask for a minute, and the run be cancelled meanwhile."""
 EXIT_STOPPED: Final = 128 + signal.SIGTERM
 
 
 class Stopped(BaseException):
-    """SIGTERM came. No `Exception`, so that no handler of ordinary errors takes it for one of its own."""
+    """The worker got SIGTERM. Not an `Exception`, so that no handler of ordinary errors catches it."""
 
 
 class Cancelled(BaseException):
-    """The run is cancelled, or gone: what is left of the stage would be for nothing. No `Exception`, as above.
+    """The run is cancelled or deleted, so the rest of the stage is of no use. Not an `Exception`, as `Stopped`.
 
-    The text is a sentence for the result; `rows` is how many the stage had read.
+    The text becomes the result's message; `rows` is how many rows the stage had read.
     """
 
     def __init__(self, message: str, rows: int) -> None:
@@ -31,76 +31,77 @@ class Cancelled(BaseException):
 
 
 class Stop:
-    """The one place that knows whether the worker was asked to stop, and that asks whether the run is cancelled.
+    """Decides whether the stage has to stop: it holds the state of SIGTERM, and asks whether the run is cancelled.
 
-    The signal handler raises, so that neither a slow server nor a wait holds the worker up. An exception raised
-    in a destructor or a callback is swallowed by Python: that is why `check` is called between steps as well.
+    The signal handler raises, so that neither a slow server nor a wait delays the end of the worker. Python swallows
+    an exception that is raised in a destructor or a callback, so `raise_if_stopped` is called between steps as well.
     """
 
     def __init__(self) -> None:
-        self._requested = False
-        self._deaf = False
-        self._asked: CancellationCheck | None = None
-        self._rows = 0
-        self._of: int | None = None
+        self._sigterm_received = False
+        self._ignoring_signals = False
+        self._cancellation: CancellationClient | None = None
+        self._rows_read = 0
+        self._rows_total: int | None = None
 
     def install(self) -> None:
-        """Take SIGTERM from now on; to be called in the main thread."""
+        """Handle SIGTERM from now on; call it in the main thread."""
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, _signum: int, _frame: FrameType | None) -> None:
-        first, self._requested = not self._requested, True
-        if first and not self._deaf:
+        first, self._sigterm_received = not self._sigterm_received, True
+        if first and not self._ignoring_signals:
             raise Stopped
 
-    def ask(self, check: CancellationCheck | None) -> None:
-        """Ask this at the safe points from now on."""
-        self._asked = check
+    def set_cancellation_client(self, client: CancellationClient | None) -> None:
+        """Ask this client whether the run is cancelled, at each check from now on."""
+        self._cancellation = client
 
-    def progress(self, rows: int, of: int | None) -> None:
-        """How many rows the stage has read, and of how many where that is known: for the words about a cancel."""
-        self._rows, self._of = rows, of
+    def set_progress(self, rows: int, total: int | None) -> None:
+        """Record how many rows the stage has read, and of how many if that is known, for the message of a cancel."""
+        self._rows_read, self._rows_total = rows, total
 
-    def check(self, *, now: bool = False) -> None:
-        """A safe point: before the first row is read, and between pages or row groups.
+    def raise_if_stopped(self, *, ask_now: bool = False) -> None:
+        """Raise if the stage has to stop. Called before the first row, and between pages or row groups.
 
-        With `now` the operator is asked whenever it was asked before.
+        With `ask_now` the operator is asked even if it was asked a moment ago.
 
         Raises:
             Stopped: SIGTERM came.
-            Cancelled: the run is cancelled, or gone.
+            Cancelled: the run is cancelled or deleted.
         """
-        if self._requested:
+        if self._sigterm_received:
             raise Stopped
-        why = self._asked.ask(now=now) if self._asked is not None else None
-        if self._requested:
+        reason = self._cancellation.stop_reason(ask_now=ask_now) if self._cancellation is not None else None
+        if self._sigterm_received:
             raise Stopped
-        if why is not None:
-            of = "" if self._of is None else f" of {self._of}"
-            raise Cancelled(f"{why}, stopped after {self._rows}{of} rows", self._rows)
+        if reason is not None:
+            of_total = "" if self._rows_total is None else f" of {self._rows_total}"
+            raise Cancelled(f"{reason}, stopped after {self._rows_read}{of_total} rows", self._rows_read)
 
     def wait(self, seconds: float) -> None:
-        """Sleep, with a safe point every two seconds and at the end. Raises as `check` does."""
+        """Sleep, with a check every two seconds and at the end. Raises as `raise_if_stopped` does."""
         while seconds > 0:
             sleep(min(seconds, WAIT_SLICE))
             seconds -= WAIT_SLICE
-            self.check()
+            self.raise_if_stopped()
 
-    def last_call(self) -> None:
-        """The point of no return, right before a commit: SIGTERM is heard here for the last time.
+    def commit_point(self) -> None:
+        """Check for the last time, right before a commit, and ignore SIGTERM from then on.
 
-        After it the stage ends with the truth (done), as a result that says "nothing published" would be a lie.
-        Whether the run is cancelled is asked here in any case.
+        After the commit a result such as "nothing published" would be false, so the stage has to end with `done`.
+        The operator is asked here even if it was asked a moment ago.
 
         Raises:
             Stopped: SIGTERM came.
-            Cancelled: the run is cancelled, or gone.
+            Cancelled: the run is cancelled or deleted.
         """
-        self.check(now=True)
-        self._deaf = True
-        if self._requested:
+        self.raise_if_stopped(ask_now=True)
+        self._ignoring_signals = True
+        # A signal that came between the two lines above has raised already, unless Python swallowed the exception.
+        if self._sigterm_received:
             raise Stopped
 
-    def ignore(self) -> None:
-        """Hear no SIGTERM from here on: the result is being written."""
-        self._deaf = True
+    def ignore_signals(self) -> None:
+        """Ignore SIGTERM from now on, because the result is being written."""
+        self._ignoring_signals = True

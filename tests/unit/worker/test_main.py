@@ -95,9 +95,9 @@ def test_sigterm_is_heard_at_the_next_step_if_the_exception_was_swallowed() -> N
         stop._on_signal(signal.SIGTERM, None)
     stop._on_signal(signal.SIGTERM, None)
     with pytest.raises(Stopped):
-        stop.check()
+        stop.raise_if_stopped()
     with pytest.raises(Stopped):
-        stop.last_call()
+        stop.commit_point()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_an_unforeseen_error_is_retried_and_its_text_kept_back(
     def broken(*_: object) -> None:
         raise RuntimeError("token=hunter2")
 
-    monkeypatch.setattr("ingestrun.worker.http_source.table_of", broken)
+    monkeypatch.setattr("ingestrun.worker.http_source.table_from_records", broken)
     site.answer = lambda _request: page([{}])
     answer = bench.run("fetch", http(site))
     assert (answer.code, answer.message) == (1, "unexpected RuntimeError: the pod's log has the traceback")
@@ -185,7 +185,7 @@ def test_a_disk_that_fills_up(bench: Bench, site: Site, monkeypatch: pytest.Monk
         if step == "fsync":
             patch.setattr("ingestrun.worker.stage_io.os.fsync", full)
         else:
-            patch.setattr("ingestrun.worker.stage_io.ParquetFile.write", full)
+            patch.setattr("ingestrun.worker.stage_io.ParquetFileWriter.write", full)
         answer = bench.run(stage, configs[stage])
     assert answer.code == 1
     assert "no space left on the workspace volume: nothing of this batch was handed on" in answer.message
