@@ -34,18 +34,11 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
     The stage of a cancelled run ends with 0 too, so that its Job completes; the outcome in the result is `cancelled`.
     """
     from ingestrun.model import contract
-    from ingestrun.worker import faults
     from ingestrun.worker.errors import to_worker_error
     from ingestrun.worker.logs import log_event
     from ingestrun.worker.result import cancelled_result, failed_result, write_result
 
-    fault = None
     try:
-        fault = faults.find_fault(env)
-        if fault is not None:
-            log_event(env, "fault on purpose", kind=fault.kind)
-        if (exit_code := faults.at_start(fault)) is not None:
-            return exit_code
         result, code = _run_stage(env, stop), contract.EXIT_DONE
     except Stopped:
         result, code = failed_result("stopped by SIGTERM, nothing published"), EXIT_STOPPED
@@ -60,11 +53,7 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
         result = failed_result(str(failure), read=failure.read, rejected=failure.rejected)
         code = contract.EXIT_PERMANENT if failure.permanent else 1
     stop.ignore_signals()
-    text: str | None = contract.render_result(result)
-    if result.outcome is contract.Outcome.DONE and (swapped := faults.at_end(fault)) is not None:
-        code, text = swapped
-    if text is not None:
-        write_result(env, text)
+    write_result(env, result)
     log_event(env, "stage ended", exit_code=code, **result.model_dump(mode="json", by_alias=True, exclude_none=True))
     return code
 

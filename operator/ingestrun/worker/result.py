@@ -31,7 +31,7 @@ def termination_path(env: Mapping[str, str]) -> Path:
     return Path(env.get(ENV_TERMINATION_PATH) or contract.TERMINATION_LOG)
 
 
-def write_result(env: Mapping[str, str], text: str) -> None:
+def write_result(env: Mapping[str, str], result: StageResult) -> None:
     """Write the result as the termination message.
 
     Outside Kubernetes the default file does not exist. Then nothing is written, unless the environment names a file.
@@ -40,7 +40,7 @@ def write_result(env: Mapping[str, str], text: str) -> None:
     if not env.get(ENV_TERMINATION_PATH) and not path.exists():
         return
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(contract.render_result(result), encoding="utf-8")
     except OSError as error:
         # The exit code stays as it is: the operator counts a missing result as a failure anyway.
         log_event(env, "the result could not be written", path=str(path), error=str(error))
