@@ -1,17 +1,17 @@
-"""How the worker fails: in a sentence for the user, and with the word whether a retry can mend it."""
+"""The worker's errors: a sentence for the user, and whether a retry can help."""
 
 from __future__ import annotations
 
 import errno
 from typing import Final
 
-NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 class WorkerError(Exception):
-    """A stage failed. The text says what, where and what to do; it is shown to the user and holds no secret.
+    """A stage failed. The text names what failed, where, and what to do; the user sees it, so it holds no secret.
 
-    `read` and `rejected` go into the result where they are known by then.
+    `read` and `rejected` are the rows counted so far; they go into the result.
     """
 
     permanent = False
@@ -23,20 +23,20 @@ class WorkerError(Exception):
 
 
 class PermanentError(WorkerError):
-    """A failure that would come again with every attempt."""
+    """A failure that every further attempt would repeat."""
 
     permanent = True
 
 
 class RetryableError(WorkerError):
-    """A failure that may be gone with the next attempt."""
+    """A failure that the next attempt may not meet."""
 
 
-def explain(error: Exception) -> WorkerError:
-    """Say an error that no module took care of as a `WorkerError`; one that is already passes through."""
+def to_worker_error(error: Exception) -> WorkerError:
+    """Turn any error into a `WorkerError`; one that already is one is returned as it is."""
     if isinstance(error, WorkerError):
         return error
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return RetryableError(
             "no space left on the workspace volume: nothing of this batch was handed on; "
             "enlarge the volume or clear the data of ended runs"
@@ -48,5 +48,5 @@ def explain(error: Exception) -> WorkerError:
         return RetryableError(
             f"the workspace gave {errno.errorcode.get(error.errno, error.errno)}{where}: {error.strerror}"
         )
-    # The text of an unforeseen error may hold anything, a URL with a token as well: it stays in the pod's log.
+    # The text of an unexpected error may hold anything, also a URL with a token, so it stays in the pod's log.
     return RetryableError(f"unexpected {type(error).__name__}: the pod's log has the traceback")
