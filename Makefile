@@ -6,11 +6,11 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := operator tests devcluster images demo bench
+SOURCES := operator tests dev
 
 .DEFAULT_GOAL := help
 
-include mk/cluster.mk mk/images.mk mk/demo.mk mk/proof.mk
+include $(addprefix dev/mk/,cluster.mk images.mk demo.mk proof.mk)
 
 .PHONY: help test lint format types test-unit test-api test-e2e test-static test-ground clean
 

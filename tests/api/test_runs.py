@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo.audit import first_cancelled, name_of, stored_creates
+from dev.demo.audit import first_cancelled, name_of, stored_creates
 from kubernetes import client
 
 from tests.api.conftest import Cluster, Json, WaitFor, _wait_for

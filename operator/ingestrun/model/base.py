@@ -1,4 +1,4 @@
-"""How our models read what Kubernetes holds."""
+"""The base of the models that read and write Kubernetes objects."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pydantic.alias_generators import to_camel
 class KubeModel(BaseModel):
     """A part of a Kubernetes object: camelCase outside, immutable inside.
 
-    Unknown fields are ignored when reading, so that an older operator survives a newer CRD; it is the API
-    server that refuses or prunes what the CRD does not know.
+    Reading ignores unknown fields, so that an older operator works with a newer CRD. The API server refuses or prunes
+    the fields that the CRD does not know.
     """
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)

@@ -1,21 +1,23 @@
-"""What goes into and comes out of the planner, as plain values."""
+"""What goes into and comes out of the planner, as plain values: observations, actions and the plan."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
 from ingestrun.model.ranges import IndexRanges
-from ingestrun.model.run import IngestRun
+from ingestrun.model.run import OPERATOR_MANAGER, IngestRun
 from ingestrun.model.spec import CancellationPolicy
-from ingestrun.model.status import IngestRunStatus, Phase
+from ingestrun.model.status import AttemptId, ImagePin, IngestRunStatus, Phase
 from ingestrun.planner.batch.attempt import ObservedJob, ObservedPod
 from ingestrun.planner.batch.state import NextAttempt
+from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.events import Event
 
-OPERATOR: Final = "ingestrun-operator"
-"""Who cancels a run when nobody has asked for it."""
+OPERATOR: Final = OPERATOR_MANAGER
+"""The requester of a cancel that nobody has asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,18 +31,18 @@ class CancelCause:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateRejection:
-    """The API server would not take a Job of this run."""
+    """The API server did not accept a Job of this run."""
 
     reason: str
     message: str
     retry_at: datetime
     permanent: bool = False
-    """The Job itself is at fault (422): asking again is of no use."""
+    """The Job itself is at fault (422), so there is no use in asking again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivePods:
-    """That the Jobs handed to the planner were listed from the API server just now, and the pods with them."""
+    """The pods of a run, listed from the API server together with the attempts of the snapshot."""
 
     pods: tuple[ObservedPod, ...]
     """All pods of the run, also those whose Job is gone."""
@@ -66,16 +68,16 @@ class ChildRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predecessor:
-    """A run from which this one may go on: read live once it has ended and is drained."""
+    """A run that this one may resume: read live once it has ended and is drained."""
 
     run: IngestRun
     resumer: IngestRun | None = None
-    """The run that has claimed it, where that is another than this one and still there; read live."""
+    """The run that has claimed it, if that is another than this one and still there; read live."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimPredecessor:
-    """A write to another run's status, with its resourceVersion: that this run does its rest."""
+    """Write to another run's status, with its resourceVersion, that this run resumes it."""
 
     of: IngestRun
     status: IngestRunStatus
@@ -83,7 +85,7 @@ class ClaimPredecessor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeletePod:
-    """A pod to end: SIGTERM, and SIGKILL after so many seconds (None: what the pod itself says)."""
+    """End a pod: SIGTERM, and SIGKILL after the grace period (None: the pod's own)."""
 
     name: str
     uid: str
@@ -92,7 +94,7 @@ class DeletePod:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeleteJob:
-    """A Job to delete. With `pod`: only if that pod has not changed since, which is to say has not started."""
+    """Delete a Job. With `pod`: only if that pod has not changed since, which means that it has not started."""
 
     job: ObservedJob
     pod: ObservedPod | None = None
@@ -102,19 +104,19 @@ class DeleteJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeleteJobs:
-    """Jobs to delete by one call, with their pods."""
+    """Delete many Jobs by one call, with their pods."""
 
     batches: IndexRanges | None
     """Those of these batches; None: of all batches."""
     kept: IndexRanges = field(default_factory=IndexRanges)
-    """Without `batches`: but not those of these."""
+    """Without `batches`: except those of these."""
     clean_up: bool = False
     """That of `spec.onCancel` as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateJob:
-    """A Job to create: the start, and what its fetch is told."""
+    """Create the Job of an attempt; `cursor` and `limit` are for a fetch."""
 
     start: NextAttempt
     cursor: str | None = None
@@ -122,37 +124,38 @@ class CreateJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SkippedStart:
-    """What would have been started now had the run not been cancelled."""
-
-    batch: int
-    stage: str
-    attempt: int
-
-    @property
-    def key(self) -> tuple[int, str, int]:
-        """What tells it from other skips of the run."""
-        return self.batch, self.stage, self.attempt
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to do, in this order: write the status, then create, end, delete, announce, and look again."""
+    """What to do, in this order: write the status, then create, end, delete, post Events, and look again."""
 
     status: IngestRunStatus
     claim_predecessor: ClaimPredecessor | None = None
-    """Before all else, and then all is planned anew."""
+    """Before all else; then all is planned anew."""
     creates: tuple[CreateJob, ...] = ()
     pod_deletions: tuple[DeletePod, ...] = ()
     job_deletions: tuple[DeleteJob, ...] = ()
     bulk_deletion: DeleteJobs | None = None
-    skips: tuple[SkippedStart, ...] = ()
+    skips: tuple[AttemptId, ...] = ()
+    """What would have been started now if the run were not cancelled."""
     unmet_demand: int = 0
-    """How many Jobs more would be started now if the operator's caps, or a quota, let them be."""
+    """How many more Jobs would be started now if the operator's limits, or a quota, allowed it."""
     fence: bool | None = None
-    """Whether the run has to carry the label that the fence selects by; None: as it is."""
+    """Whether the run has to carry the label by which the fence selects it; None: leave it as it is."""
     events: tuple[Event, ...] = ()
-    """All that is to be posted once the status is stored."""
+    """Posted once the status is stored."""
     expirable: bool = False
-    """Of an ended run: it is drained, cleaned up and swept, so it may be deleted when its time has come."""
+    """Of an ended run: it is drained, cleaned up and swept, so its TTL may delete it."""
     requeue_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """A plan whose status has yet to be finished (`status.writer.finish_status`): phase, conditions and size."""
+
+    plan: Plan
+    phase: Phase | None = None
+    """None: it stays."""
+    conditions: Sequence[ConditionUpdate] = ()
+    pins: Sequence[ImagePin] | None = None
+    """New `status.images`. They are stored together with another change, so that they cost no write of their own."""
+    pins_needed: bool = False
+    """Store them even without another change, because a Job that is created now runs one of them."""

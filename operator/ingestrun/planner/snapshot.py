@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 
-from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
-from ingestrun.model.status import IngestRunStatus
+from ingestrun.model.status import AttemptId, IngestRunStatus
 from ingestrun.planner.actions import CancelledParent, ChildRun, CreateRejection, LivePods, Predecessor
 from ingestrun.planner.batch.attempt import Attempt
-from ingestrun.planner.batch.ledger import batch_states, in_flight, update_counters
+from ingestrun.planner.batch.ledger import batch_states, update_counters
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
 from ingestrun.planner.batch.state import BatchState
 from ingestrun.planner.run.concurrency import ConcurrentRun
@@ -22,7 +21,7 @@ from ingestrun.planner.run.progress import with_unpublished
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All that the planner may look at. Properties are computed when first asked for, because an ended run needs few."""
+    """All that the planner may look at. Properties are computed when first read, because an ended run needs few."""
 
     run: IngestRun
     attempts: Sequence[Attempt]
@@ -41,20 +40,20 @@ class Snapshot:
     predecessors: Sequence[Predecessor] | None = None
     """The runs that `spec.resumeFrom` is about, until this one has taken over: the one that it names, or those left of
     a saved state's chain of resumes. None: nobody has looked."""
-    skipped: Collection[tuple[int, str, int]] = ()
-    """The starts that a cancel has prevented so far, as batch, stage and attempt; reported when the run is drained."""
+    skipped: Collection[AttemptId] = ()
+    """What a cancel has kept from starting so far."""
     capacity: Capacity | None = None
     """What the operator's limits and the namespace's quota leave for this run; None: no limit."""
 
     @cached_property
     def stages(self) -> list[Attempt]:
         """The attempts of the batches' stages, without the clean-up."""
-        return [attempt for attempt in self.attempts if attempt.job.step != ON_CANCEL_STEP]
+        return [attempt for attempt in self.attempts if attempt.step != ON_CANCEL_STEP]
 
     @cached_property
     def clean_up(self) -> Attempt | None:
         """The Job of `spec.onCancel`, if it is there."""
-        return next((attempt for attempt in self.attempts if attempt.job.step == ON_CANCEL_STEP), None)
+        return next((attempt for attempt in self.attempts if attempt.step == ON_CANCEL_STEP), None)
 
     @cached_property
     def batches(self) -> list[BatchState]:
@@ -63,7 +62,7 @@ class Snapshot:
 
     @cached_property
     def status(self) -> IngestRunStatus:
-        """The stored status with newly ended fetches and batches counted; its phase and conditions are still the old."""
+        """The stored status with newly ended fetches and batches counted; phase and conditions are still the old."""
         chained = self.run.spec.batches.cursor is not None
         counted = update_counters(self.run.status, self.batches, chained=chained, now=self.now)
         return with_unpublished(self.run, counted, self.batches)
@@ -71,5 +70,5 @@ class Snapshot:
     @cached_property
     def in_flight(self) -> list[BatchState]:
         """Those of `batches` that are still in flight once the newly ended ones are counted."""
-        left: IndexRanges = in_flight(self.status.batches)
+        left = self.status.batches.in_flight
         return [batch for batch in self.batches if batch.index in left]

@@ -321,7 +321,7 @@ def test_beside_the_copy_of_a_saved_state_what_is_said_makes_room() -> None:
     def told(**spec: Any) -> IngestRunStatus:
         run = IngestRun.read({"metadata": meta, "spec": {**manifest(**spec)["spec"]}})
         assert saved_state_bytes(run.spec) <= SAVED_BYTES
-        return finish_status(run, status, phase=None, claims=(), now=NOW)
+        return finish_status(run, status, phase=None, conditions=(), now=NOW)
 
     assert told().failures == status.failures
     fit = told(resumeFrom={"savedState": state})

@@ -15,7 +15,7 @@ from tests.fakes.world import KEY, World, environment
 from ingestrun.kube.protocol import Object
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
-from ingestrun.model.status import IngestRunStatus, StageFailure
+from ingestrun.model.status import AttemptId, IngestRunStatus, StageFailure
 from ingestrun.planner.actions import LivePods
 from ingestrun.planner.batch.ledger import KEPT_FAILURES, merge_failures
 from ingestrun.planner.plan import plan
@@ -122,7 +122,7 @@ async def test_a_plan_has_all_events_of_its_pass() -> None:
     world.create(cancel=True)
     await world.step()
     run = IngestRun.read(world.cluster.run(KEY))
-    skipped = {(0, "hook check", 1), (3, "fetch", 0)}
+    skipped = {AttemptId(0, "hook check", 1), AttemptId(3, "fetch", 0)}
     ended = Snapshot(run=run, attempts=(), now=world.now, skipped=skipped)
     drained = plan(replace(ended, live=LivePods(pods=())))
     assert plan(ended).events == ()
@@ -151,7 +151,7 @@ failures = st.lists(
 
 @given(seen=failures)
 def test_kept_failures_are_the_same_whatever_the_order_and_how_often_seen(seen: list[StageFailure]) -> None:
-    unique = list({failure.key: failure for failure in seen}.values())
+    unique = list({failure.id: failure for failure in seen}.values())
     at_once = merge_failures([], unique)
     one_by_one: list[StageFailure] = []
     for failure in reversed(unique):

@@ -251,7 +251,7 @@ class Executor:
             selector = delete_selector(meta.uid, plan.bulk_deletion)
             await self._cluster.delete_jobs(namespace=meta.namespace, selector=selector)
             for attempt in self._cache.attempts(meta.uid):
-                if attempt.job.batch in (plan.bulk_deletion.batches or ()):
+                if attempt.batch in (plan.bulk_deletion.batches or ()):
                     self._cache.remove_job(run_uid=meta.uid, job_uid=attempt.job.uid)
 
     async def _delete(self, run: IngestRun, delete: DeleteJob, memory: RunMemory) -> None:
@@ -381,8 +381,8 @@ def _describe(error: KubeError, run: IngestRun, create: CreateJob, *, job_name: 
 
 def _lacks_a_job(before: IngestRunStatus, after: IngestRunStatus) -> bool:
     """Whether a batch is to fail for a Job that is not there, as far as is known."""
-    known = {failure.key for failure in before.failures}
-    return any(failure.reason == JOB_MISSING and failure.key not in known for failure in after.failures)
+    known = {failure.id for failure in before.failures}
+    return any(failure.reason == JOB_MISSING and failure.id not in known for failure in after.failures)
 
 
 def _json(status: IngestRunStatus) -> dict[str, Any]:

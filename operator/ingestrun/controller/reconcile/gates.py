@@ -24,8 +24,8 @@ from ingestrun.kube.protocol import Cluster, RunKey
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import ConcurrencyPolicy
 from ingestrun.planner.actions import ClaimPredecessor, Predecessor
-from ingestrun.planner.run.concurrency import ConcurrentRun, read_concurrent_run, replacing_run, start_block
-from ingestrun.planner.run.resume import is_drained, must_resume
+from ingestrun.planner.run.concurrency import ConcurrentRun, replacing_run, start_block
+from ingestrun.planner.run.resume import must_resume
 
 logger = structlog.get_logger("ingestrun")
 
@@ -116,12 +116,12 @@ class ConcurrencyGate:
         live = await self._cluster.list_runs_of(namespace=lock_key[0], concurrency_key=lock_key[1])
         for body in live:
             self._cache.upsert_run(body)
-        return [read_concurrent_run(body) for body in live if body["metadata"]["uid"] != run.metadata.uid]
+        return [ConcurrentRun.read(body) for body in live if body["metadata"]["uid"] != run.metadata.uid]
 
     def _watched(self, key: RunKey, run: IngestRun) -> list[ConcurrentRun]:
         body = self._cache.run(key)
         found = self._cache.peers_of(body) if body is not None else ()
-        return [read_concurrent_run(other) for other in found if other["metadata"]["uid"] != run.metadata.uid]
+        return [ConcurrentRun.read(other) for other in found if other["metadata"]["uid"] != run.metadata.uid]
 
     async def _confirm_replacing(
         self, key: RunKey, run: IngestRun, watched: Sequence[ConcurrentRun]
@@ -140,7 +140,7 @@ class ConcurrencyGate:
                 peers = others
             else:
                 self._cache.upsert_run(body)
-                live = read_concurrent_run(body)
+                live = ConcurrentRun.read(body)
                 peers = [*others, live] if live.uid == newer.uid else others
                 if live == newer:
                     return peers
@@ -213,7 +213,7 @@ class ResumeGate:
         and whose saved state another has taken.
         """
         old = self._watched(run)
-        if old is None or is_drained(old):
+        if old is None or old.status.drained:
             old = await self._read(_predecessor_key(run))
         if old is None:
             return ()

@@ -141,7 +141,7 @@ class Observer:
         uid = run.metadata.uid
         attempts = self._cache.attempts(uid)
         over = run.status.batches.published | run.status.batches.failed
-        lacking = [attempt for attempt in attempts if _lacks_pod_result(attempt) and attempt.job.batch not in over]
+        lacking = [attempt for attempt in attempts if _lacks_pod_result(attempt) and attempt.batch not in over]
         if not lacking:
             memory.awaiting_pods = {}
             return attempts

@@ -73,15 +73,15 @@ class EventRecorder:
     def log_skips(self, memory: RunMemory, plan: Plan, *, trigger: str) -> None:
         """Write one line for each start that a cancel has prevented, each once."""
         for skip in plan.skips:
-            if skip.key not in memory.skipped:
+            if skip not in memory.skipped:
                 logger.info(CANCELLED_LINE, batch=skip.batch, stage=skip.stage, attempt=skip.attempt, trigger=trigger)
-        memory.skipped |= {skip.key for skip in plan.skips}
+        memory.skipped |= set(plan.skips)
 
     def log_failures(self, before: IngestRunStatus, after: IngestRunStatus, plan: Plan) -> None:
         """Write one line for each failed attempt that has come into the status, and for each raise of memory."""
-        known = {failure.key for failure in before.failures}
+        known = {failure.id for failure in before.failures}
         for failure in after.failures:
-            if failure.key not in known:
+            if failure.id not in known:
                 logger.warning(
                     "stage failed",
                     batch=failure.batch,

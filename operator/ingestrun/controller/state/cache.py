@@ -17,7 +17,7 @@ from ingestrun.model import names
 from ingestrun.model.run import IngestRun, cancel_requested
 from ingestrun.planner.batch.attempt import Attempt, ObservedJob, ObservedPod, attempt_of, ended_by_suspension
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
-from ingestrun.planner.run.concurrency import concurrency_key_of, read_concurrent_run
+from ingestrun.planner.run.concurrency import ConcurrentRun, concurrency_key_of
 
 MAX_PARSED: Final = 500
 """How many runs are kept as read: what a burst of events is about."""
@@ -91,7 +91,7 @@ class RunCache:
             self._below.setdefault(parent, set()).add(key)
         shared = _concurrency_group(body)
         if shared is not None:
-            if read_concurrent_run(body).over:
+            if ConcurrentRun.read(body).over:
                 self._unshare(shared, key)
             else:
                 self._sharing.setdefault(shared, set()).add(key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from ingestrun.model.status import AttemptId
 from ingestrun.planner.actions import CreateRejection
 
 
@@ -22,8 +23,8 @@ class RunMemory:
     unanswered_create: bool | None = None
     """Whether a create may still reach the API server, because its answer was lost or because an earlier process sent
     it. None until the first pass."""
-    skipped: frozenset[tuple[int, str, int]] = frozenset()
-    """The starts that a cancel has prevented, as batch, stage and attempt: logged already."""
+    skipped: frozenset[AttemptId] = frozenset()
+    """The attempts that a cancel has kept from starting, logged already."""
     awaiting_pods: dict[str, float | None] = field(default_factory=dict)
     """By the UID of an ended Job whose pod's end has not been seen: since when it is awaited (monotonic). None: the
     pods were listed since then, and its pod was not among them or had not ended."""

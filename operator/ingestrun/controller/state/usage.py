@@ -101,7 +101,7 @@ class Usage:
             self._capacity(exclude=run_uid),
             run=Demand(uid=run_uid, namespace=namespace, active=run.load, turn=run.turn or self._turns + 1),
             in_namespace={**self._places(exclude=run_uid), namespace: self._in_namespace[namespace]},
-            needy=self._needy(run_uid, namespace),
+            fewest_jobs_without_pod=self._needy(run_uid, namespace),
         )
 
     def reserve(self, key: RunKey, run_uid: str, names: Iterable[str], *, unmet_demand: int) -> None:
@@ -217,7 +217,7 @@ class Usage:
                 place: Quota(message=refused.message, free=self._free(place, refused), until=refused.until)
                 for place, refused in self._refused.items()
             },
-            known=self._known,
+            synced=self._known,
         )
 
     def _places(self, *, exclude: str | None) -> dict[str, int]:

@@ -12,7 +12,7 @@ from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
 from ingestrun.planner.batch.attempt import MalformedJobError, read_job, read_pod
-from ingestrun.planner.run.concurrency import affects, read_concurrent_run
+from ingestrun.planner.run.concurrency import ConcurrentRun, affects
 
 logger = structlog.get_logger("ingestrun.watch")
 
@@ -46,9 +46,9 @@ class EventHandlers:
         rivals = self._store.peers_of(body)
         if not rivals:
             return
-        changed = read_concurrent_run(body)
+        changed = ConcurrentRun.read(body)
         for other in rivals:
-            if other["metadata"]["uid"] != changed.uid and affects(changed, read_concurrent_run(other), gone=gone):
+            if other["metadata"]["uid"] != changed.uid and affects(changed, ConcurrentRun.read(other), gone=gone):
                 self._queue.add(_key(other), "rival")
 
     def _look_around(self, key: RunKey, body: Object) -> None:

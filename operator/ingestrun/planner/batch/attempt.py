@@ -1,6 +1,6 @@
-"""What the planner needs to know of Jobs and pods, read out of their JSON once, at the edge.
+"""An attempt of a stage, as observed: the few fields of its Job and its pod that the planner needs.
 
-Facts are small: a run's store holds these, not the objects.
+They are read out of the JSON once, where it arrives. The cache holds them, and not the objects, because they are small.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ingestrun.model.names import LABEL_ATTEMPT, LABEL_BATCH, LABEL_RUN_UID, LAB
 from ingestrun.model.quantity import QuantityError, read_bytes
 
 MESSAGE_CHARS: Final = 256
-"""How much of a container's or the server's words is kept; the rest is in the pod's log."""
+"""How much of a message of a container or the server is kept; the rest is in the pod's log."""
 POD_EXPECTED_WITHIN: Final = timedelta(seconds=5)
-"""A Job that has been started by the Job controller and has no pod after so long: its creation may be refused."""
+"""How soon after its start a Job has a pod. If it has none, the creation of its pod may be refused."""
 NO_POD_RECHECK: Final = timedelta(seconds=15)
-"""How often such a Job is looked at again."""
+"""How often a Job without a pod is checked again."""
 QUEUED_AFTER: Final = timedelta(seconds=5)
-"""How long a Job may be suspended before its run is said to be queued: an admission that is quick is no news."""
+"""How long a Job is suspended before its run is reported as queued, because a quick admission is not worth a status."""
 
 _IMAGE_REASONS: Final = frozenset(
     {
@@ -38,7 +38,7 @@ _CONFIG_REASONS: Final = frozenset({"CreateContainerConfigError", "CreateContain
 
 
 class JobState(StrEnum):
-    """How far a Job is, as seen from outside. `WAITING`: no container of it has started yet."""
+    """How far a Job is. `WAITING`: no container of it has started yet."""
 
     WAITING = "Waiting"
     RUNNING = "Running"
@@ -47,13 +47,13 @@ class JobState(StrEnum):
 
     @property
     def finished(self) -> bool:
-        """Whether the Job has ended, and all its pods with it."""
+        """Tell whether the Job has ended, and all its pods with it."""
         return self in (JobState.SUCCEEDED, JobState.FAILED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedJob:
-    """A Job of ours, without its pod."""
+    """A Job of the run, without its pod."""
 
     namespace: str
     name: str
@@ -70,21 +70,21 @@ class ObservedJob:
     reason: str | None
     message: str | None
     image: str | None = None
-    """What its container is to run, as the Job names it."""
+    """The image of its container, as the Job names it."""
     memory_limit: int | None = None
-    """Of its container, in bytes, as its template has it."""
+    """Of its container, in bytes, as the Job's template has it."""
     created: datetime | None = None
     started_at: datetime | None = None
-    """When the Job controller took it up, for the last time if it was suspended since."""
+    """When the Job controller started it, for the last time if it was suspended since."""
     suspended: bool = False
-    """Queued: Kueue, or whoever else has suspended it, has not admitted it, or has taken the admission back."""
+    """Kueue, or a user, has suspended it: it is not admitted, or its admission was taken back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Obstacle:
     """Why a pod does not start, or is not even created.
 
-    `kind` is ours: Unschedulable, ImagePull or ContainerConfig; QuotaExceeded or PodRefused where there is no pod.
+    `kind` is one of Unschedulable, ImagePull and ContainerConfig; without a pod, of QuotaExceeded and PodRefused.
     """
 
     kind: str
@@ -94,7 +94,7 @@ class Obstacle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedPod:
-    """The one pod of a Job of ours."""
+    """The one pod of a Job of the run."""
 
     name: str
     uid: str
@@ -104,23 +104,23 @@ class ObservedPod:
     ended: bool
     exit_code: int | None
     reason: str | None
-    """Why its container ended; where none was begun, why the pod did."""
+    """Why its container ended; if no container was started, why the pod ended."""
     message: str | None
     """The termination message: the stage's result, or the last lines of its log."""
     obstacle: Obstacle | None
     pod_reason: str | None = None
-    """The pod's own reason, beside its container's: Evicted, NodeAffinity and the like."""
+    """The reason in the pod's own status: Evicted, NodeAffinity and the like."""
     pod_message: str | None = None
     disruption: str | None = None
-    """The reason of its condition DisruptionTarget: who ended it for a cause outside of it."""
+    """The reason of its condition DisruptionTarget, which a pod has that was ended for a cause outside of it."""
     memory_limit: int | None = None
-    """Of its container, in bytes; that of a LimitRange as well."""
+    """Of its container, in bytes; a LimitRange may have set it."""
     resource_version: str = ""
     deleting_until: datetime | None = None
-    """When the grace of its deletion ends; None while nobody has deleted it."""
+    """When the grace period of its deletion ends; None while it is not being deleted."""
     node: str | None = None
     image_id: str | None = None
-    """What its container really runs, as the kubelet names it; None before it has started."""
+    """The image that its container runs, as the kubelet names it; None before it has started."""
     created: datetime | None = None
     placed_at: datetime | None = None
     """When it got a node; None while it waits for one."""
@@ -128,54 +128,69 @@ class ObservedPod:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """A Job and its pod as one value: what the planner judges."""
+    """One attempt of a stage of a batch: its Job and its pod as one value."""
 
     job: ObservedJob
     state: JobState
     pod: ObservedPod | None
     pod_creation: Obstacle | None = None
-    """Why the Job controller can't create its pod, where somebody has asked (`lacks_pod`)."""
+    """Why the Job controller cannot create its pod; looked up only for a Job that lacks one (`lacks_pod`)."""
+
+    @property
+    def batch(self) -> int:
+        """Return the index of its batch."""
+        return self.job.batch
+
+    @property
+    def step(self) -> int:
+        """Return the place of its stage in the pipeline, from 0."""
+        return self.job.step
+
+    @property
+    def number(self) -> int:
+        """Return its number among the attempts of the stage, from 0."""
+        return self.job.attempt
 
     @property
     def queued(self) -> bool:
-        """Whether it is suspended and nothing of it runs: it waits to be admitted."""
+        """Tell whether it is suspended and nothing of it runs, so that it waits to be admitted."""
         return self.job.suspended and self.state is JobState.WAITING
 
     @property
     def obstacle(self) -> Obstacle | None:
-        """Why its pod does not start or can't be created, if something keeps it."""
+        """Return why its pod does not start or cannot be created; None if nothing prevents it."""
         if self.state is not JobState.WAITING:
             return None
         return self.pod.obstacle if self.pod is not None else self.pod_creation
 
     def lacks_pod(self, now: datetime) -> bool:
-        """Whether it should have a pod by now and has none."""
+        """Tell whether it should have a pod by now and has none."""
         at = self.lacks_pod_at
         return at is not None and now >= at
 
     @property
     def lacks_pod_at(self) -> datetime | None:
-        """When it should have a pod at the latest; None where it has one, or is not to have one."""
+        """Return when it should have a pod at the latest; None if it has one, or is not to have one."""
         job = self.job
         if self.pod is not None or self.state is not JobState.WAITING or job.suspended or job.deleting:
             return None
         return job.started_at + POD_EXPECTED_WITHIN if job.started_at is not None else None
 
     @property
-    def key(self) -> tuple[int, int, int]:
-        """Batch, step, attempt."""
-        return (self.job.batch, self.job.step, self.job.attempt)
+    def order(self) -> tuple[int, int, int]:
+        """Return what attempts are sorted by: batch, stage, number."""
+        return (self.batch, self.step, self.number)
 
 
 class MalformedJobError(ValueError):
-    """A Job with our run label whose other labels are missing or no numbers: none that the operator made."""
+    """A Job with the run label whose other labels are missing or not numbers: the operator did not create it."""
 
 
 def read_job(job: Mapping[str, Any]) -> ObservedJob:
     """Read a Job's JSON.
 
     Raises:
-        MalformedJobError: its labels are not ours.
+        MalformedJobError: its labels are not those of the operator's Jobs.
     """
     meta, status = job["metadata"], job.get("status") or {}
     labels = meta.get("labels") or {}
@@ -183,7 +198,7 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
         batch, step, attempt = (int(labels[label]) for label in (LABEL_BATCH, LABEL_STEP, LABEL_ATTEMPT))
         run_uid = labels[LABEL_RUN_UID]
     except (KeyError, ValueError) as error:
-        raise MalformedJobError(f"Job {meta.get('name')} has not the labels of a Job of ours: {error}") from None
+        raise MalformedJobError(f"Job {meta.get('name')} lacks the labels of an operator's Job: {error}") from None
     finished, ended = None, None
     for condition in status.get("conditions") or ():
         if condition.get("status") == "True" and condition.get("type") in ("Complete", "Failed"):
@@ -212,7 +227,7 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
 
 
 def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
-    """Read a pod's JSON; None where no Job controls it."""
+    """Read a pod's JSON; return None if no Job controls it."""
     meta, spec, status = pod["metadata"], pod.get("spec") or {}, pod.get("status") or {}
     owner = next((ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == "Job"), None)
     if owner is None:
@@ -246,13 +261,13 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
 
 
 def attempt_of(job: ObservedJob, pods: Sequence[ObservedPod]) -> Attempt:
-    """Put a Job and its pod together. With several pods (never made by us: backoffLimit is 0) the ended one counts.
+    """Put a Job and its pod together. Of several pods (backoffLimit is 0, so there are none) the ended one counts.
 
-    A pod that has ended with exit code 0 is the Job's success: the Job controller says so a second or two later,
-    and the next stage need not wait for that. It holds even if the Job then meets its deadline, so that what was
-    built on it is not judged anew; and if the kubelet ended the pod for its own: the result, or its lack, tells more.
+    A pod that has ended with exit code 0 is the Job's success: the Job controller reports it a second or two later, and
+    the next stage need not wait for that. This holds even if the Job then exceeds its deadline, so that the verdict on
+    an attempt that later stages built on never changes.
 
-    A pod that a suspension has ended is none of the Job's any more: Kueue preempts so, and the Job starts anew.
+    A pod that was ended by a suspension no longer belongs to the Job: Kueue preempts so, and the Job starts anew.
     """
     pods = [pod for pod in pods if not ended_by_suspension(job, pod)]
     pod = max(pods, key=lambda pod: (pod.ended, pod.started), default=None)
@@ -267,23 +282,23 @@ def attempt_of(job: ObservedJob, pods: Sequence[ObservedPod]) -> Attempt:
     return Attempt(job=job, state=state, pod=pod)
 
 
-def pod_creation_obstacle(job: Attempt, said: str | None) -> Obstacle | None:
-    """What the Job controller's sentence about a pod that it can't create means; None without one.
+def pod_creation_obstacle(attempt: Attempt, event_note: str | None) -> Obstacle | None:
+    """Read the Job controller's Event about a pod that it cannot create; return None without one.
 
     A quota has room another time. All else (a LimitRange, the namespace's pod security, a webhook, a service account or
-    priority class that does not exist) will be refused again, until somebody changes something.
+    priority class that does not exist) will be refused again until somebody changes something.
     """
-    since = job.job.started_at
-    if not said or since is None:
+    since = attempt.job.started_at
+    if not event_note or since is None:
         return None
-    _, _, words = said.partition("is forbidden: ")
-    kind = "QuotaExceeded" if "exceeded quota" in said else "PodRefused"
-    message = words or said.removeprefix("Error creating: ")
+    _, _, reason = event_note.partition("is forbidden: ")
+    kind = "QuotaExceeded" if "exceeded quota" in event_note else "PodRefused"
+    message = reason or event_note.removeprefix("Error creating: ")
     return Obstacle(kind=kind, message=f"its pod is refused: {_short(message)}", since=since)
 
 
 def ended_by_suspension(job: ObservedJob, pod: ObservedPod) -> bool:
-    """Whether the pod was ended because its Job was suspended, so that its end says nothing about the Job.
+    """Tell whether the pod was ended because its Job was suspended, so that its end says nothing about the Job.
 
     The Job controller takes its finalizer off the pods that it deletes for a suspension, counts none of them, and sets
     the Job's start time anew when it is resumed.
@@ -295,7 +310,7 @@ def ended_by_suspension(job: ObservedJob, pod: ObservedPod) -> bool:
 
 
 def _placed_at(status: Mapping[str, Any]) -> datetime | None:
-    """When the kubelet took the pod or, if it has not yet, when the scheduler gave it a node."""
+    """Read when the kubelet accepted the pod or, if it has not yet, when the scheduler gave it a node."""
     if "startTime" in status:
         return _time(status["startTime"])
     for condition in status.get("conditions") or ():
@@ -334,7 +349,7 @@ def _obstacle(
     waiting = state.get("waiting") or {}
     since = _time(status.get("startTime") or meta["creationTimestamp"])
     if waiting.get("reason") in _IMAGE_REASONS:
-        # The kubelet's own words alternate between ErrImagePull and its back-off; one steady sentence instead.
+        # The kubelet's message alternates between ErrImagePull and its back-off, and each change would be a write.
         image = next((c.get("image") for c in spec.get("containers") or ()), "?")
         return Obstacle(kind="ImagePull", message=f"image {image!r} cannot be pulled", since=since)
     if waiting.get("reason") in _CONFIG_REASONS:
@@ -349,7 +364,7 @@ def _image(job: Mapping[str, Any]) -> str | None:
 
 
 def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return datetime.fromisoformat(text)
 
 
 def _short(text: str | None) -> str | None:

@@ -31,7 +31,7 @@ NEVER: Final = "Never"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
-    """Steps that were asked to run the same image: what one of them runs, all of them run."""
+    """Stages with the same image: what one of them runs, all of them run."""
 
     image: str | None
     """None: the built-in worker, whatever image it is in."""
@@ -39,7 +39,7 @@ class _Group:
 
 
 def image_of(run: IngestRun, step: Step, *, worker: str, worker_policy: str) -> str:
-    """The image that a Job of this step is to name."""
+    """Return the image that a Job of this stage names."""
     own, pin = step.container, _pin_of(run, step)
     if own is not None:
         name, policy = own.image, own.image_pull_policy
@@ -50,28 +50,35 @@ def image_of(run: IngestRun, step: Step, *, worker: str, worker_policy: str) -> 
     return f"{repository(name)}@{pin.digest}"
 
 
-def pinned_images(run: IngestRun, jobs: Iterable[Attempt]) -> list[ImagePin]:
-    """The pins as they are to be from here on: a digest, once there, stays; the first Job's pod decides."""
+def pinned_images(run: IngestRun, attempts: Iterable[Attempt]) -> list[ImagePin]:
+    """Return the pins from here on: a digest, once there, stays; the first attempt's pod decides."""
     pins = {pin.steps: pin for pin in run.status.images}
-    in_order = sorted(jobs, key=lambda job: job.key)
+    in_order = sorted(attempts, key=lambda attempt: attempt.order)
     for group in _groups(run):
         pin = pins.get(group.steps)
         if (pin is not None and pin.digest is not None) or (pin is None and len(pins) >= MAX_IMAGE_PINS):
             continue
-        found = [job for job in in_order if job.job.step in group.steps]
-        image = group.image
-        if image is None:
-            image = pin.image if pin is not None else next((job.job.image for job in found), None)
-        if image is None:
-            continue
-        digest = next((ran for job in found if (ran := _digest_run(image, job)) is not None), None)
-        if group.image is None or digest is not None:
-            pins[group.steps] = ImagePin(steps=group.steps, image=image if group.image is None else None, digest=digest)
+        pin = _pin_for(group, pin, [attempt for attempt in in_order if attempt.step in group.steps])
+        if pin is not None:
+            pins[group.steps] = pin
     return list(pins.values())
 
 
+def _pin_for(group: _Group, before: ImagePin | None, attempts: Sequence[Attempt]) -> ImagePin | None:
+    """Return the pin that follows from these attempts; None if nothing is known yet."""
+    image = group.image
+    if image is None:
+        image = before.image if before is not None else next((attempt.job.image for attempt in attempts), None)
+    if image is None:
+        return None
+    digest = next((ran for attempt in attempts if (ran := _digest_run(image, attempt)) is not None), None)
+    if group.image is not None:
+        return ImagePin(steps=group.steps, digest=digest) if digest is not None else None
+    return ImagePin(steps=group.steps, image=image, digest=digest)
+
+
 def newly_pinned(old: Sequence[ImagePin], new: Sequence[ImagePin]) -> IndexRanges:
-    """The steps that run another image by the new pins than by the old ones."""
+    """Return the stages that run another image by the new pins than by the old ones."""
     steps = IndexRanges()
     for pin in new:
         if pin not in old:
@@ -79,40 +86,40 @@ def newly_pinned(old: Sequence[ImagePin], new: Sequence[ImagePin]) -> IndexRange
     return steps
 
 
-def image_drift_events(pins: Sequence[ImagePin], run: IngestRun, jobs: Iterable[Attempt]) -> tuple[Event, ...]:
-    """What there is to tell of these Jobs: those that ran another image than the pinned one.
+def image_drift_events(pins: Sequence[ImagePin], run: IngestRun, attempts: Iterable[Attempt]) -> tuple[Event, ...]:
+    """Return one Event about all these attempts that ran another image than the pinned one.
 
-    It takes a tag that moves while the run's first Jobs are out. One Event for all of them.
+    This happens only if the tag is pushed again while the first Jobs are running.
     """
     names = {group.steps: group.image for group in _groups(run)}
-    odd = []
-    for job in sorted(jobs, key=lambda job: job.key):
-        pin = next((pin for pin in pins if job.job.step in pin.steps), None)
+    drifted = []
+    for attempt in sorted(attempts, key=lambda attempt: attempt.order):
+        pin = next((pin for pin in pins if attempt.step in pin.steps), None)
         if pin is None or pin.digest is None:
             continue
-        ran = _digest_run(names.get(pin.steps) or pin.image or "", job)
+        ran = _digest_run(names.get(pin.steps) or pin.image or "", attempt)
         if ran is not None and ran != pin.digest:
-            odd.append((job.job.batch, ran, pin.digest))
-    if not odd:
+            drifted.append((attempt.batch, ran, pin.digest))
+    if not drifted:
         return ()
-    _, ran, kept = odd[0]
-    batches = IndexRanges(batch for batch, _, _ in odd)
+    _, ran, kept = drifted[0]
+    batches = IndexRanges(batch for batch, _, _ in drifted)
     note = f"batch {batches} ran {ran}, all later ones run {kept}: the image's tag moved while the first Jobs were out"
     return (warning("ImageMoved", note, action="Pin"),)
 
 
 def repository(image: str) -> str:
-    """An image's name without its tag and digest."""
+    """Return an image's name without its tag and digest."""
     name = image.partition("@")[0]
     path, slash, last = name.rpartition("/")
     return path + slash + last.partition(":")[0]
 
 
 def digest_of(asked: str, image_id: str) -> str | None:
-    """The digest by which the image that was `asked` for can be pulled again, from the kubelet's `imageID`.
+    """Return the digest by which the image `asked` for can be pulled again, from the kubelet's `imageID`.
 
-    None where it can't be told: no digest, a digest of another repository, or a registry on the node itself, which
-    need not be the same on the next node. None as well where a digest was asked for: there is nothing to find out.
+    None if it is not known: no digest, a digest of another repository, or a registry on the node itself, which
+    need not be the same on the next node. None as well if a digest was asked for, because there is nothing to find out.
     """
     found = _REFERENCE.fullmatch(image_id)
     if found is None or "@" in asked:
@@ -124,7 +131,7 @@ def digest_of(asked: str, image_id: str) -> str | None:
 
 
 def _normalised(name: str) -> tuple[str, str]:
-    """Registry and path. Source: distribution/reference, where `busybox` is `docker.io/library/busybox`."""
+    """Return registry and path. Source: distribution/reference, where `busybox` is `docker.io/library/busybox`."""
     first, slash, rest = name.partition("/")
     if not slash or not ("." in first or ":" in first or first == "localhost"):
         first, rest = "docker.io", name
@@ -133,13 +140,13 @@ def _normalised(name: str) -> tuple[str, str]:
     return first, rest
 
 
-def _digest_run(asked: str, job: Attempt) -> str | None:
-    image_id = job.pod.image_id if job.pod is not None else None
+def _digest_run(asked: str, attempt: Attempt) -> str | None:
+    image_id = attempt.pod.image_id if attempt.pod is not None else None
     return digest_of(asked, image_id) if image_id else None
 
 
 def _groups(run: IngestRun) -> list[_Group]:
-    """The built-in worker first: its pin has the greatest use, and there is room for a few only."""
+    """Group the stages by image. The built-in worker is first, because there is room for a few pins only."""
     by_image: dict[str | None, list[int]] = {}
     for step in steps_of(run.spec):
         own = step.container
@@ -154,7 +161,7 @@ def _groups(run: IngestRun) -> list[_Group]:
 def _pin_of(run: IngestRun, step: Step) -> ImagePin | None:
     steps = {step.index}
     if step.stage is Stage.ON_CANCEL and step.container is not None:
-        # No stage of a batch; where it has the image of one, it runs what that one ran.
+        # The clean-up is no stage of a batch. If it has the image of one, it runs what that stage ran.
         same = (other for other in steps_of(run.spec) if other.container and other.container.image)
         steps = {other.index for other in same if other.container and other.container.image == step.container.image}
     return next((pin for pin in run.status.images if any(index in pin.steps for index in steps)), None)

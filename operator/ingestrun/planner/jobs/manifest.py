@@ -1,4 +1,4 @@
-"""The Job of one attempt of one stage of one batch: its manifest, and whether a Job found is that one."""
+"""The Job of an attempt: its manifest, and whether a Job that was found is that one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
-from ingestrun.planner.actions import CreateJob, DeleteJobs
+from ingestrun.planner.actions import OPERATOR, CreateJob, DeleteJobs
+from ingestrun.planner.batch.pipeline import Step
 from ingestrun.planner.batch.retry import with_memory_limit
+from ingestrun.planner.batch.state import NextAttempt
 from ingestrun.planner.jobs.image_pins import image_of
 
 WORKER_RESOURCES: Final = {"requests": {"cpu": "100m", "memory": "192Mi"}, "limits": {"memory": "1Gi"}}
@@ -24,7 +26,7 @@ _LABEL_VALUE: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerImage:
-    """Which image runs the built-in source, hooks and sink."""
+    """The image that runs the built-in source, hooks and sink."""
 
     name: str
     pull_policy: str = "IfNotPresent"
@@ -32,22 +34,22 @@ class WorkerImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckEndpoint:
-    """Where the Job's pod may ask whether its run is cancelled, and the token that lets it."""
+    """Where the Job's pod may ask whether its run is cancelled, and the token that it needs for that."""
 
     url: str
     token: str = field(repr=False)
 
 
 CheckEndpointFor = Callable[[IngestRun, int], CheckEndpoint | None]
-"""What a Job of this run whose pod has this deadline (seconds) is told about the check; None: nothing."""
+"""Return the endpoint of the check for a Job of this run whose pod has this deadline (seconds); None: no check."""
 
 
 def job_manifest(
     run: IngestRun, create: CreateJob, *, worker: WorkerImage, check: CheckEndpoint | None = None
 ) -> dict[str, Any]:
-    """The Job to create.
+    """Return the Job to create.
 
-    `backoffLimit: 0` and `restartPolicy: Never`: retries are the planner's, so that none happens behind a
+    `backoffLimit: 0` and `restartPolicy: Never`, because the planner alone retries, so that none happens behind a
     cancel. Pods are restricted, without a service-account token, and owned by the run through their Job.
     The deadline is the pod's, so that waiting for room costs no attempt (docs/decisions/0007-deadline-on-the-pod.md).
     """
@@ -106,7 +108,7 @@ def job_manifest(
 
 
 def job_name(run: IngestRun, create: CreateJob) -> str:
-    """The Job's one possible name."""
+    """Return the Job's one possible name."""
     start = create.start
     return names.job_name(
         run_name=run.metadata.name,
@@ -118,7 +120,7 @@ def job_name(run: IngestRun, create: CreateJob) -> str:
 
 
 def job_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
-    """The labels that say which attempt of what a Job is."""
+    """Return the labels that say which attempt a Job is."""
     start = create.start
     labels = {
         names.LABEL_RUN_UID: run.metadata.uid,
@@ -126,7 +128,7 @@ def job_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
         names.LABEL_STAGE: start.step.stage.value,
         names.LABEL_STEP: str(start.step.index),
         names.LABEL_ATTEMPT: str(start.attempt),
-        "app.kubernetes.io/managed-by": "ingestrun-operator",
+        "app.kubernetes.io/managed-by": OPERATOR,
     }
     if _LABEL_VALUE.fullmatch(run.metadata.name):
         labels[names.LABEL_RUN] = run.metadata.name
@@ -134,7 +136,7 @@ def job_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
 
 
 def delete_selector(run_uid: str, spent: DeleteJobs) -> str:
-    """The label selector of the Jobs to delete."""
+    """Return the label selector of the Jobs to delete."""
     terms = [f"{names.LABEL_RUN_UID}={run_uid}"]
     if not spent.clean_up:
         terms.append(f"{names.LABEL_STAGE}!={Stage.ON_CANCEL.value}")
@@ -145,7 +147,7 @@ def delete_selector(run_uid: str, spent: DeleteJobs) -> str:
 
 
 def queue_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
-    """Kueue's labels, as the run carries them: Kueue reads a Job's own, as with any workload. None on a clean-up.
+    """Return Kueue's labels as the run carries them, because Kueue reads a Job's own. A clean-up has none.
 
     With a queue the Job is created suspended. Kueue's webhook would do that, and its controller would suspend a Job
     that escaped it; but where neither runs, a Job that asks for a queue must not start without being admitted.
@@ -156,7 +158,7 @@ def queue_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
 
 
 def owner_reference(run: IngestRun) -> dict[str, Any]:
-    """The run as controlling owner: deleting it ends its Jobs, with the operator down too."""
+    """Return the run as controlling owner: deleting it ends its Jobs, with the operator down too."""
     return {
         "apiVersion": f"{names.GROUP}/{names.VERSION}",
         "kind": names.KIND,
@@ -168,7 +170,7 @@ def owner_reference(run: IngestRun) -> dict[str, Any]:
 
 
 def adoptable(run: IngestRun, create: CreateJob, found: Mapping[str, Any]) -> bool:
-    """Whether a Job found under the name is the one that was to be created: every label of ours and the owner agree."""
+    """Tell whether a Job found under the name is the one to create: every label of the operator and the owner agree."""
     meta = found["metadata"]
     labels = meta.get("labels") or {}
     ours = all(labels.get(key) == value for key, value in job_labels(run, create).items())
@@ -225,8 +227,9 @@ def _resources(create: CreateJob) -> Mapping[str, Any]:
 
 
 def _environment(run: IngestRun, create: CreateJob, check: CheckEndpoint | None) -> list[dict[str, Any]]:
+    """Return the variables of the container contract (docs/contract.md), then the user's own."""
     start, step, meta = create.start, create.start.step, run.metadata
-    told: dict[str, str | None] = {
+    values: dict[str, str | None] = {
         k.ENV_CONTRACT: k.VERSION,
         k.ENV_RUN_NAME: meta.name,
         k.ENV_RUN_NAMESPACE: meta.namespace,
@@ -240,34 +243,43 @@ def _environment(run: IngestRun, create: CreateJob, check: CheckEndpoint | None)
         k.ENV_IDEMPOTENCY_KEY: f"{run.origin_uid}/{start.batch}",
         k.ENV_CONFIG: step.config,
     }
-    # The clean-up runs because of the cancel: there is nothing for it to ask.
-    if check is not None and step.stage is not Stage.ON_CANCEL:
-        told |= {k.ENV_CANCELLATION_URL: check.url, k.ENV_CANCELLATION_TOKEN: check.token}
     if step.stage is Stage.ON_CANCEL:
-        told |= _cancellation_environment(run)
-    partitions = run.spec.batches.partitions
-    if step.stage is Stage.FETCH and partitions is not None:
-        told[k.ENV_PARTITIONS] = str(partitions.total)
-        if partitions.file is not None:
-            told[k.ENV_PARTITION_FILE] = f"{k.WORKSPACE_MOUNT}/{partitions.file}"
-    if run.spec.workspace is not None:
-        told[k.ENV_WORKSPACE] = k.WORKSPACE_MOUNT
-        if start.input_attempt is not None:
-            told[k.ENV_INPUT] = _directory(run, start.batch, step.index - 1, start.input_attempt)
-        if step.stage in (Stage.FETCH, Stage.HOOK):
-            told[k.ENV_OUTPUT] = _directory(run, start.batch, step.index, start.attempt)
-        if step.stage is Stage.HOOK:
-            told[k.ENV_REJECTS] = (
-                f"{k.WORKSPACE_MOUNT}/rejects/{meta.name}/{meta.uid}/{start.batch}-{step.name}-{start.attempt}"
-            )
+        values |= _cancellation_environment(run)
+    elif check is not None:
+        values |= {k.ENV_CANCELLATION_URL: check.url, k.ENV_CANCELLATION_TOKEN: check.token}
+    values |= _partition_environment(run, step) | _workspace_environment(run, start)
     env: list[dict[str, Any]] = [
-        {"name": name, "value": _literal(value)} for name, value in told.items() if value is not None
+        {"name": name, "value": _literal(value)} for name, value in values.items() if value is not None
     ]
     if step.authorization is not None:
         env.append({"name": ENV_HTTP_AUTHORIZATION, "valueFrom": {"secretKeyRef": step.authorization.model_dump()}})
     if step.container is not None:
         env += [variable.model_dump(by_alias=True, exclude_none=True) for variable in step.container.env]
     return env
+
+
+def _partition_environment(run: IngestRun, step: Step) -> dict[str, str | None]:
+    partitions = run.spec.batches.partitions
+    if step.stage is not Stage.FETCH or partitions is None:
+        return {}
+    file = f"{k.WORKSPACE_MOUNT}/{partitions.file}" if partitions.file is not None else None
+    return {k.ENV_PARTITIONS: str(partitions.total), k.ENV_PARTITION_FILE: file}
+
+
+def _workspace_environment(run: IngestRun, start: NextAttempt) -> dict[str, str | None]:
+    """Return where the stage reads and writes; nothing without a workspace."""
+    if run.spec.workspace is None:
+        return {}
+    step, meta, number = start.step, run.metadata, start.attempt
+    values: dict[str, str | None] = {k.ENV_WORKSPACE: k.WORKSPACE_MOUNT}
+    if start.input_attempt is not None:
+        values[k.ENV_INPUT] = _directory(run, start.batch, step.index - 1, start.input_attempt)
+    if step.stage in (Stage.FETCH, Stage.HOOK):
+        values[k.ENV_OUTPUT] = _directory(run, start.batch, step.index, number)
+    if step.stage is Stage.HOOK:
+        rejects = f"{k.WORKSPACE_MOUNT}/rejects/{meta.name}/{meta.uid}"
+        values[k.ENV_REJECTS] = f"{rejects}/{start.batch}-{step.name}-{number}"
+    return values
 
 
 def _cancellation_environment(run: IngestRun) -> dict[str, str | None]:
@@ -285,12 +297,12 @@ def _cancellation_environment(run: IngestRun) -> dict[str, str | None]:
 
 
 def _directory(run: IngestRun, batch: int, step: int, attempt: int) -> str:
-    """Of one attempt alone, so that a pod thought dead that still writes can't spoil a later attempt's data."""
+    """Return a directory of one attempt alone, so that a lost pod that still writes cannot spoil a later one."""
     return f"{k.WORKSPACE_MOUNT}/.ingestrun/{run.metadata.uid}/{batch}/{step}-{attempt}"
 
 
 def _literal(value: str) -> str:
-    """Kubernetes expands $(NAME) in a variable's value; a cursor is data and must arrive as it is."""
+    """Escape $(NAME), which Kubernetes expands in a variable's value: a cursor is data and must arrive as it is."""
     return value.replace("$(", "$$(")
 
 

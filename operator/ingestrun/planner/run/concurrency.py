@@ -17,15 +17,14 @@ from ingestrun.model.spec import ConcurrencyPolicy
 from ingestrun.model.status import Phase
 from ingestrun.planner.actions import OPERATOR, CancelCause
 from ingestrun.planner.status import conditions as c
-from ingestrun.planner.status.events import WAIT_REASONS
+from ingestrun.planner.status.events import WAITING_FOR_DRAIN, WAITING_FOR_REPLACED
 
 FORBIDDEN: Final = "ConcurrencyForbidden"
-WAITS_FOR_DRAIN, WAITS_FOR_REPLACED = WAIT_REASONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConcurrentRun:
-    """Another run of the same namespace and key, as far as it matters here."""
+    """Another run of the same namespace and concurrency key, as far as it matters here."""
 
     name: str
     uid: str
@@ -35,9 +34,37 @@ class ConcurrentRun:
     leaving: bool
     """It has ended, or is about to: cancelled, or being deleted."""
     over: bool
-    """It has ended, its last pod too, and its clean-up: nothing of it can write any more."""
+    """It has ended, its last pod too, and its clean-up, so nothing of it can write any more."""
     replaces: bool
-    """It has said in its status that it waits for those before it to be cancelled and drained."""
+    """Its status says that it waits for those before it to be cancelled and drained."""
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> ConcurrentRun:
+        """Read a run's JSON; also one whose spec this version cannot read as a whole."""
+        meta, spec, status = body["metadata"], body.get("spec") or {}, body.get("status") or {}
+        phase = status.get("phase")
+        ended = phase is not None and Phase(phase).ended
+        leaving = bool(ended or spec.get("cancel") or "deletionTimestamp" in meta)
+        conditions = {item["type"]: item for item in status.get("conditions") or ()}
+        waits_to_replace = conditions.get(c.RECONCILING, {}).get("reason") == WAITING_FOR_REPLACED
+        drained = conditions.get(c.DRAINED, {}).get("status") == "True"
+        return cls(
+            name=meta["name"],
+            uid=meta["uid"],
+            created=datetime.fromisoformat(meta["creationTimestamp"]),
+            started="startTime" in status,
+            leaving=leaving,
+            over=ended and drained and _cleaned_up(spec, status),
+            replaces=waits_to_replace and not leaving and not spec.get("suspend"),
+        )
+
+
+def _cleaned_up(spec: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
+    """Tell whether the clean-up of a cancelled run has ended, if it has one."""
+    if status.get("phase") != Phase.CANCELLED or "onCancel" not in spec:
+        return True
+    clean_up = (status.get("cancellation") or {}).get("onCancel") or {}
+    return clean_up.get("state") in ("Succeeded", "Failed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,54 +77,35 @@ class StartBlock:
 
 
 def concurrency_key_of(body: Mapping[str, Any]) -> str | None:
-    """The concurrency key in a run's JSON."""
+    """Return the concurrency key in a run's JSON."""
     key = ((body.get("spec") or {}).get("concurrency") or {}).get("key")
     return str(key) if key else None
 
 
-def read_concurrent_run(body: Mapping[str, Any]) -> ConcurrentRun:
-    """Read a run's JSON; also one whose spec this version could not read as a whole."""
-    meta, spec, status = body["metadata"], body.get("spec") or {}, body.get("status") or {}
-    phase, said = status.get("phase"), {item["type"]: item for item in status.get("conditions") or ()}
-    ended = phase is not None and Phase(phase).ended
-    clean_up = ((status.get("cancellation") or {}).get("onCancel") or {}).get("state")
-    cleaned = phase != Phase.CANCELLED or "onCancel" not in spec or clean_up in ("Succeeded", "Failed")
-    leaving = bool(ended or spec.get("cancel") or "deletionTimestamp" in meta)
-    return ConcurrentRun(
-        name=meta["name"],
-        uid=meta["uid"],
-        created=datetime.fromisoformat(meta["creationTimestamp"].replace("Z", "+00:00")),
-        started="startTime" in status,
-        leaving=leaving,
-        over=ended and cleaned and said.get(c.DRAINED, {}).get("status") == "True",
-        replaces=said.get(c.RECONCILING, {}).get("reason") == WAITS_FOR_REPLACED
-        and not leaving
-        and not spec.get("suspend"),
-    )
-
-
 def affects(changed: ConcurrentRun, other: ConcurrentRun, *, gone: bool = False) -> bool:
-    """Whether a change of one run, or that it is gone, may concern the other."""
+    """Tell whether a change of one run, or that it is gone, may affect the other."""
     if gone or changed.leaving:
         return not other.started and not other.leaving
     return changed.replaces and not other.leaving
 
 
-def start_block(run: IngestRun, rivals: Sequence[ConcurrentRun]) -> StartBlock | None:
-    """What keeps a run from its first batch; None where nothing does, or where it has begun or is not to begin."""
+def start_block(run: IngestRun, peers: Sequence[ConcurrentRun]) -> StartBlock | None:
+    """Return why the run may not claim its first batch yet; None if it may, has started, or is suspended."""
     concurrency = run.spec.concurrency
     if concurrency is None or concurrency.policy is ConcurrencyPolicy.ALLOW:
         return None
     if run.status.start_time is not None or run.spec.suspend:
         return None
-    before = sorted((rival for rival in rivals if _is_before(rival, run)), key=lambda it: (not it.started, it.created))
+    before = sorted(
+        (peer for peer in peers if _is_before(peer, run)), key=lambda peer: (not peer.started, peer.created)
+    )
     if not before:
         return None
-    staying = [rival for rival in before if not rival.leaving]
+    staying = [peer for peer in before if not peer.leaving]
     if concurrency.policy is ConcurrencyPolicy.REPLACE:
         first = (staying or before)[0]
         message = f"run {first.name} of the same concurrency key is replaced: this one starts once it is drained"
-        return StartBlock(reason=WAITS_FOR_REPLACED, message=message)
+        return StartBlock(reason=WAITING_FOR_REPLACED, message=message)
     if staying:
         message = (
             f"run {staying[0].name} of the concurrency key {concurrency.key} is active, and concurrency.policy is "
@@ -105,26 +113,26 @@ def start_block(run: IngestRun, rivals: Sequence[ConcurrentRun]) -> StartBlock |
         )
         return StartBlock(reason=FORBIDDEN, message=message, final=True)
     message = f"run {before[0].name} of the same concurrency key has ended: this one starts once it is drained"
-    return StartBlock(reason=WAITS_FOR_DRAIN, message=message)
+    return StartBlock(reason=WAITING_FOR_DRAIN, message=message)
 
 
-def replacing_run(run: IngestRun, rivals: Sequence[ConcurrentRun]) -> ConcurrentRun | None:
-    """The run that this one, which has not ended, has to make room for: of several the newest."""
+def replacing_run(run: IngestRun, peers: Sequence[ConcurrentRun]) -> ConcurrentRun | None:
+    """Return the run for which this one, which has not ended, has to make room: of several the newest."""
     meta, started = run.metadata, run.status.start_time is not None
     waiting = [
-        rival
-        for rival in rivals
-        if rival.replaces
-        and not rival.started
-        and rival.uid != meta.uid
-        and (started or (meta.creation_timestamp, meta.uid) < (rival.created, rival.uid))
+        peer
+        for peer in peers
+        if peer.replaces
+        and not peer.started
+        and peer.uid != meta.uid
+        and (started or (meta.creation_timestamp, meta.uid) < (peer.created, peer.uid))
     ]
-    return max(waiting, key=lambda rival: (rival.created, rival.uid), default=None)
+    return max(waiting, key=lambda peer: (peer.created, peer.uid), default=None)
 
 
-def replacement_cause(run: IngestRun, rivals: Sequence[ConcurrentRun]) -> CancelCause | None:
-    """Why a run is cancelled for another; None where it is not."""
-    newer = replacing_run(run, rivals)
+def replacement_cause(run: IngestRun, peers: Sequence[ConcurrentRun]) -> CancelCause | None:
+    """Return why a run is cancelled for another; None if it is not."""
+    newer = replacing_run(run, peers)
     if newer is None:
         return None
     return CancelCause(
@@ -134,8 +142,8 @@ def replacement_cause(run: IngestRun, rivals: Sequence[ConcurrentRun]) -> Cancel
     )
 
 
-def _is_before(rival: ConcurrentRun, run: IngestRun) -> bool:
+def _is_before(peer: ConcurrentRun, run: IngestRun) -> bool:
     meta = run.metadata
-    if rival.over or rival.uid == meta.uid:
+    if peer.over or peer.uid == meta.uid:
         return False
-    return rival.started or (rival.created, rival.uid) < (meta.creation_timestamp, meta.uid)
+    return peer.started or (peer.created, peer.uid) < (meta.creation_timestamp, meta.uid)

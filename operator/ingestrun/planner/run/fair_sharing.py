@@ -1,8 +1,8 @@
-"""The operator's own caps on unfinished Jobs, and how runs share what is left under them: pure, from a snapshot.
+"""The operator's own limits on unfinished Jobs, and how runs share what is left under them: pure, from a snapshot.
 
-Max-min fairness, slot by slot: each goes to the run that has the fewest unfinished Jobs of all that want one and that
-the caps let have one; among equals, to the one whose turn came longest ago. So a run never starts a Job while
-another that could use the slot has fewer, and no slot is left idle while anyone could use it.
+Max-min fairness, slot by slot: each slot goes to the run that has the fewest unfinished Jobs of all that want one and
+that the limits allow one; among equals, to the run that got one longest ago. So a run never starts a Job while
+another that could use the slot has fewer, and no slot is left idle while a run could use it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IN_ALL: Final = "INGESTRUN_MAX_JOBS"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobLimits:
-    """How many unfinished Jobs there may be; 0: no cap. Clean-ups after a cancel are not counted and not held."""
+    """How many unfinished Jobs there may be; 0: no limit. Clean-ups after a cancel are not limited."""
 
     per_run: int = 0
     per_namespace: int = 0
@@ -29,82 +29,83 @@ class JobLimits:
 
     @property
     def any(self) -> bool:
-        """Whether there is a cap at all."""
+        """Tell whether there is a limit at all."""
         return bool(self.per_run or self.per_namespace or self.in_all)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What one run has, and what it could start now if it were let."""
+    """How many Jobs one run has, and how many more it could start now if it were allowed to."""
 
     uid: str
     namespace: str
     active: int = 0
-    """Its unfinished Jobs, those included whose create is under way."""
+    """Its unfinished Jobs, and those whose create is under way."""
     wants: int = 0
     turn: int = 0
-    """When it last got a slot or began to wait: lower is longer ago."""
+    """When it last got a slot or began to wait; lower is longer ago."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
-    """That the API server has refused a Job in this namespace by its ResourceQuota: what was learned from that."""
+    """What is known since the ResourceQuota of a namespace refused a Job."""
 
     message: str
     free: int
-    """How many Jobs of ours have gone since: so many more may be tried before `until`."""
+    """How many of the operator's Jobs have gone since, so that this many may be tried before `until`."""
     until: datetime
-    """From here on anyone may ask again."""
+    """From then on any run may try again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """A snapshot of who has and who wants what, as one run's plan sees it."""
+    """A snapshot of which run has and wants how many Jobs, as one run's plan sees it."""
 
     caps: JobLimits = JobLimits()
     run: Demand
-    """The run itself; what it wants is only known to its plan."""
+    """The run itself; only its plan knows what it wants."""
     others: tuple[Demand, ...] = ()
     """The other runs that wait for a slot."""
     in_namespace: Mapping[str, int] = field(default_factory=dict)
-    """Unfinished Jobs by namespace: of those in which anyone waits."""
+    """Unfinished Jobs of each namespace in which a run waits."""
     in_all: int = 0
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     """By namespace."""
-    needy: int | None = None
-    """The Jobs of the run of this namespace that has fewest, of those to whose Job a quota refuses the pod.
+    fewest_jobs_without_pod: int | None = None
+    """The Jobs of that run which has fewest, among the namespace's other runs to whose Job a quota refuses the pod.
 
-    None: there is no such run but this one.
+    None: there is no such run.
     """
-    known: bool = True
-    """Whether the Jobs that a process before this one has left are counted yet. Until then nothing is started."""
+    synced: bool = True
+    """Whether the Jobs that an earlier process has left are counted. Until then nothing is started."""
 
     @property
     def quota(self) -> Quota | None:
-        """What is known of the quota of the run's own namespace."""
+        """Return what is known of the quota of the run's own namespace."""
         return self.quotas.get(self.run.namespace)
 
     def admit(self, wants: int) -> Admission:
-        """How many of the Jobs that the run wants it may start now, and what it is that holds the rest."""
-        run = replace(self.run, wants=wants)
-        if not self.known:
+        """Return how many of the Jobs that the run wants it may start now, and what prevents the rest."""
+        if not self.synced:
             return Admission(number=0)
-        room = _Headroom(self)
-        number = _share(room, (*self.others, run)).get(run.uid, 0)
-        if self.needy is not None and number > max(0, self.needy - run.active):
-            waits = (
+        run = replace(self.run, wants=wants)
+        headroom = _Headroom(self)
+        number = _share(headroom, (*self.others, run)).get(run.uid, 0)
+        fewest = self.fewest_jobs_without_pod
+        if fewest is not None and number > max(0, fewest - run.active):
+            message = (
                 "a quota of the namespace refuses a pod to a run that has no more Jobs than this one: it comes first"
             )
-            return Admission(number=max(0, self.needy - run.active), reason="QuotaExceeded", message=waits)
+            return Admission(number=max(0, fewest - run.active), reason="QuotaExceeded", message=message)
         if number == wants:
             return Admission(number=number)
-        reason, message = room.full(run.namespace, run.active + number)
+        reason, message = headroom.limit_for(run.namespace, run.active + number)
         return Admission(number=number, reason=reason, message=message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
-    """What a run may start now. With a reason: why not all that it wants."""
+    """How many Jobs a run may start now. With a reason: why not all that it wants."""
 
     number: int
     reason: str | None = None
@@ -112,33 +113,33 @@ class Admission:
 
 
 def admissions(capacity: Capacity) -> dict[str, int]:
-    """What each of those that wait would get now: of interest are those with more than 0."""
-    return _share(_Headroom(capacity), capacity.others) if capacity.known else {}
+    """Return how many Jobs each waiting run would be admitted now, without those that would get none."""
+    return _share(_Headroom(capacity), capacity.others) if capacity.synced else {}
 
 
 class _Headroom:
-    """What is left under the caps while slots are dealt out."""
+    """What is left under the limits while slots are given out."""
 
     def __init__(self, capacity: Capacity) -> None:
         self._caps = capacity.caps
         self._quotas = capacity.quotas
         self._in_namespace = Counter(capacity.in_namespace)
         self._in_all = capacity.in_all
-        self._dealt: Counter[str] = Counter()
+        self._given: Counter[str] = Counter()
 
     def take(self, namespace: str, active: int) -> bool:
-        """A slot for a run of that namespace that has so many; False when there is none."""
-        if self.full(namespace, active)[0] is not None:
+        """Take a slot for a run of that namespace with that many Jobs; return False if there is none."""
+        if self.limit_for(namespace, active)[0] is not None:
             return False
         self._in_namespace[namespace] += 1
         self._in_all += 1
-        self._dealt[namespace] += 1
+        self._given[namespace] += 1
         return True
 
-    def full(self, namespace: str, active: int) -> tuple[str | None, str]:
-        """Which limit keeps a run of that namespace with so many from one more, as reason and sentence.
+    def limit_for(self, namespace: str, active: int) -> tuple[str | None, str]:
+        """Return which limit prevents one more Job for a run of that namespace with that many, as reason and message.
 
-        The sentence has no counts that move: it is part of the status, and a change of it is a write.
+        The message has no counts that change, because it is part of the status, and a change of it is a write.
         """
         caps, quota = self._caps, self._quotas.get(namespace)
         if caps.per_run and active >= caps.per_run:
@@ -152,20 +153,21 @@ class _Headroom:
             return "JobLimitReached", (
                 f"the operator's limit of {caps.in_all} unfinished Jobs in all ({IN_ALL}), which all runs share"
             )
-        if quota is not None and self._dealt[namespace] >= quota.free:
+        if quota is not None and self._given[namespace] >= quota.free:
             return "QuotaExceeded", quota.message
         return None, ""
 
 
-def _share(room: _Headroom, loads: Iterable[Demand]) -> dict[str, int]:
+def _share(headroom: _Headroom, demands: Iterable[Demand]) -> dict[str, int]:
+    """Give out slots one by one; return how many each run gets."""
     given: dict[str, int] = {}
-    left = {load.uid: load for load in loads if load.wants > 0}
-    heap = [(load.active, load.turn, load.uid) for load in left.values()]
+    left = {demand.uid: demand for demand in demands if demand.wants > 0}
+    heap = [(demand.active, demand.turn, demand.uid) for demand in left.values()]
     heapq.heapify(heap)
     while heap:
         active, turn, uid = heapq.heappop(heap)
-        # What keeps a run from a slot keeps it for the rest of the deal: nothing is given back meanwhile.
-        if room.take(left[uid].namespace, active):
+        # Limits only tighten during one round, so a run refused once is out of this round.
+        if headroom.take(left[uid].namespace, active):
             given[uid] = given.get(uid, 0) + 1
             if given[uid] < left[uid].wants:
                 heapq.heappush(heap, (active + 1, turn, uid))

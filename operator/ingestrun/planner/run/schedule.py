@@ -2,108 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus
-from ingestrun.planner.actions import CreateJob, CreateRejection, DeleteJobs
-from ingestrun.planner.batch.attempt import Attempt
-from ingestrun.planner.batch.ledger import (
-    claimable,
-    cursor_of,
-    fetch_limit,
-    next_claims,
-    parked_of,
-    pending_gaps,
-    replay_limit,
-)
+from ingestrun.planner.actions import CreateJob, DeleteJobs
+from ingestrun.planner.batch.ledger import claimable, cursor_of, fetch_limit, next_claims, replay_limit
 from ingestrun.planner.batch.pipeline import steps_of
 from ingestrun.planner.batch.state import BatchState, NextAttempt
 from ingestrun.planner.run.backpressure import (
     Backpressure,
     backpressure_of,
-    have_jobs,
+    hold_jobs,
     jobs_to_free_quota,
     quota_used_up,
     with_checkpoints,
 )
-from ingestrun.planner.run.fair_sharing import Capacity
+from ingestrun.planner.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What to start, and what keeps the rest."""
+    """What to start, and what prevents the rest."""
 
     status: IngestRunStatus
-    """With the new batches claimed, and those parked that wait for room."""
+    """With the new batches claimed, and with those checkpointed that wait for room."""
     creates: tuple[CreateJob, ...] = ()
     backpressure: Backpressure | None = None
     bulk_deletion: DeleteJobs | None = None
-    """Jobs to delete at once, since they use up a quota."""
+    """Jobs to delete at once, because they use up a quota."""
     rechecks: tuple[datetime, ...] = ()
     """When more is due."""
 
 
-def schedule(
-    run: IngestRun,
-    status: IngestRunStatus,
-    flight: Sequence[BatchState],
-    jobs: Sequence[Attempt],
-    *,
-    refusal: CreateRejection | None,
-    capacity: Capacity | None,
-    now: datetime,
-) -> Schedule:
-    """Decide what of `flight`, the batches under way, and of those not begun may be started."""
-    spec = run.spec
-    waiting = [batch for batch in flight if batch.next_attempt is not None]
-    looks = [at for batch in waiting if (at := _not_before(batch)) is not None and at > now]
-    ready = [batch for batch in waiting if (at := _not_before(batch)) is None or at <= now]
-    claims = max(0, min(spec.parallelism - len(flight), claimable(spec, status.batches, status.records)))
-    held = backpressure_of(run, flight, refusal, capacity, wants=len(ready) + claims, now=now)
-    room = jobs_to_free_quota(run, jobs, capacity)
-    if held is not None:
-        # What is in flight goes before new batches, and first what has given up the places of its Jobs.
-        parked = parked_of(status.batches)
-        ready.sort(key=lambda batch: (batch.index not in parked, batch.index))
-        if room is None and quota_used_up(capacity) and len(ready) > held.admitted:
-            before = status
-            status = with_checkpoints(status, ready, jobs, places=len(ready) - held.admitted)
-            looks += [now] if status is not before else []
-        if room is None and quota_used_up(capacity) and not have_jobs(flight, jobs):
-            room = jobs_to_free_quota(run, jobs, capacity, last=True)
-        ready = ready[: held.admitted]
-        claims = min(claims, held.admitted - len(ready))
-        if held.retry_at is not None and held.retry_at > now:
-            looks.append(held.retry_at)
-    creates = [_create_job(run, status, batch.next_attempt) for batch in ready if batch.next_attempt is not None]
-    if claims:
-        fetch = steps_of(spec)[0]
-        new = next_claims(status.batches, claims)
+@dataclass(slots=True)
+class _Candidates:
+    """What is due: batches in flight whose next attempt may start, and how many new batches may be claimed."""
+
+    ready: list[BatchState]
+    claims: int
+    status: IngestRunStatus
+    bulk_deletion: DeleteJobs | None
+    rechecks: list[datetime] = field(default_factory=list)
+
+
+def nothing_scheduled(snapshot: Snapshot) -> Schedule:
+    """Return the schedule of a run that may start nothing now; Jobs that use up a quota are deleted all the same."""
+    return Schedule(status=snapshot.status, bulk_deletion=jobs_to_free_quota(snapshot))
+
+
+def schedule(snapshot: Snapshot) -> Schedule:
+    """Decide which of the batches in flight, and of those not begun, start an attempt now."""
+    run, now, status = snapshot.run, snapshot.now, snapshot.status
+    waiting = [batch for batch in snapshot.in_flight if batch.next_attempt is not None]
+    free = run.spec.parallelism - len(snapshot.in_flight)
+    due = _Candidates(
+        ready=[batch for batch in waiting if batch.next_attempt is not None and batch.next_attempt.due(now)],
+        claims=max(0, min(free, claimable(run.spec, status.batches, status.records))),
+        status=status,
+        bulk_deletion=jobs_to_free_quota(snapshot),
+        rechecks=[at for batch in waiting if (at := _not_before(batch)) is not None and at > now],
+    )
+    backpressure = backpressure_of(snapshot, wants=len(due.ready) + due.claims)
+    if backpressure is not None:
+        _hold_back(snapshot, due, backpressure)
+    creates = [_create_job(run, due.status, batch.next_attempt) for batch in due.ready if batch.next_attempt]
+    status = due.status
+    if due.claims:
+        claimed = next_claims(status.batches, due.claims)
+        fetch = steps_of(run.spec)[0]
         creates += [
             _create_job(run, status, NextAttempt(batch=index, step=fetch, attempt=0, input_attempt=None))
-            for index in new
+            for index in claimed
         ]
-        claimed = status.batches.replace(claimed=status.batches.claimed | new, replay=status.batches.replay - new)
-        status = status.replace(batches=claimed, start_time=status.start_time or now)
-    return Schedule(status=status, creates=tuple(creates), backpressure=held, bulk_deletion=room, rechecks=tuple(looks))
+        batches = status.batches.replace(
+            claimed=status.batches.claimed | claimed, replay=status.batches.replay - claimed
+        )
+        status = status.replace(batches=batches, start_time=status.start_time or now)
+    return Schedule(
+        status=status,
+        creates=tuple(creates),
+        backpressure=backpressure,
+        bulk_deletion=due.bulk_deletion,
+        rechecks=tuple(due.rechecks),
+    )
+
+
+def _hold_back(snapshot: Snapshot, due: _Candidates, backpressure: Backpressure) -> None:
+    """Cut the candidates down to what is admitted, and make room under a quota that is used up."""
+    attempts, now = snapshot.stages, snapshot.now
+    # Batches in flight come before new ones; among them those that were checkpointed, because their Jobs were deleted
+    # to free the quota.
+    checkpoints = due.status.batches.checkpoint_by_batch
+    due.ready.sort(key=lambda batch: (batch.index not in checkpoints, batch.index))
+    if due.bulk_deletion is None and quota_used_up(snapshot.capacity):
+        missing = len(due.ready) - backpressure.admitted
+        if missing > 0:
+            checkpointed = with_checkpoints(due.status, due.ready, attempts, places=missing)
+            due.rechecks += [now] if checkpointed is not due.status else []
+            due.status = checkpointed
+        if not hold_jobs(snapshot.in_flight, attempts):
+            due.bulk_deletion = jobs_to_free_quota(snapshot, last_resort=True)
+    due.ready = due.ready[: backpressure.admitted]
+    due.claims = min(due.claims, backpressure.admitted - len(due.ready))
+    if backpressure.retry_at is not None and backpressure.retry_at > now:
+        due.rechecks.append(backpressure.retry_at)
 
 
 def _not_before(batch: BatchState) -> datetime | None:
     return batch.next_attempt.not_before if batch.next_attempt is not None else None
 
 
-def _create_job(run: IngestRun, status: IngestRunStatus, start: NextAttempt) -> CreateJob:
-    if start.step.stage is not Stage.FETCH:
-        return CreateJob(start=start)
+def _create_job(run: IngestRun, status: IngestRunStatus, following: NextAttempt) -> CreateJob:
+    if following.step.stage is not Stage.FETCH:
+        return CreateJob(start=following)
     partitions = run.spec.batches.partitions
-    gap = pending_gaps(status.batches).get(start.batch)
-    if gap is not None:
-        return CreateJob(start=start, cursor=gap.cursor, limit=replay_limit(gap))
+    replayed = status.batches.pending_replays.get(following.batch)
+    if replayed is not None:
+        return CreateJob(start=following, cursor=replayed.cursor, limit=replay_limit(replayed))
     if partitions is None:
-        return CreateJob(start=start, cursor=cursor_of(run, status), limit=fetch_limit(run.spec, status.records))
-    value = partitions.values[start.batch] if partitions.values is not None else str(start.batch)
-    return CreateJob(start=start, cursor=value)
+        limit = fetch_limit(run.spec, status.records)
+        return CreateJob(start=following, cursor=cursor_of(run, status), limit=limit)
+    value = partitions.values[following.batch] if partitions.values is not None else str(following.batch)
+    return CreateJob(start=following, cursor=value)

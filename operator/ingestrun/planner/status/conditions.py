@@ -27,7 +27,7 @@ MESSAGE_CHARS: Final = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConditionUpdate:
-    """What a condition is to say now; the time of its last change is worked out from what it said before."""
+    """What a condition is to say now; the time of its last transition follows from what it said before."""
 
     type: str
     status: Literal["True", "False", "Unknown"]
@@ -36,18 +36,19 @@ class ConditionUpdate:
 
 
 def merge_conditions(
-    old: Iterable[Condition], claims: Iterable[ConditionUpdate], *, now: datetime, generation: int
+    old: Iterable[Condition], updates: Iterable[ConditionUpdate], *, now: datetime, generation: int
 ) -> list[Condition]:
-    """The old conditions, the claims in place of those of their type; a new time only where the status changed."""
+    """Return the old conditions, each replaced by the update of its type; a new time only if its status changed."""
     conditions = {condition.type: condition for condition in old}
-    for claim in claims:
-        before = conditions.get(claim.type)
-        conditions[claim.type] = Condition(
-            type=claim.type,
-            status=claim.status,
-            reason=claim.reason,
-            message=claim.message[:MESSAGE_CHARS],
+    for update in updates:
+        before = conditions.get(update.type)
+        unchanged = before is not None and before.status == update.status
+        conditions[update.type] = Condition(
+            type=update.type,
+            status=update.status,
+            reason=update.reason,
+            message=update.message[:MESSAGE_CHARS],
             observed_generation=generation,
-            last_transition_time=before.last_transition_time if before and before.status == claim.status else now,
+            last_transition_time=before.last_transition_time if before is not None and unchanged else now,
         )
     return list(conditions.values())

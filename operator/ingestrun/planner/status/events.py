@@ -1,4 +1,4 @@
-"""What a change of status is worth telling people: from the old and the new status to Events."""
+"""The Events of a run: which ones a change of its status deserves."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Final, Literal
 from ingestrun.model.contract import Stage
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.spec import CancellationPolicy
-from ingestrun.model.status import IngestRunStatus, Phase
+from ingestrun.model.status import AttemptId, IngestRunStatus, Phase
 from ingestrun.planner.batch.state import NextAttempt
 from ingestrun.planner.status import conditions as c
 
-WAIT_REASONS: Final = ("WaitingForDrain", "WaitingForReplaced")
-"""Why a run waits for another before its first batch; told once each."""
+WAITING_FOR_DRAIN: Final = "WaitingForDrain"
+WAITING_FOR_REPLACED: Final = "WaitingForReplaced"
+WAIT_REASONS: Final = (WAITING_FOR_DRAIN, WAITING_FOR_REPLACED)
+"""Why a run waits for another before its first batch; each has one Event."""
 NOTE_CHARS: Final = 1000
-"""events.k8s.io/v1 takes notes of at most 1 KiB."""
+"""events.k8s.io/v1 accepts notes of at most 1 KiB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,17 +32,17 @@ class Event:
 
 
 def normal(reason: str, note: str, *, action: str) -> Event:
-    """Something that went as it should."""
+    """Return an Event about something that went as it should."""
     return Event(type="Normal", reason=reason, action=action, note=note[:NOTE_CHARS])
 
 
 def warning(reason: str, note: str, *, action: str) -> Event:
-    """Something that somebody may have to look at."""
+    """Return an Event about something that somebody may have to look at."""
     return Event(type="Warning", reason=reason, action=action, note=note[:NOTE_CHARS])
 
 
 def events_between(old: IngestRunStatus, new: IngestRunStatus) -> list[Event]:
-    """The Events that the step from `old` to `new` deserves."""
+    """Return the Events that the step from `old` to `new` deserves."""
     return [
         *_failure_events(old, new),
         *_progress_events(old, new),
@@ -50,8 +52,8 @@ def events_between(old: IngestRunStatus, new: IngestRunStatus) -> list[Event]:
 
 
 def memory_raised_events(old: IngestRunStatus, new: IngestRunStatus, starts: Iterable[NextAttempt]) -> list[Event]:
-    """That the next attempts get more memory; told with the failure that made it so."""
-    fresh = {failure.key for failure in new.failures} - {failure.key for failure in old.failures}
+    """Return an Event for each next attempt that gets more memory, once its failure is new in the status."""
+    fresh = {failure.id for failure in new.failures} - {failure.id for failure in old.failures}
     return [
         normal(
             "MemoryRaised",
@@ -65,27 +67,27 @@ def memory_raised_events(old: IngestRunStatus, new: IngestRunStatus, starts: Ite
     ]
 
 
-def skipped_events(starts: Iterable[tuple[int, str, int]]) -> list[Event]:
-    """All that a cancel kept from starting, as (batch, stage, attempt): two Events at most, however many there are."""
+def skipped_events(starts: Iterable[AttemptId]) -> list[Event]:
+    """Return at most two Events about all that a cancel kept from starting, however many attempts that are."""
     whole: set[int] = set()
     by_stage: dict[str, set[int]] = {}
     for batch, stage, attempt in starts:
-        # A batch that has been tried already was begun: what is left out is its next attempt.
+        # A batch that was tried before has begun, so it is its next attempt that is skipped.
         unbegun = stage == Stage.FETCH.value and attempt == 0
         (whole if unbegun else by_stage.setdefault(stage, set())).add(batch)
-    told = []
+    events = []
     if whole:
-        told.append(normal("BatchSkipped", f"not begun after the cancel: batch {IndexRanges(whole)}", action="Skip"))
+        events.append(normal("BatchSkipped", f"not begun after the cancel: batch {IndexRanges(whole)}", action="Skip"))
     if by_stage:
         parts = (f"{stage} of batch {IndexRanges(found)}" for stage, found in sorted(by_stage.items()))
-        told.append(normal("StageSkipped", f"not started after the cancel: {'; '.join(parts)}", action="Skip"))
-    return told
+        events.append(normal("StageSkipped", f"not started after the cancel: {'; '.join(parts)}", action="Skip"))
+    return events
 
 
 def _failure_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
-    known = {failure.key for failure in old.failures}
+    known = {failure.id for failure in old.failures}
     for failure in new.failures:
-        if failure.key not in known:
+        if failure.id not in known:
             place = f"batch {failure.batch}, {failure.stage}, attempt {failure.attempt + 1}"
             yield warning("StageFailed", f"{place}: {failure.reason}: {failure.message}", action="Judge")
     gone = new.batches.failed - old.batches.failed
@@ -116,9 +118,9 @@ def _end_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
     if new.phase is old.phase or new.phase is None or not new.phase.ended:
         return
     end = new.condition(c.SUCCEEDED)
-    tell = warning if new.phase is Phase.FAILED else normal
+    make = warning if new.phase is Phase.FAILED else normal
     action = "Cancel" if new.phase is Phase.CANCELLED else "Finish"
-    yield tell(new.phase.value, end.message if end and end.message else new.phase.value, action=action)
+    yield make(new.phase.value, end.message if end and end.message else new.phase.value, action=action)
 
 
 def _cancellation_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
@@ -134,17 +136,22 @@ def _cancellation_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator
         drained = new.condition(c.DRAINED)
         landed = f"; published all the same: batch {now.published}" if now.published else ""
         yield normal("Drained", (drained.message if drained else "") + landed, action="Drain")
-    ended = now.on_cancel.state if now.on_cancel is not None else None
-    if ended in ("Succeeded", "Failed") and (before is None or before.on_cancel != now.on_cancel):
-        tell = normal if ended == "Succeeded" else warning
-        said = now.on_cancel.message if now.on_cancel is not None else ""
-        yield tell(f"OnCancel{ended}", said or "the clean-up has ended well", action="CleanUp")
+    yield from _clean_up_events(old, new)
+
+
+def _clean_up_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
+    before = old.cancellation.on_cancel if old.cancellation is not None else None
+    now = new.cancellation.on_cancel if new.cancellation is not None else None
+    if now is None or now == before or now.state not in ("Succeeded", "Failed"):
+        return
+    make = normal if now.state == "Succeeded" else warning
+    yield make(f"OnCancel{now.state}", now.message or "the clean-up has ended well", action="CleanUp")
 
 
 def _became(
     old: IngestRunStatus, new: IngestRunStatus, kind: str, *, status: str = "True", reason: str | None = None
 ) -> bool:
-    """Whether the condition has got this status (and reason), and had not before."""
+    """Tell whether the condition has got this status (and reason), and had not before."""
     now, before = new.condition(kind), old.condition(kind)
     if now is None or now.status != status or (reason is not None and now.reason != reason):
         return False

@@ -18,7 +18,7 @@ from tests.fakes.world import KEY, Killed, World, manifest
 from ingestrun.kube.errors import KubeError, NotFound, Unavailable, Unknown
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model.names import LABEL_RUN_UID, LABEL_STAGE
-from ingestrun.planner.run.concurrency import read_concurrent_run
+from ingestrun.planner.run.concurrency import ConcurrentRun
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def assert_alone(world: World) -> None:
             if mine.get("policy", "Allow") == "Allow":
                 continue
             for other in runs.values():
-                theirs, rival = other["spec"]["concurrency"], read_concurrent_run(other)
+                theirs, rival = other["spec"]["concurrency"], ConcurrentRun.read(other)
                 if rival.uid == uid or theirs["key"] != mine["key"]:
                     continue
                 beside = rival.started and not rival.over
@@ -318,9 +318,7 @@ async def test_claim_whose_answer_was_lost_holds_the_others_back(world: World) -
     with pytest.raises(KubeError):
         await world.reconciler.reconcile(key("two"), "test")
     create(world, "one", "Forbid")
-    assert (
-        read_concurrent_run(world.cluster.run(key("one"))).uid < read_concurrent_run(world.cluster.run(key("two"))).uid
-    )
+    assert ConcurrentRun.read(world.cluster.run(key("one"))).uid < ConcurrentRun.read(world.cluster.run(key("two"))).uid
     with pytest.raises(Unavailable, match="what run two has written, which concerns this one, is not known yet"):
         await world.reconciler.reconcile(key("one"), "test")
     world.cluster.deliver_late()

@@ -26,7 +26,7 @@ def course(
     *,
     retries: int = 3,
     oom: OutOfMemory | None = None,
-    had: int | None = 256 * MI,
+    memory_limit: int | None = 256 * MI,
     backoff: Backoff = NONE,
 ) -> list[RetryDecision]:
     """What comes of attempts that fail one after another for these reasons; it ends where nothing is retried."""
@@ -34,12 +34,16 @@ def course(
     spent, told = BudgetsUsed(), []
     for reason in reasons:
         then = decide_retry(
-            Failure(reason=reason, message=""), allowance=allowance, spent=spent, had=had, identity="r/0/0"
+            Failure(reason=reason, message=""),
+            policy=allowance,
+            used=spent,
+            memory_limit=memory_limit,
+            identity="r/0/0",
         )
         told.append(then)
         if not then.retried:
             break
-        spent, had = then.used, then.memory.limit if then.memory else had
+        spent, memory_limit = then.used, then.memory.limit if then.memory else memory_limit
     return told
 
 
@@ -79,7 +83,7 @@ def test_disruptions_are_free_only_so_often() -> None:
     ],
 )
 def test_memory_doubles_up_to_the_cap(had: int, cap: str | int, retries: int, limits: list[int], end: str) -> None:
-    told = course(["OOMKilled"] * 9, retries=0, oom=OutOfMemory(max_memory=cap, retries=retries), had=had * MI)
+    told = course(["OOMKilled"] * 9, retries=0, oom=OutOfMemory(max_memory=cap, retries=retries), memory_limit=had * MI)
     assert [then.memory.limit // MI for then in told if then.memory] == limits
     assert all(then.action is FailureAction.RETRY_WITH_MORE_MEMORY for then in told[:-1])
     assert (told[-1].action, told[-1].explanation) == (FailureAction.FAIL_BATCH, end)
@@ -100,7 +104,7 @@ def test_zero_memory_retries_are_not_unset() -> None:
 
 
 def test_without_a_limit_there_is_nothing_to_raise() -> None:
-    told = course(["OOMKilled"] * 9, oom=OutOfMemory(max_memory="4Gi"), had=None, retries=2)
+    told = course(["OOMKilled"] * 9, oom=OutOfMemory(max_memory="4Gi"), memory_limit=None, retries=2)
     assert [then.explanation for then in told] == ["retry 1 of 2 at once", "retry 2 of 2 at once", ""]
 
 
@@ -114,7 +118,7 @@ def test_without_a_limit_there_is_nothing_to_raise() -> None:
 def test_no_course_is_endless_and_no_cap_exceeded(
     reasons: list[str], retries: int, raises: int, cap: int, had: int | None
 ) -> None:
-    told = course(reasons, retries=retries, oom=OutOfMemory(max_memory=cap, retries=raises), had=had)
+    told = course(reasons, retries=retries, oom=OutOfMemory(max_memory=cap, retries=raises), memory_limit=had)
     assert len([then for then in told if then.retried]) <= retries + raises + FREE_DISRUPTIONS
     for then in told:
         assert then.memory is None or (then.memory.before or 0) < then.memory.limit <= cap

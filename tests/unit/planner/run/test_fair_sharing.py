@@ -69,8 +69,8 @@ def told(caps: JobLimits, run: Demand, *others: Demand, needy: int | None = None
         others=others,
         in_namespace=base.in_namespace,
         in_all=base.in_all,
-        needy=needy,
-        known=known,
+        fewest_jobs_without_pod=needy,
+        synced=known,
     ).admit(run.wants)
 
 
