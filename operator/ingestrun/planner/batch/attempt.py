@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from ingestrun.model.names import LABEL_ATTEMPT, LABEL_BATCH, LABEL_RUN_UID, LABEL_STEP
 from ingestrun.model.quantity import QuantityError, read_bytes
+from ingestrun.model.text import truncate
 
 MESSAGE_CHARS: Final = 256
 """How much of a message of a container or the server is kept; the rest is in the pod's log."""
@@ -368,6 +369,4 @@ def _time(text: str) -> datetime:
 
 
 def _short(text: str | None) -> str | None:
-    if text is None or len(text) <= MESSAGE_CHARS:
-        return text
-    return text[: MESSAGE_CHARS - 1] + "…"
+    return truncate(text, MESSAGE_CHARS) if text is not None else None

@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Final
 
 from ingestrun.model.contract import EXIT_PERMANENT, Outcome, ResultError, StageResult, parse_result
+from ingestrun.model.text import truncate
 from ingestrun.planner.batch.attempt import MESSAGE_CHARS, Attempt, JobState, ObservedPod
 
 
@@ -167,7 +168,7 @@ def _result(ended: Attempt) -> StageResult | Failure:
         words = f": {strip_control(result.message)}" if result.message else ""
         return Failure(
             reason=WORKER_CANCELLED,
-            message=f"the container stopped for a cancel that this run does not have{words}"[:MESSAGE_CHARS],
+            message=truncate(f"the container stopped for a cancel that this run does not have{words}", MESSAGE_CHARS),
         )
     if result.outcome is not Outcome.DONE:
         return Failure(
@@ -258,7 +259,7 @@ def _container_message(message: str | None) -> str:
         words = " ".join(strip_control(parse_result(message).message or "").split())
     except ResultError:
         return last_line(message, chars=MESSAGE_CHARS)
-    return words[:MESSAGE_CHARS]
+    return truncate(words, MESSAGE_CHARS)
 
 
 def strip_control(text: str) -> str:

@@ -15,6 +15,7 @@ from ingestrun.model.contract import Stage, StageResult
 from ingestrun.model.resume import UnpublishedBatch, cursor_digest
 from ingestrun.model.spec import Backoff, OutOfMemory
 from ingestrun.model.status import AttemptId, Checkpoint, StageFailure
+from ingestrun.model.text import truncate
 from ingestrun.planner.batch.attempt import MESSAGE_CHARS, Attempt, Obstacle
 from ingestrun.planner.batch.failure_policy import Failure, outcome_of
 from ingestrun.planner.batch.pipeline import Step
@@ -314,7 +315,7 @@ class _StageWalk:
     def _failure(self, step: Step, number: int, failure: Failure, explanation: str, at: datetime) -> StageFailure:
         """Return a failed attempt as the status has it: why it failed, and what follows from that."""
         room = MESSAGE_CHARS - (len(explanation) + 2 if explanation else 0)
-        why = failure.message if len(failure.message) <= room else failure.message[: room - 1] + "…"
+        why = truncate(failure.message, room)
         return StageFailure(
             batch=self._index,
             stage=step.label,

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Final, Literal
 
 from ingestrun.model.status import Condition
+from ingestrun.model.text import truncate
 
 SUCCEEDED: Final = "Succeeded"
 FINISHED: Final = "Finished"
@@ -47,7 +48,7 @@ def merge_conditions(
             type=update.type,
             status=update.status,
             reason=update.reason,
-            message=update.message[:MESSAGE_CHARS],
+            message=truncate(update.message, MESSAGE_CHARS),
             observed_generation=generation,
             last_transition_time=before.last_transition_time if before is not None and unchanged else now,
         )

@@ -10,6 +10,7 @@ from ingestrun.model.contract import Stage
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import AttemptId, IngestRunStatus, Phase
+from ingestrun.model.text import truncate_bytes
 from ingestrun.planner.batch.state import NextAttempt
 from ingestrun.planner.status import conditions as c
 
@@ -17,8 +18,8 @@ WAITING_FOR_DRAIN: Final = "WaitingForDrain"
 WAITING_FOR_REPLACED: Final = "WaitingForReplaced"
 WAIT_REASONS: Final = (WAITING_FOR_DRAIN, WAITING_FOR_REPLACED)
 """Why a run waits for another before its first batch; each has one Event."""
-NOTE_CHARS: Final = 1000
-"""events.k8s.io/v1 accepts notes of at most 1 KiB."""
+NOTE_BYTES: Final = 1024
+"""events.k8s.io/v1 refuses a longer note, in bytes of UTF-8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +34,12 @@ class Event:
 
 def normal(reason: str, note: str, *, action: str) -> Event:
     """Return an Event about something that went as it should."""
-    return Event(type="Normal", reason=reason, action=action, note=note[:NOTE_CHARS])
+    return Event(type="Normal", reason=reason, action=action, note=truncate_bytes(note, NOTE_BYTES))
 
 
 def warning(reason: str, note: str, *, action: str) -> Event:
     """Return an Event about something that somebody may have to look at."""
-    return Event(type="Warning", reason=reason, action=action, note=note[:NOTE_CHARS])
+    return Event(type="Warning", reason=reason, action=action, note=truncate_bytes(note, NOTE_BYTES))
 
 
 def events_between(old: IngestRunStatus, new: IngestRunStatus) -> list[Event]:

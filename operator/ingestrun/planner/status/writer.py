@@ -13,7 +13,8 @@ from typing import Final
 from ingestrun.model.base import KubeModel
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import IngestRunSpec
-from ingestrun.model.status import IngestRunStatus, Phase, StageFailure
+from ingestrun.model.status import Condition, IngestRunStatus, Phase, StageFailure
+from ingestrun.model.text import truncate
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
 
@@ -119,10 +120,11 @@ def _latest_failure(status: IngestRunStatus) -> IngestRunStatus:
 
 def _short_conditions(status: IngestRunStatus) -> IngestRunStatus:
     """Shorten all messages but that of `Succeeded`, because the columns of `kubectl get -o wide` show it."""
-    conditions = [
-        condition if condition.type == c.SUCCEEDED else condition.replace(message=condition.message[:SHORT_MESSAGE])
-        for condition in status.conditions
-    ]
+
+    def short(condition: Condition) -> Condition:
+        return condition.replace(message=truncate(condition.message, SHORT_MESSAGE))
+
+    conditions = [each if each.type == c.SUCCEEDED else short(each) for each in status.conditions]
     return status.replace(conditions=conditions)
 
 
