@@ -17,27 +17,39 @@ from ingestrun.model.contract import CURSOR_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.resume import LandedRecords, UnpublishedBatch
 from ingestrun.model.run import IngestRun
-from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARALLELISM, MAX_PARTITIONS
-from ingestrun.model.status import (
+from ingestrun.model.size_budget import (
+    KEPT_FAILURES,
+    KEPT_LOGS,
+    LOG_BYTES,
+    MAX_CHECKPOINTS,
+    MAX_FAILED_BATCHES,
     MAX_IMAGE_PINS,
+    MAX_PARALLELISM,
+    MESSAGE_CHARS,
+    NAMED_CHILDREN,
+    SAVED_STATE_BYTES,
+    STATUS_BYTES,
+    UNPUBLISHED_FREE_BYTES,
+)
+from ingestrun.model.spec import MAX_PARTITIONS, CancellationPolicy
+from ingestrun.model.status import (
     AfterEndStatus,
     BatchesStatus,
     CancellationStatus,
     Checkpoint,
+    ChildrenStatus,
     Condition,
     ImagePin,
     IngestRunStatus,
+    OnCancelStatus,
     Phase,
     RecordsStatus,
     ResumedByStatus,
     ResumedFromStatus,
     StageFailure,
 )
-from ingestrun.planner.batch.failure_policy import LOG_BYTES
-from ingestrun.planner.batch.ledger import KEPT_FAILURES, KEPT_LOGS, add_retries
-from ingestrun.planner.run.backpressure import MAX_CHECKPOINTS
-from ingestrun.planner.run.progress import FREE_BYTES
-from ingestrun.planner.status.writer import SAVED_BYTES, STATUS_BYTES, finish_status, fit_status, saved_state_bytes
+from ingestrun.planner.batch.ledger import add_retries
+from ingestrun.planner.status.writer import finish_status, fit_status, saved_state_bytes
 
 Model = TypeVar("Model", bound=KubeModel)
 
@@ -232,7 +244,9 @@ def worst_status(
             failed=lost,
             active=in_flight,
             progress=f"{batches}/{batches}",
-            unpublished=[UnpublishedBatch(batch=batches, cursor="c" * (FREE_BYTES - 60), read=2**53, next="d" * 8)],
+            unpublished=[
+                UnpublishedBatch(batch=batches, cursor="c" * (UNPUBLISHED_FREE_BYTES - 72), read=2**53, next="d" * 8)
+            ],
             checkpoints=[
                 Checkpoint(
                     batch=batches,
@@ -280,6 +294,7 @@ def worst_status(
         cancellation=CancellationStatus(
             reason="r" * 512,
             requested_by="u" * 128,
+            policy=CancellationPolicy.TERMINATE,
             accepted_at=NOW,
             active_batches=in_flight,
             drained_at=NOW if drained else None,
@@ -293,6 +308,24 @@ def worst_status(
         else None,
         resumed_from=ResumedFromStatus(name="n" * 253, uid="u" * 36, origin_uid="u" * 36),
         resumed_by=ResumedByStatus(name="n" * 253, uid="u" * 36),
+    )
+
+
+def by_cascade(status: IngestRunStatus, *, children: bool = False) -> IngestRunStatus:
+    """The same of a run that was cancelled with its parent, has a clean-up, and children of the longest names."""
+    record = status.cancellation
+    assert record is not None
+    clean_up = OnCancelStatus(state="Running", message="m" * (MESSAGE_CHARS + 16))
+    below = ChildrenStatus(
+        cancelled=999, ended_before=999, ended_before_names=["n" * 253] * NAMED_CHILDREN, waiting=999
+    )
+    return status.replace(
+        cancellation=record.replace(
+            parent="n" * 253,
+            cascade=True,
+            children=below if children else None,
+            on_cancel=clean_up if record.drained_at is not None else None,
+        )
     )
 
 
@@ -320,7 +353,7 @@ def test_beside_the_copy_of_a_saved_state_what_is_said_makes_room() -> None:
 
     def told(**spec: Any) -> IngestRunStatus:
         run = IngestRun.read({"metadata": meta, "spec": {**manifest(**spec)["spec"]}})
-        assert saved_state_bytes(run.spec) <= SAVED_BYTES
+        assert saved_state_bytes(run.spec) <= SAVED_STATE_BYTES
         return finish_status(run, status, phase=None, conditions=(), now=NOW)
 
     assert told().failures == status.failures
