@@ -2,8 +2,9 @@
 
 The API server stores the whole object anew with each write and sends it to each watch, so its size is what a status
 write costs. The table below adds up to the 16 KiB; each part is bounded by the constants beside it. Only index ranges
-cut to pieces by failed batches and by batches in flight can be longer than their row: only then is the status measured
-(`fit_status`), and logs, older failures and the ends of long messages go until it fits.
+cut to pieces by failed batches and by batches in flight can be longer than their row, and the names of children are in
+none: only then is the status measured (`fit_status`), and logs, older failures, the ends of long messages and those
+names go until it fits.
 
 A character counts as one byte.
 """
@@ -52,7 +53,7 @@ MAX_CHECKPOINTS: Final = 6
 MAX_IMAGE_PINS: Final = 5
 """Of how many different images a digest is kept: about 130 bytes each."""
 NAMED_CHILDREN: Final = 20
-"""How many of the children that had ended before a cascading cancel are named."""
+"""How many of the children that had ended before a cascading cancel are named, if there is room."""
 
 STATUS_PARTS: Final = MappingProxyType(
     {

@@ -346,6 +346,40 @@ def test_the_worst_status_leaves_room_in_16_kib(failed: int, in_flight: int, dra
         assert fit == status
 
 
+@pytest.mark.parametrize("children", [True, False])
+@pytest.mark.parametrize("drained", [True, False])
+@pytest.mark.parametrize("failed", [0, MAX_FAILED_BATCHES])
+@pytest.mark.parametrize("in_flight", [0, 50, MAX_PARALLELISM])
+def test_the_record_of_a_cascading_cancel_fits_too(failed: int, in_flight: int, drained: bool, children: bool) -> None:
+    status = by_cascade(worst_status(failed=failed, in_flight=in_flight, drained=drained), children=children)
+    fit = fit_status(status)
+
+    assert len(dumped(fit).encode()) <= STATUS_BYTES
+    assert fit_status(fit) == fit
+    assert fit.batches == status.batches
+    before, after = status.cancellation, fit.cancellation
+    assert before is not None
+    assert after is not None
+    assert after.replace(children=None, on_cancel=None) == before.replace(children=None, on_cancel=None)
+    if before.children is not None:
+        assert after.children is not None
+        assert after.children.replace(ended_before_names=[]) == before.children.replace(ended_before_names=[])
+    if before.on_cancel is not None:
+        assert after.on_cancel is not None
+        assert after.on_cancel.state == before.on_cancel.state
+
+
+def test_the_names_of_children_stay_where_there_is_room() -> None:
+    status = by_cascade(worst_status(failed=0, in_flight=4), children=True)
+    record = status.cancellation
+    assert record is not None
+    assert record.children is not None
+    children = record.children.replace(ended_before_names=["geo-2026-11-23-0304"] * NAMED_CHILDREN)
+    status = status.replace(cancellation=record.replace(children=children))
+
+    assert fit_status(status) == status
+
+
 def test_beside_the_copy_of_a_saved_state_what_is_said_makes_room() -> None:
     status = worst_status(failed=0, in_flight=4)
     meta = {"name": "n", "namespace": "n", "uid": "u", "resourceVersion": "1", "creationTimestamp": NOW}

@@ -87,11 +87,13 @@ def saved_state_bytes(spec: IngestRunSpec) -> int:
 def fit_status(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
     """Return the status within its bytes: logs are dropped first, then older failures, then the ends of long messages.
 
-    `beside` is how many of the bytes a saved state takes.
+    Last go the names of children, the clean-up's message and the one failure left. `beside` is how many of the bytes
+    a saved state takes.
     """
-    batches = status.batches
+    batches, cancellation = status.batches, status.cancellation
     ranges = (batches.claimed, batches.fetched, batches.published, batches.failed, batches.replay)
-    if not beside and sum(len(str(each)) for each in ranges) <= UNMEASURED_RANGES_BYTES:
+    names_children = cancellation is not None and cancellation.children is not None
+    if not beside and not names_children and sum(len(str(each)) for each in ranges) <= UNMEASURED_RANGES_BYTES:
         return status
     for shortened in _STEPS:
         if _bytes_of(status) + beside <= STATUS_BYTES:
@@ -122,8 +124,24 @@ def _short_conditions(status: IngestRunStatus) -> IngestRunStatus:
     return status.replace(conditions=conditions)
 
 
+def _short_record(status: IngestRunStatus) -> IngestRunStatus:
+    """Keep of the children only how many there are, and of the clean-up only how it stands."""
+    record = status.cancellation
+    if record is None:
+        return status
+    children = record.children.replace(ended_before_names=[]) if record.children is not None else None
+    on_cancel = record.on_cancel.replace(message="") if record.on_cancel is not None else None
+    return status.replace(cancellation=record.replace(children=children, on_cancel=on_cancel))
+
+
+def _without_failures(status: IngestRunStatus) -> IngestRunStatus:
+    return status.replace(failures=[])
+
+
 _STEPS: Final[tuple[Callable[[IngestRunStatus], IngestRunStatus], ...]] = (
     _without_logs,
     _latest_failure,
     _short_conditions,
+    _short_record,
+    _without_failures,
 )
