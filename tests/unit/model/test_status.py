@@ -210,6 +210,32 @@ def test_condition_by_type() -> None:
     assert status.condition("Finished") is None
 
 
+def test_in_flight_is_what_was_claimed_and_has_neither_ended_nor_is_to_be_claimed_again() -> None:
+    batches = BatchesStatus(
+        claimed=IndexRanges.span(0, 9),
+        fetched=IndexRanges.span(0, 7),
+        published=IndexRanges([0, 1, 4]),
+        failed=IndexRanges([2]),
+        replay=IndexRanges([3, 9]),
+    )
+
+    assert batches.in_flight == IndexRanges.parse("5-8")
+    assert BatchesStatus().in_flight == IndexRanges()
+
+
+def test_pending_replays_are_the_unpublished_batches_that_are_not_fetched() -> None:
+    first, second, third = (UnpublishedBatch(batch=n, cursor=f"c{n}", read=10) for n in (3, 5, 8))
+    batches = BatchesStatus(fetched=IndexRanges([0, 1, 5]), unpublished=[first, second, third])
+
+    assert batches.pending_replays == {3: first, 8: third}
+
+
+def test_checkpoints_by_batch() -> None:
+    first, second = Checkpoint(batch=4, stage=1), Checkpoint(batch=7)
+
+    assert BatchesStatus(checkpoints=[first, second]).checkpoint_by_batch == {4: first, 7: second}
+
+
 def worst_status(
     *, failed: int, in_flight: int, drained: bool = True, batches: int = MAX_PARTITIONS
 ) -> IngestRunStatus:
@@ -225,7 +251,7 @@ def worst_status(
                 type=kind,
                 status="Unknown",
                 reason="CompletedWithFailedBatches",
-                message="m" * 256,
+                message="m" * MESSAGE_CHARS,
                 last_transition_time=NOW,
                 observed_generation=100,
             )
@@ -272,7 +298,7 @@ def worst_status(
                 stage=f"hook {'h' * 63}",
                 attempt=100,
                 reason="R" * 32,
-                message="m" * 256,
+                message="m" * MESSAGE_CHARS,
                 time=NOW,
                 log="l" * LOG_BYTES if n < KEPT_LOGS else None,
             )
