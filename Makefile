@@ -39,9 +39,10 @@ $(VENV)/.installed: requirements/dev.lock
 	@$(BIN)/python -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "ingestrun.pth").write_text(sys.argv[1] + "\n")' "$(CURDIR)/operator"
 	@touch $@
 
-lint: $(VENV)/.installed ## Style and lint
+lint: $(VENV)/.installed ## Style, lint, and who imports whom
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/ruff check $(SOURCES)
+	@PYTHONPATH=operator $(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.installed ## Put the style right
 	@$(BIN)/ruff format $(SOURCES)

@@ -28,7 +28,7 @@ from tests.race.generator import run_spec
 from tests.race.history import OPERATOR, AuditTail, call_name, microseconds
 
 from ingestrun.model.ranges import IndexRanges
-from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARALLELISM
+from ingestrun.model.size_budget import MAX_FAILED_BATCHES, MAX_PARALLELISM
 
 BATCHES = int(os.environ.get("BATCHES") or 1500)
 TAIL = int(os.environ.get("TAIL") or 0)

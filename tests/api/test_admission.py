@@ -21,7 +21,8 @@ from kubernetes.client import ApiException
 from pydantic import ValidationError
 
 from ingestrun.model.run import IngestRun
-from ingestrun.model.spec import MAX_FAILED_BATCHES, IngestRunSpec
+from ingestrun.model.size_budget import MAX_FAILED_BATCHES
+from ingestrun.model.spec import IngestRunSpec
 
 if TYPE_CHECKING:
     from tests.api.conftest import Cluster, Json

@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from ingestrun.model.base import KubeModel
 from ingestrun.model.resume import ResumeFrom
+from ingestrun.model.size_budget import MAX_FAILED_BATCHES, MAX_PARALLELISM
 from ingestrun.model.stages import Seconds, StageSettings
 from ingestrun.model.worker import SecretKeySelector, Sink, Source, Validate, exactly_one
 
@@ -18,11 +19,6 @@ ObjectName = Annotated[
 ]
 
 MAX_PARTITIONS = 1_000_000
-MAX_PARALLELISM = 100
-"""Each batch in flight may cut the ranges of the status in two, as each failed one may."""
-MAX_FAILED_BATCHES = 80
-"""Every failed batch may cut three ranges of the status in two (35 bytes); this many keep the object below 16 KiB."""
-
 MAX_KEPT_BATCHES = 20
 """Most failed batches whose Jobs can be kept; each may have a Job for every stage and attempt."""
 

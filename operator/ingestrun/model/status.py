@@ -46,9 +46,6 @@ Time = Annotated[datetime, PlainSerializer(_micro_free, return_type=str)]
 """A time in UTC and whole seconds, as Kubernetes' metav1.Time."""
 Count = Annotated[int, Field(ge=0)]
 
-MAX_IMAGE_PINS: Final = 5
-"""Most images whose digest is kept; each takes 100 bytes of the status."""
-
 
 class Condition(KubeModel):
     """A condition, as Kubernetes' metav1.Condition."""

@@ -24,7 +24,8 @@ from pydantic_core import core_schema
 from ingestrun.model import names
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
-from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARTITIONS
+from ingestrun.model.size_budget import MAX_FAILED_BATCHES
+from ingestrun.model.spec import MAX_PARTITIONS
 
 CRD: Final = Path(__file__).parents[3] / "crds" / "ingestruns.yaml"
 

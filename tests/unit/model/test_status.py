@@ -17,27 +17,39 @@ from ingestrun.model.contract import CURSOR_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.resume import LandedRecords, UnpublishedBatch
 from ingestrun.model.run import IngestRun
-from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARALLELISM, MAX_PARTITIONS
-from ingestrun.model.status import (
+from ingestrun.model.size_budget import (
+    KEPT_FAILURES,
+    KEPT_LOGS,
+    LOG_BYTES,
+    MAX_CHECKPOINTS,
+    MAX_FAILED_BATCHES,
     MAX_IMAGE_PINS,
+    MAX_PARALLELISM,
+    MESSAGE_CHARS,
+    NAMED_CHILDREN,
+    SAVED_STATE_BYTES,
+    STATUS_BYTES,
+    UNPUBLISHED_FREE_BYTES,
+)
+from ingestrun.model.spec import MAX_PARTITIONS, CancellationPolicy
+from ingestrun.model.status import (
     AfterEndStatus,
     BatchesStatus,
     CancellationStatus,
     Checkpoint,
+    ChildrenStatus,
     Condition,
     ImagePin,
     IngestRunStatus,
+    OnCancelStatus,
     Phase,
     RecordsStatus,
     ResumedByStatus,
     ResumedFromStatus,
     StageFailure,
 )
-from ingestrun.planner.batch.failure_policy import LOG_BYTES
-from ingestrun.planner.batch.ledger import KEPT_FAILURES, KEPT_LOGS, add_retries
-from ingestrun.planner.run.backpressure import MAX_CHECKPOINTS
-from ingestrun.planner.run.progress import FREE_BYTES
-from ingestrun.planner.status.writer import SAVED_BYTES, STATUS_BYTES, finish_status, fit_status, saved_state_bytes
+from ingestrun.planner.batch.ledger import add_retries
+from ingestrun.planner.status.writer import finish_status, fit_status, saved_state_bytes
 
 Model = TypeVar("Model", bound=KubeModel)
 
@@ -198,6 +210,32 @@ def test_condition_by_type() -> None:
     assert status.condition("Finished") is None
 
 
+def test_in_flight_is_what_was_claimed_and_has_neither_ended_nor_is_to_be_claimed_again() -> None:
+    batches = BatchesStatus(
+        claimed=IndexRanges.span(0, 9),
+        fetched=IndexRanges.span(0, 7),
+        published=IndexRanges([0, 1, 4]),
+        failed=IndexRanges([2]),
+        replay=IndexRanges([3, 9]),
+    )
+
+    assert batches.in_flight == IndexRanges.parse("5-8")
+    assert BatchesStatus().in_flight == IndexRanges()
+
+
+def test_pending_replays_are_the_unpublished_batches_that_are_not_fetched() -> None:
+    first, second, third = (UnpublishedBatch(batch=n, cursor=f"c{n}", read=10) for n in (3, 5, 8))
+    batches = BatchesStatus(fetched=IndexRanges([0, 1, 5]), unpublished=[first, second, third])
+
+    assert batches.pending_replays == {3: first, 8: third}
+
+
+def test_checkpoints_by_batch() -> None:
+    first, second = Checkpoint(batch=4, stage=1), Checkpoint(batch=7)
+
+    assert BatchesStatus(checkpoints=[first, second]).checkpoint_by_batch == {4: first, 7: second}
+
+
 def worst_status(
     *, failed: int, in_flight: int, drained: bool = True, batches: int = MAX_PARTITIONS
 ) -> IngestRunStatus:
@@ -213,7 +251,7 @@ def worst_status(
                 type=kind,
                 status="Unknown",
                 reason="CompletedWithFailedBatches",
-                message="m" * 256,
+                message="m" * MESSAGE_CHARS,
                 last_transition_time=NOW,
                 observed_generation=100,
             )
@@ -232,7 +270,9 @@ def worst_status(
             failed=lost,
             active=in_flight,
             progress=f"{batches}/{batches}",
-            unpublished=[UnpublishedBatch(batch=batches, cursor="c" * (FREE_BYTES - 60), read=2**53, next="d" * 8)],
+            unpublished=[
+                UnpublishedBatch(batch=batches, cursor="c" * (UNPUBLISHED_FREE_BYTES - 72), read=2**53, next="d" * 8)
+            ],
             checkpoints=[
                 Checkpoint(
                     batch=batches,
@@ -258,7 +298,7 @@ def worst_status(
                 stage=f"hook {'h' * 63}",
                 attempt=100,
                 reason="R" * 32,
-                message="m" * 256,
+                message="m" * MESSAGE_CHARS,
                 time=NOW,
                 log="l" * LOG_BYTES if n < KEPT_LOGS else None,
             )
@@ -280,6 +320,7 @@ def worst_status(
         cancellation=CancellationStatus(
             reason="r" * 512,
             requested_by="u" * 128,
+            policy=CancellationPolicy.TERMINATE,
             accepted_at=NOW,
             active_batches=in_flight,
             drained_at=NOW if drained else None,
@@ -293,6 +334,24 @@ def worst_status(
         else None,
         resumed_from=ResumedFromStatus(name="n" * 253, uid="u" * 36, origin_uid="u" * 36),
         resumed_by=ResumedByStatus(name="n" * 253, uid="u" * 36),
+    )
+
+
+def by_cascade(status: IngestRunStatus, *, children: bool = False) -> IngestRunStatus:
+    """The same of a run that was cancelled with its parent, has a clean-up, and children of the longest names."""
+    record = status.cancellation
+    assert record is not None
+    clean_up = OnCancelStatus(state="Running", message="m" * (MESSAGE_CHARS + 16))
+    below = ChildrenStatus(
+        cancelled=999, ended_before=999, ended_before_names=["n" * 253] * NAMED_CHILDREN, waiting=999
+    )
+    return status.replace(
+        cancellation=record.replace(
+            parent="n" * 253,
+            cascade=True,
+            children=below if children else None,
+            on_cancel=clean_up if record.drained_at is not None else None,
+        )
     )
 
 
@@ -313,6 +372,40 @@ def test_the_worst_status_leaves_room_in_16_kib(failed: int, in_flight: int, dra
         assert fit == status
 
 
+@pytest.mark.parametrize("children", [True, False])
+@pytest.mark.parametrize("drained", [True, False])
+@pytest.mark.parametrize("failed", [0, MAX_FAILED_BATCHES])
+@pytest.mark.parametrize("in_flight", [0, 50, MAX_PARALLELISM])
+def test_the_record_of_a_cascading_cancel_fits_too(failed: int, in_flight: int, drained: bool, children: bool) -> None:
+    status = by_cascade(worst_status(failed=failed, in_flight=in_flight, drained=drained), children=children)
+    fit = fit_status(status)
+
+    assert len(dumped(fit).encode()) <= STATUS_BYTES
+    assert fit_status(fit) == fit
+    assert fit.batches == status.batches
+    before, after = status.cancellation, fit.cancellation
+    assert before is not None
+    assert after is not None
+    assert after.replace(children=None, on_cancel=None) == before.replace(children=None, on_cancel=None)
+    if before.children is not None:
+        assert after.children is not None
+        assert after.children.replace(ended_before_names=[]) == before.children.replace(ended_before_names=[])
+    if before.on_cancel is not None:
+        assert after.on_cancel is not None
+        assert after.on_cancel.state == before.on_cancel.state
+
+
+def test_the_names_of_children_stay_where_there_is_room() -> None:
+    status = by_cascade(worst_status(failed=0, in_flight=4), children=True)
+    record = status.cancellation
+    assert record is not None
+    assert record.children is not None
+    children = record.children.replace(ended_before_names=["geo-2026-11-23-0304"] * NAMED_CHILDREN)
+    status = status.replace(cancellation=record.replace(children=children))
+
+    assert fit_status(status) == status
+
+
 def test_beside_the_copy_of_a_saved_state_what_is_said_makes_room() -> None:
     status = worst_status(failed=0, in_flight=4)
     meta = {"name": "n", "namespace": "n", "uid": "u", "resourceVersion": "1", "creationTimestamp": NOW}
@@ -320,7 +413,7 @@ def test_beside_the_copy_of_a_saved_state_what_is_said_makes_room() -> None:
 
     def told(**spec: Any) -> IngestRunStatus:
         run = IngestRun.read({"metadata": meta, "spec": {**manifest(**spec)["spec"]}})
-        assert saved_state_bytes(run.spec) <= SAVED_BYTES
+        assert saved_state_bytes(run.spec) <= SAVED_STATE_BYTES
         return finish_status(run, status, phase=None, conditions=(), now=NOW)
 
     assert told().failures == status.failures

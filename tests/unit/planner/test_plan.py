@@ -15,9 +15,10 @@ from tests.fakes.world import KEY, World, environment
 from ingestrun.kube.protocol import Object
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import KEPT_FAILURES
 from ingestrun.model.status import AttemptId, IngestRunStatus, StageFailure
 from ingestrun.planner.actions import LivePods
-from ingestrun.planner.batch.ledger import KEPT_FAILURES, merge_failures
+from ingestrun.planner.batch.ledger import merge_failures
 from ingestrun.planner.plan import plan
 from ingestrun.planner.snapshot import Snapshot
 

@@ -14,10 +14,9 @@ from typing import Any, Final
 
 from ingestrun.model.names import LABEL_ATTEMPT, LABEL_BATCH, LABEL_RUN_UID, LABEL_STEP
 from ingestrun.model.quantity import QuantityError, read_bytes
+from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.text import truncate
 
-MESSAGE_CHARS: Final = 256
-"""How much of a message of a container or the server is kept; the rest is in the pod's log."""
 POD_EXPECTED_WITHIN: Final = timedelta(seconds=5)
 """How soon after its start a Job has a pod. If it has none, the creation of its pod may be refused."""
 NO_POD_RECHECK: Final = timedelta(seconds=15)

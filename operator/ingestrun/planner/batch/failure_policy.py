@@ -16,8 +16,9 @@ from enum import StrEnum
 from typing import Final
 
 from ingestrun.model.contract import EXIT_PERMANENT, Outcome, ResultError, StageResult, parse_result
+from ingestrun.model.size_budget import LOG_BYTES, MESSAGE_CHARS
 from ingestrun.model.text import truncate
-from ingestrun.planner.batch.attempt import MESSAGE_CHARS, Attempt, JobState, ObservedPod
+from ingestrun.planner.batch.attempt import Attempt, JobState, ObservedPod
 
 
 class FailureAction(StrEnum):
@@ -96,8 +97,6 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
 
 WORKER_CANCELLED: Final = "WorkerCancelled"
 """The failure of a container that reports that it stopped for a cancel, in a run that has none."""
-LOG_BYTES: Final = 350
-"""How much of a log is kept: as JSON in UTF-8, so that the status keeps its size whatever the script."""
 
 _DISRUPTIONS: Final = {
     "PreemptionByScheduler": "Preempted",

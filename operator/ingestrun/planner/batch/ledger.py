@@ -13,18 +13,13 @@ from ingestrun.model.contract import StageResult
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.resume import UnpublishedBatch
 from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import KEPT_FAILURES, KEPT_LOGS, RETRIES_BYTES
 from ingestrun.model.spec import IngestRunSpec
 from ingestrun.model.status import BatchesStatus, IngestRunStatus, RecordsStatus, RetryCount, StageFailure
 from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.pipeline import steps_of
 from ingestrun.planner.batch.state import BatchContext, BatchState, batch_state
 
-KEPT_FAILURES: Final = 4
-"""How many failed attempts the status shows: the latest ones."""
-KEPT_LOGS: Final = 2
-"""How many of those keep the last lines of their log."""
-RETRIES_BYTES: Final = 450
-"""Bytes of all entries of `status.retries` as JSON: about eight entries. What does not fit is counted under `OTHER`."""
 OTHER: Final = "Other"
 _ENTRY_BYTES: Final = len('{"stage":"","reason":"","count":1234567890},')
 

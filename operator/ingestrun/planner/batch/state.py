@@ -13,10 +13,11 @@ from typing import Final
 
 from ingestrun.model.contract import Stage, StageResult
 from ingestrun.model.resume import UnpublishedBatch, cursor_digest
+from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.spec import Backoff, OutOfMemory
 from ingestrun.model.status import AttemptId, Checkpoint, StageFailure
 from ingestrun.model.text import truncate
-from ingestrun.planner.batch.attempt import MESSAGE_CHARS, Attempt, Obstacle
+from ingestrun.planner.batch.attempt import Attempt, Obstacle
 from ingestrun.planner.batch.failure_policy import Failure, outcome_of
 from ingestrun.planner.batch.pipeline import Step
 from ingestrun.planner.batch.retry import (

@@ -18,7 +18,8 @@ from typing import Final
 from ingestrun.model.contract import Stage
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
-from ingestrun.model.status import MAX_IMAGE_PINS, ImagePin
+from ingestrun.model.size_budget import MAX_IMAGE_PINS
+from ingestrun.model.status import ImagePin
 from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.pipeline import Step, steps_of
 from ingestrun.planner.status.events import Event, warning

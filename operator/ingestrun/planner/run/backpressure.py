@@ -19,6 +19,7 @@ from typing import Final
 
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import MAX_CHECKPOINTS
 from ingestrun.model.status import IngestRunStatus
 from ingestrun.planner.actions import CreateRejection, DeleteJob, DeleteJobs
 from ingestrun.planner.batch.attempt import Attempt, JobState
@@ -31,8 +32,6 @@ from ingestrun.planner.status import conditions as c
 
 DELETED_AT_ONCE: Final = 100
 """How many batches one call deletes the Jobs of, because the selector is part of the URL."""
-MAX_CHECKPOINTS: Final = 6
-"""How many batches are checkpointed at once: each takes about 100 bytes of the status."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

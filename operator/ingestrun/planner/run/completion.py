@@ -8,7 +8,8 @@ from typing import Final
 
 from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
-from ingestrun.model.spec import MAX_FAILED_BATCHES, OnBatchFailure
+from ingestrun.model.size_budget import MAX_FAILED_BATCHES
+from ingestrun.model.spec import OnBatchFailure
 from ingestrun.model.status import IngestRunStatus, Phase, StageFailure
 from ingestrun.planner.actions import OPERATOR, CancelCause, Decision, Plan
 from ingestrun.planner.batch.attempt import JobState

@@ -16,6 +16,7 @@ from ingestrun.model.contract import StageResult
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.resume import LandedRecords
 from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import NAMED_CHILDREN
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import (
     AfterEndStatus,
@@ -43,7 +44,6 @@ SWEEP_AFTER: Final = timedelta(seconds=60)
 """When an ended run's Jobs are listed once more: longer than any request that was under way can take to arrive."""
 STUCK_AFTER: Final = timedelta(seconds=60)
 """How long after the end of its grace period a pod that still exists is reported as stuck."""
-NAMED_CHILDREN: Final = 20
 
 
 def drain(snapshot: Snapshot) -> Decision:

@@ -8,24 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.resume import LandedRecords, SavedState, UnpublishedBatch, cursor_digest
 from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import UNPUBLISHED_BYTES, UNPUBLISHED_FREE_BYTES, UNPUBLISHED_STATUS_BYTES
 from ingestrun.model.spec import Container, IngestRunSpec
 from ingestrun.model.stages import STAGE_SETTINGS
 from ingestrun.model.status import AfterEndStatus, BatchesStatus, IngestRunStatus, RecordsStatus
 from ingestrun.planner.batch.ledger import cursor_of
 from ingestrun.planner.batch.state import BatchState
 from ingestrun.planner.jobs.image_pins import repository
-
-UNPUBLISHED_BYTES: Final = 3072
-"""How much of the status they may take: about forty with cursors of 20 characters, five with the longest."""
-FREE_BYTES: Final = 512
-"""Unpublished batches up to this size are kept without measuring the rest of the status."""
-STATUS_BYTES: Final = 10 * 1024
-"""The status with them: if it is full of other things, fewer are kept."""
 
 
 def with_unpublished(run: IngestRun, status: IngestRunStatus, seen: Sequence[BatchState]) -> IngestRunStatus:
@@ -68,11 +62,11 @@ def _fit(status: IngestRunStatus, unpublished: list[UnpublishedBatch]) -> list[U
 
     A batch in flight will most likely be published, and so needs it least.
     """
-    if unpublished_bytes(unpublished) <= FREE_BYTES:
+    if unpublished_bytes(unpublished) <= UNPUBLISHED_FREE_BYTES:
         return unpublished
     bare = status.replace(batches=status.batches.replace(unpublished=[]))
     rest = len(bare.model_dump_json(by_alias=True, exclude_none=True).encode())
-    left = min(UNPUBLISHED_BYTES, STATUS_BYTES - rest)
+    left = min(UNPUBLISHED_BYTES, UNPUBLISHED_STATUS_BYTES - rest)
     kept = []
     for batch in sorted(unpublished, key=lambda batch: _rank(status.batches, batch)):
         size = unpublished_bytes([batch])

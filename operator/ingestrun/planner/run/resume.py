@@ -23,12 +23,12 @@ from typing import Final
 
 from ingestrun.model.resume import SavedState
 from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import SAVED_STATE_BYTES, UNPUBLISHED_BYTES
 from ingestrun.model.status import BatchesStatus, IngestRunStatus, Phase, ResumedByStatus, ResumedFromStatus
 from ingestrun.planner.actions import ClaimPredecessor, Decision, Plan, Predecessor
 from ingestrun.planner.batch.ledger import claimable
 from ingestrun.planner.run.completion import failed
 from ingestrun.planner.run.progress import (
-    UNPUBLISHED_BYTES,
     RunProgress,
     differences,
     progress_of_run,
@@ -40,7 +40,7 @@ from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.events import Event, normal
-from ingestrun.planner.status.writer import SAVED_BYTES, active_conditions, pluralize, saved_state_bytes
+from ingestrun.planner.status.writer import active_conditions, pluralize, saved_state_bytes
 
 RECHECK: Final = timedelta(seconds=15)
 """How often a waiting run looks at the one it waits for, in case an event of it is lost."""
@@ -105,9 +105,9 @@ def _resume_saved(snapshot: Snapshot, saved: SavedState, chain: Sequence[Predece
 
 def _saved_state_too_large(run: IngestRun) -> str | None:
     size = saved_state_bytes(run.spec)
-    if size <= SAVED_BYTES:
+    if size <= SAVED_STATE_BYTES:
         return None
-    return f"the saved state has {size} bytes, and a run's object has room for {SAVED_BYTES}"
+    return f"the saved state has {size} bytes, and a run's object has room for {SAVED_STATE_BYTES}"
 
 
 def _still_active(saved: SavedState, chain: Sequence[Predecessor]) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Literal
 
+from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.status import Condition
 from ingestrun.model.text import truncate
 
@@ -22,8 +23,6 @@ BACKPRESSURED: Final = "Backpressured"
 SUSPENDED: Final = "Suspended"
 RECONCILING: Final = "Reconciling"
 STALLED: Final = "Stalled"
-
-MESSAGE_CHARS: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,19 +12,13 @@ from typing import Final
 
 from ingestrun.model.base import KubeModel
 from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import MESSAGE_CHARS, SHORT_MESSAGE_CHARS, STATUS_BYTES, UNMEASURED_RANGES_BYTES
 from ingestrun.model.spec import IngestRunSpec
 from ingestrun.model.status import Condition, IngestRunStatus, Phase, StageFailure
 from ingestrun.model.text import truncate
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
 
-STATUS_BYTES: Final = 13 * 1024
-"""Of the object's 16 KiB; the rest is for the spec, the metadata and the managed fields."""
-SAVED_BYTES: Final = 5632
-"""Share of STATUS_BYTES that a saved state may use (its ranges come again in the status). A run never leaves more."""
-LONG_RANGES: Final = 2048
-"""With ranges up to this length all else fits at its longest (a test computes it), so nothing is measured then."""
-SHORT_MESSAGE: Final = 64
 _END_CHARS: Final = 100
 
 
@@ -74,9 +68,9 @@ def active_conditions(phase: Phase, reconciling: ConditionUpdate) -> list[Condit
 def describe_failure(failure: StageFailure) -> str:
     """Describe one failed attempt. If it is too long, cut it in the middle, because its end says what follows."""
     text = f"batch {failure.batch}, {failure.stage}, attempt {failure.attempt + 1}: {failure.reason}: {failure.message}"
-    if len(text) <= c.MESSAGE_CHARS:
+    if len(text) <= MESSAGE_CHARS:
         return text
-    return text[: c.MESSAGE_CHARS - _END_CHARS - 1] + "…" + text[-_END_CHARS:]
+    return text[: MESSAGE_CHARS - _END_CHARS - 1] + "…" + text[-_END_CHARS:]
 
 
 def pluralize(number: int, one: str, many: str) -> str:
@@ -93,11 +87,13 @@ def saved_state_bytes(spec: IngestRunSpec) -> int:
 def fit_status(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
     """Return the status within its bytes: logs are dropped first, then older failures, then the ends of long messages.
 
-    `beside` is how many of the bytes a saved state takes.
+    Last go the names of children, the clean-up's message and the one failure left. `beside` is how many of the bytes
+    a saved state takes.
     """
-    batches = status.batches
+    batches, cancellation = status.batches, status.cancellation
     ranges = (batches.claimed, batches.fetched, batches.published, batches.failed, batches.replay)
-    if not beside and sum(len(str(each)) for each in ranges) <= LONG_RANGES:
+    names_children = cancellation is not None and cancellation.children is not None
+    if not beside and not names_children and sum(len(str(each)) for each in ranges) <= UNMEASURED_RANGES_BYTES:
         return status
     for shortened in _STEPS:
         if _bytes_of(status) + beside <= STATUS_BYTES:
@@ -122,14 +118,30 @@ def _short_conditions(status: IngestRunStatus) -> IngestRunStatus:
     """Shorten all messages but that of `Succeeded`, because the columns of `kubectl get -o wide` show it."""
 
     def short(condition: Condition) -> Condition:
-        return condition.replace(message=truncate(condition.message, SHORT_MESSAGE))
+        return condition.replace(message=truncate(condition.message, SHORT_MESSAGE_CHARS))
 
     conditions = [each if each.type == c.SUCCEEDED else short(each) for each in status.conditions]
     return status.replace(conditions=conditions)
+
+
+def _short_record(status: IngestRunStatus) -> IngestRunStatus:
+    """Keep of the children only how many there are, and of the clean-up only how it stands."""
+    record = status.cancellation
+    if record is None:
+        return status
+    children = record.children.replace(ended_before_names=[]) if record.children is not None else None
+    on_cancel = record.on_cancel.replace(message="") if record.on_cancel is not None else None
+    return status.replace(cancellation=record.replace(children=children, on_cancel=on_cancel))
+
+
+def _without_failures(status: IngestRunStatus) -> IngestRunStatus:
+    return status.replace(failures=[])
 
 
 _STEPS: Final[tuple[Callable[[IngestRunStatus], IngestRunStatus], ...]] = (
     _without_logs,
     _latest_failure,
     _short_conditions,
+    _short_record,
+    _without_failures,
 )

@@ -14,7 +14,7 @@ from tests.fakes.cluster import Call
 from tests.fakes.world import KEY, World, environment, manifest
 
 from ingestrun.kube.protocol import Object, RunKey
-from ingestrun.planner.run.backpressure import MAX_CHECKPOINTS
+from ingestrun.model.size_budget import MAX_CHECKPOINTS
 
 CHAIN = {"batches": {"cursor": {}, "size": 100}}
 PARTITIONS = {"batches": {"partitions": {"count": 5}}}

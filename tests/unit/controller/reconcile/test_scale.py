@@ -13,7 +13,7 @@ from tests.fakes.world import KEY, World, manifest
 
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
-from ingestrun.model.spec import MAX_FAILED_BATCHES
+from ingestrun.model.size_budget import MAX_FAILED_BATCHES
 from ingestrun.planner.jobs.retention import DELETE_BATCHES
 from ingestrun.planner.plan import plan
 from ingestrun.planner.snapshot import Snapshot

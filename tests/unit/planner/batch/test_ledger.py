@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingestrun.model.size_budget import RETRIES_BYTES
 from ingestrun.model.status import RetryCount
-from ingestrun.planner.batch.ledger import OTHER, RETRIES_BYTES, add_retries
+from ingestrun.planner.batch.ledger import OTHER, add_retries
 
 
 def test_the_same_reason_of_a_stage_is_one_entry() -> None:

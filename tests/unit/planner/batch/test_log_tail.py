@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingestrun.planner.batch.failure_policy import LOG_BYTES, last_line, last_lines, strip_control
+from ingestrun.model.size_budget import LOG_BYTES
+from ingestrun.planner.batch.failure_policy import last_line, last_lines, strip_control
 
 
 @pytest.mark.parametrize(

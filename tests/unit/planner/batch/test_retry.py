@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestrun.model.quantity import render_bytes
+from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.spec import Backoff, OutOfMemory
 from ingestrun.model.status import StageFailure
 from ingestrun.planner.batch.failure_policy import FAILURE_POLICY, Failure, FailureAction
 from ingestrun.planner.batch.retry import FREE_DISRUPTIONS, BudgetsUsed, RetryDecision, RetryPolicy, decide_retry
-from ingestrun.planner.status.conditions import MESSAGE_CHARS
 from ingestrun.planner.status.writer import describe_failure
 
 MI = 2**20

@@ -8,7 +8,7 @@ import pytest
 from tests.fakes.cluster import Call
 from tests.fakes.world import KEY, World, environment
 
-from ingestrun.model.status import MAX_IMAGE_PINS
+from ingestrun.model.size_budget import MAX_IMAGE_PINS
 from ingestrun.planner.jobs.image_pins import digest_of, repository
 
 A, B, C = (f"sha256:{letter * 64}" for letter in "abc")
