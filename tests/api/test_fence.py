@@ -259,7 +259,7 @@ def render(body: Json, batch: int = 1) -> Json:
     """The Job of a fetch, as the operator makes it."""
     run = IngestRun.read(body)
     create = CreateJob(
-        start=NextAttempt(batch=batch, step=steps_of(run.spec)[0], attempt=0, input_attempt=None), cursor="x"
+        attempt=NextAttempt(batch=batch, step=steps_of(run.spec)[0], number=0, input_attempt=None), cursor="x"
     )
     return job_manifest(run, create, worker=WorkerImage(name="example/worker:1"))
 

@@ -118,7 +118,7 @@ class DeleteJobs:
 class CreateJob:
     """Create the Job of an attempt; `cursor` and `limit` are for a fetch."""
 
-    start: NextAttempt
+    attempt: NextAttempt
     cursor: str | None = None
     limit: int | None = None
 

@@ -307,8 +307,8 @@ class JobCreator:
 
         Returns False when the pass has to start over. Raises KubeError when the server could not be asked.
         """
-        start, namespace = create.start, run.metadata.namespace
-        check = self._check(run, start.step.deadline_seconds) if self._check is not None else None
+        attempt, namespace = create.attempt, run.metadata.namespace
+        check = self._check(run, attempt.step.deadline_seconds) if self._check is not None else None
         manifest = job_manifest(run, create, worker=self._worker, check=check)
         name = manifest["metadata"]["name"]
         try:
@@ -334,8 +334,10 @@ class JobCreator:
             return False
         self._cache.upsert_job(read_job(job))
         self._cache.usage.job_admitted(namespace)
-        raised = {"memory": str(start.memory)} if start.memory is not None else {}
-        logger.info("job created", batch=start.batch, stage=start.step.label, attempt=start.attempt, job=name, **raised)
+        raised = {"memory": str(attempt.memory)} if attempt.memory is not None else {}
+        logger.info(
+            "job created", batch=attempt.batch, stage=attempt.step.label, attempt=attempt.number, job=name, **raised
+        )
         if memory.rejection is None:
             return True
         memory.rejection = None
@@ -361,7 +363,7 @@ class JobCreator:
 
 def _describe(error: KubeError, run: IngestRun, create: CreateJob, *, job_name: str) -> tuple[str, str]:
     """Return the reason and the message for a create that was refused."""
-    where = f"batch {create.start.batch}, {create.start.step.label}"
+    where = f"batch {create.attempt.batch}, {create.attempt.step.label}"
     match error:
         case QuotaExceeded():
             # Without the Job's name the sentence is the same for each Job, so that a status need not change.

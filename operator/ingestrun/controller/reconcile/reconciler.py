@@ -140,7 +140,7 @@ class Reconciler:
         snapshot = replace(observed, capacity=capacity)
         planned = plan(snapshot)
         # The clean-up of a cancelled run needs no slot.
-        starts = [create for create in planned.creates if create.start.step.index != ON_CANCEL_STEP]
+        starts = [create for create in planned.creates if create.attempt.step.index != ON_CANCEL_STEP]
         job_names = [job_name(run, create) for create in starts]
         usage.reserve(key, run.metadata.uid, job_names, unmet_demand=planned.unmet_demand)
         return snapshot, planned

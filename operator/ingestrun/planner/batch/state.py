@@ -43,7 +43,8 @@ class NextAttempt:
 
     batch: int
     step: Step
-    attempt: int
+    number: int
+    """Among the attempts of the stage, from 0."""
     input_attempt: int | None
     """Which attempt of the stage before wrote the input of this one; None for fetch."""
     not_before: datetime | None = None
@@ -53,7 +54,7 @@ class NextAttempt:
     @property
     def id(self) -> AttemptId:
         """Return which attempt it is."""
-        return AttemptId(self.batch, self.step.label, self.attempt)
+        return AttemptId(self.batch, self.step.label, self.number)
 
     def due(self, now: datetime) -> bool:
         """Tell whether its backoff is over."""
@@ -213,7 +214,7 @@ class _StageWalk:
         following = NextAttempt(
             batch=self._index,
             step=step,
-            attempt=number,
+            number=number,
             input_attempt=self._input_attempt,
             memory=MemoryLimit(limit=limit) if limit is not None else None,
         )
@@ -233,7 +234,7 @@ class _StageWalk:
         following = NextAttempt(
             batch=self._index,
             step=step,
-            attempt=latest.number + 1,
+            number=latest.number + 1,
             input_attempt=self._input_attempt,
             not_before=at + decision.delay,
             memory=decision.memory or self._raised_memory(latest),
@@ -257,12 +258,12 @@ class _StageWalk:
 
     def _checkpoint_for(self, following: NextAttempt, used: BudgetsUsed) -> Checkpoint | None:
         """Return what the status has to keep for that attempt; None for a batch that has had no Job."""
-        if following.step.index == 0 and not following.attempt:
+        if following.step.index == 0 and not following.number:
             return None
         return Checkpoint(
             batch=self._index,
             stage=following.step.index or None,
-            attempt=following.attempt or None,
+            attempt=following.number or None,
             input_attempt=following.input_attempt or None,
             written=self._handed_on,
             rejected=self._rejected or None,

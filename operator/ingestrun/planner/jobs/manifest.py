@@ -53,12 +53,12 @@ def job_manifest(
     cancel. Pods are restricted, without a service-account token, and owned by the run through their Job.
     The deadline is the pod's, so that waiting for room costs no attempt (docs/decisions/0007-deadline-on-the-pod.md).
     """
-    start = create.start
+    attempt = create.attempt
     labels, queue = job_labels(run, create), queue_labels(run, create)
     template = run.spec.pod_template
     pod_spec: dict[str, Any] = {
         "restartPolicy": "Never",
-        "activeDeadlineSeconds": start.step.deadline_seconds,
+        "activeDeadlineSeconds": attempt.step.deadline_seconds,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": {
@@ -109,25 +109,25 @@ def job_manifest(
 
 def job_name(run: IngestRun, create: CreateJob) -> str:
     """Return the Job's one possible name."""
-    start = create.start
+    attempt = create.attempt
     return names.job_name(
         run_name=run.metadata.name,
         run_uid=run.metadata.uid,
-        batch=start.batch,
-        step_name=start.step.job_part,
-        attempt=start.attempt,
+        batch=attempt.batch,
+        step_name=attempt.step.job_part,
+        attempt=attempt.number,
     )
 
 
 def job_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
     """Return the labels that say which attempt a Job is."""
-    start = create.start
+    attempt = create.attempt
     labels = {
         names.LABEL_RUN_UID: run.metadata.uid,
-        names.LABEL_BATCH: str(start.batch),
-        names.LABEL_STAGE: start.step.stage.value,
-        names.LABEL_STEP: str(start.step.index),
-        names.LABEL_ATTEMPT: str(start.attempt),
+        names.LABEL_BATCH: str(attempt.batch),
+        names.LABEL_STAGE: attempt.step.stage.value,
+        names.LABEL_STEP: str(attempt.step.index),
+        names.LABEL_ATTEMPT: str(attempt.number),
         "app.kubernetes.io/managed-by": OPERATOR,
     }
     if _LABEL_VALUE.fullmatch(run.metadata.name):
@@ -152,7 +152,7 @@ def queue_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
     With a queue the Job is created suspended. Kueue's webhook would do that, and its controller would suspend a Job
     that escaped it; but where neither runs, a Job that asks for a queue must not start without being admitted.
     """
-    if create.start.step.stage is Stage.ON_CANCEL or not run.metadata.labels.get(names.LABEL_QUEUE):
+    if create.attempt.step.stage is Stage.ON_CANCEL or not run.metadata.labels.get(names.LABEL_QUEUE):
         return {}
     return {label: run.metadata.labels[label] for label in names.QUEUE_LABELS if run.metadata.labels.get(label)}
 
@@ -181,7 +181,7 @@ def adoptable(run: IngestRun, create: CreateJob, found: Mapping[str, Any]) -> bo
 
 
 def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: CheckEndpoint | None) -> dict[str, Any]:
-    step, own = create.start.step, create.start.step.container
+    step, own = create.attempt.step, create.attempt.step.container
     container: dict[str, Any] = {
         "name": step.stage.value,
         "image": image_of(run, step, worker=worker.name, worker_policy=worker.pull_policy),
@@ -217,7 +217,7 @@ def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: Ch
 
 
 def _resources(create: CreateJob) -> Mapping[str, Any]:
-    step, memory = create.start.step, create.start.memory
+    step, memory = create.attempt.step, create.attempt.memory
     resources: Mapping[str, Any] = {}
     if step.resources is not None:
         resources = step.resources.model_dump(exclude_defaults=True)
@@ -228,26 +228,26 @@ def _resources(create: CreateJob) -> Mapping[str, Any]:
 
 def _environment(run: IngestRun, create: CreateJob, check: CheckEndpoint | None) -> list[dict[str, Any]]:
     """Return the variables of the container contract (docs/contract.md), then the user's own."""
-    start, step, meta = create.start, create.start.step, run.metadata
+    attempt, step, meta = create.attempt, create.attempt.step, run.metadata
     values: dict[str, str | None] = {
         k.ENV_CONTRACT: k.VERSION,
         k.ENV_RUN_NAME: meta.name,
         k.ENV_RUN_NAMESPACE: meta.namespace,
         k.ENV_RUN_UID: meta.uid,
-        k.ENV_BATCH: str(start.batch),
+        k.ENV_BATCH: str(attempt.batch),
         k.ENV_STAGE: step.stage.value,
         k.ENV_HOOK: step.name if step.stage is Stage.HOOK else None,
-        k.ENV_ATTEMPT: str(start.attempt),
+        k.ENV_ATTEMPT: str(attempt.number),
         k.ENV_CURSOR: create.cursor,
         k.ENV_LIMIT: str(create.limit) if create.limit is not None else None,
-        k.ENV_IDEMPOTENCY_KEY: f"{run.origin_uid}/{start.batch}",
+        k.ENV_IDEMPOTENCY_KEY: f"{run.origin_uid}/{attempt.batch}",
         k.ENV_CONFIG: step.config,
     }
     if step.stage is Stage.ON_CANCEL:
         values |= _cancellation_environment(run)
     elif check is not None:
         values |= {k.ENV_CANCELLATION_URL: check.url, k.ENV_CANCELLATION_TOKEN: check.token}
-    values |= _partition_environment(run, step) | _workspace_environment(run, start)
+    values |= _partition_environment(run, step) | _workspace_environment(run, attempt)
     env: list[dict[str, Any]] = [
         {"name": name, "value": _literal(value)} for name, value in values.items() if value is not None
     ]
@@ -266,19 +266,19 @@ def _partition_environment(run: IngestRun, step: Step) -> dict[str, str | None]:
     return {k.ENV_PARTITIONS: str(partitions.total), k.ENV_PARTITION_FILE: file}
 
 
-def _workspace_environment(run: IngestRun, start: NextAttempt) -> dict[str, str | None]:
+def _workspace_environment(run: IngestRun, attempt: NextAttempt) -> dict[str, str | None]:
     """Return where the stage reads and writes; nothing without a workspace."""
     if run.spec.workspace is None:
         return {}
-    step, meta, number = start.step, run.metadata, start.attempt
+    step, meta, number = attempt.step, run.metadata, attempt.number
     values: dict[str, str | None] = {k.ENV_WORKSPACE: k.WORKSPACE_MOUNT}
-    if start.input_attempt is not None:
-        values[k.ENV_INPUT] = _directory(run, start.batch, step.index - 1, start.input_attempt)
+    if attempt.input_attempt is not None:
+        values[k.ENV_INPUT] = _directory(run, attempt.batch, step.index - 1, attempt.input_attempt)
     if step.stage in (Stage.FETCH, Stage.HOOK):
-        values[k.ENV_OUTPUT] = _directory(run, start.batch, step.index, number)
+        values[k.ENV_OUTPUT] = _directory(run, attempt.batch, step.index, number)
     if step.stage is Stage.HOOK:
         rejects = f"{k.WORKSPACE_MOUNT}/rejects/{meta.name}/{meta.uid}"
-        values[k.ENV_REJECTS] = f"{rejects}/{start.batch}-{step.name}-{number}"
+        values[k.ENV_REJECTS] = f"{rejects}/{attempt.batch}-{step.name}-{number}"
     return values
 
 

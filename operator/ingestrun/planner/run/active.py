@@ -69,7 +69,7 @@ def progress(snapshot: Snapshot, *, block: StartBlock | None = None) -> Decision
             *_suspended(run),
         ],
         pins=pins if fresh else None,
-        pins_needed=any(create.start.step.index in fresh for create in creates),
+        pins_needed=any(create.attempt.step.index in fresh for create in creates),
     )
 
 
@@ -83,7 +83,7 @@ def _time_over(snapshot: Snapshot, scheduled: Schedule, due: list[datetime]) -> 
     """End the run if one of its times is over; else add to `due` when they will be, and when Jobs need a look."""
     now, status, held = snapshot.now, scheduled.status, scheduled.backpressure
     still = stale_at(snapshot, status)
-    begins = any(create.start.attempt == FIRST_ATTEMPT for create in scheduled.creates)
+    begins = any(create.attempt.number == FIRST_ATTEMPT for create in scheduled.creates)
     if still is not None and not begins:
         if now >= still:
             return cancel(snapshot, cause=stale_cause(snapshot.run))
@@ -160,7 +160,7 @@ def _activity(snapshot: Snapshot, phase: Phase, held: Backpressure | None) -> tu
         retried = [
             batch
             for batch in snapshot.batches
-            if batch.next_attempt is not None and batch.next_attempt.attempt and batch.failures
+            if batch.next_attempt is not None and batch.next_attempt.number and batch.failures
         ]
         if retried:
             return "Retrying", describe_failure(retried[0].failures[-1])

@@ -246,7 +246,7 @@ def _advance_clean_up(snapshot: Snapshot, status: IngestRunStatus) -> tuple[Inge
     if record is None or step is None:
         return status, ()
     before = record.on_cancel
-    create = CreateJob(start=NextAttempt(batch=0, step=step, attempt=0, input_attempt=None))
+    create = CreateJob(attempt=NextAttempt(batch=0, step=step, number=0, input_attempt=None))
     if before is None:
         claimed = record.replace(on_cancel=OnCancelStatus(state="Claimed"))
         return status.replace(cancellation=claimed), (create,)

@@ -74,7 +74,7 @@ def schedule(snapshot: Snapshot) -> Schedule:
         claimed = next_claims(status.batches, due.claims)
         fetch = steps_of(run.spec)[0]
         creates += [
-            _create_job(run, status, NextAttempt(batch=index, step=fetch, attempt=0, input_attempt=None))
+            _create_job(run, status, NextAttempt(batch=index, step=fetch, number=0, input_attempt=None))
             for index in claimed
         ]
         batches = status.batches.replace(
@@ -117,13 +117,13 @@ def _not_before(batch: BatchState) -> datetime | None:
 
 def _create_job(run: IngestRun, status: IngestRunStatus, following: NextAttempt) -> CreateJob:
     if following.step.stage is not Stage.FETCH:
-        return CreateJob(start=following)
+        return CreateJob(attempt=following)
     partitions = run.spec.batches.partitions
     replayed = status.batches.pending_replays.get(following.batch)
     if replayed is not None:
-        return CreateJob(start=following, cursor=replayed.cursor, limit=replay_limit(replayed))
+        return CreateJob(attempt=following, cursor=replayed.cursor, limit=replay_limit(replayed))
     if partitions is None:
         limit = fetch_limit(run.spec, status.records)
-        return CreateJob(start=following, cursor=cursor_of(run, status), limit=limit)
+        return CreateJob(attempt=following, cursor=cursor_of(run, status), limit=limit)
     value = partitions.values[following.batch] if partitions.values is not None else str(following.batch)
-    return CreateJob(start=following, cursor=value)
+    return CreateJob(attempt=following, cursor=value)

@@ -58,13 +58,13 @@ def memory_raised_events(old: IngestRunStatus, new: IngestRunStatus, starts: Ite
     return [
         normal(
             "MemoryRaised",
-            f"batch {start.batch}, {start.step.label}, attempt {start.attempt + 1}: memory limit {start.memory}",
+            f"batch {start.batch}, {start.step.label}, attempt {start.number + 1}: memory limit {start.memory}",
             action="RaiseMemory",
         )
         for start in starts
         if start.memory is not None
         and start.memory.before is not None
-        and (start.batch, start.step.label, start.attempt - 1) in fresh
+        and (start.batch, start.step.label, start.number - 1) in fresh
     ]
 
 

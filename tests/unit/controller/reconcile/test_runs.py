@@ -293,7 +293,7 @@ async def test_foreign_job_under_the_name_is_not_adopted(world: World) -> None:
     world.cluster.collect_garbage()
     uid = world.create()["metadata"]["uid"]
     run = IngestRun.read(world.cluster.run(KEY))
-    create = CreateJob(start=NextAttempt(batch=0, step=steps_of(run.spec)[0], attempt=0, input_attempt=None))
+    create = CreateJob(attempt=NextAttempt(batch=0, step=steps_of(run.spec)[0], number=0, input_attempt=None))
     assert uid == run.metadata.uid
     assert not adoptable(run, create, stranger)
 

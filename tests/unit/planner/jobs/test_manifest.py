@@ -47,7 +47,7 @@ def test_the_deadline_is_the_pods_and_the_job_has_none_that_waiting_could_meet(
     step_of: Any, spec: dict[str, Any], seconds: int
 ) -> None:
     run = run_of(**spec)
-    create = CreateJob(start=NextAttempt(batch=0, step=step_of(run.spec), attempt=0, input_attempt=None))
+    create = CreateJob(attempt=NextAttempt(batch=0, step=step_of(run.spec), number=0, input_attempt=None))
     job = job_manifest(run, create, worker=WorkerImage(name="example/worker:1"))
     assert "activeDeadlineSeconds" not in job["spec"]
     assert job["spec"]["template"]["spec"]["activeDeadlineSeconds"] == seconds
