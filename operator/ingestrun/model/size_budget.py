@@ -50,6 +50,11 @@ UNPUBLISHED_STATUS_BYTES: Final = 10 * 1024
 MAX_CHECKPOINTS: Final = 6
 """How many batches have a checkpoint at once: mostly 100 bytes each, at most 194."""
 
+REASON_CHARS: Final = 512
+"""Characters of a cancel's reason: each run below puts its parent's name before the reason of that one."""
+REQUESTER_CHARS: Final = 128
+"""Characters of the name of a cancel's requester."""
+
 MAX_IMAGE_PINS: Final = 5
 """Of how many different images a digest is kept: about 130 bytes each."""
 NAMED_CHILDREN: Final = 20
@@ -62,7 +67,7 @@ STATUS_PARTS: Final = MappingProxyType(
         "batches: ranges": 64 + UNMEASURED_RANGES_BYTES,
         "batches: checkpoints; once drained: the record of it": 1264,  # MAX_CHECKPOINTS, onCancel with MESSAGE_CHARS
         "batches: unpublished": 16 + UNPUBLISHED_FREE_BYTES,
-        "cancellation": 1048,  # reason 512, requestedBy 128, parent 253
+        "cancellation": 1048,  # REASON_CHARS, REQUESTER_CHARS, parent 253
         "resumedFrom, resumedBy": 704,  # two names of 253
         "images": 656,  # MAX_IMAGE_PINS, one of them with a name of 128
         "cursor": 528,  # CURSOR_MAX_CHARS

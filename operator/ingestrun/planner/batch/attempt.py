@@ -16,6 +16,7 @@ from ingestrun.model.names import LABEL_ATTEMPT, LABEL_BATCH, LABEL_RUN_UID, LAB
 from ingestrun.model.quantity import QuantityError, read_bytes
 from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.text import truncate
+from ingestrun.model.times import parse_time
 
 POD_EXPECTED_WITHIN: Final = timedelta(seconds=5)
 """How soon after its start a Job has a pod. If it has none, the creation of its pod may be refused."""
@@ -215,13 +216,13 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
         attempt=attempt,
         deleting="deletionTimestamp" in meta,
         finished=finished,
-        finished_at=_time(ended.get("lastTransitionTime") or meta["creationTimestamp"]) if ended else None,
+        finished_at=parse_time(ended.get("lastTransitionTime") or meta["creationTimestamp"]) if ended else None,
         reason=ended.get("reason") if ended else None,
         message=_short(ended.get("message")) if ended else None,
         image=_image(job),
         memory_limit=_memory_limit(((job.get("spec") or {}).get("template") or {}).get("spec") or {}),
-        created=_time(meta["creationTimestamp"]) if "creationTimestamp" in meta else None,
-        started_at=_time(status["startTime"]) if status.get("startTime") else None,
+        created=parse_time(meta["creationTimestamp"]) if "creationTimestamp" in meta else None,
+        started_at=parse_time(status["startTime"]) if status.get("startTime") else None,
         suspended=bool((job.get("spec") or {}).get("suspend")),
     )
 
@@ -252,10 +253,10 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
         disruption=_disruption(status),
         memory_limit=_memory_limit(spec),
         resource_version=meta.get("resourceVersion", ""),
-        deleting_until=_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
+        deleting_until=parse_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
         node=spec.get("nodeName"),
         image_id=sys.intern(container.get("imageID") or "") or None,
-        created=_time(meta["creationTimestamp"]) if "creationTimestamp" in meta else None,
+        created=parse_time(meta["creationTimestamp"]) if "creationTimestamp" in meta else None,
         placed_at=_placed_at(status),
     )
 
@@ -312,10 +313,10 @@ def ended_by_suspension(job: ObservedJob, pod: ObservedPod) -> bool:
 def _placed_at(status: Mapping[str, Any]) -> datetime | None:
     """Read when the kubelet accepted the pod or, if it has not yet, when the scheduler gave it a node."""
     if "startTime" in status:
-        return _time(status["startTime"])
+        return parse_time(status["startTime"])
     for condition in status.get("conditions") or ():
         if condition.get("type") == "PodScheduled" and condition.get("status") == "True":
-            return _time(condition["lastTransitionTime"]) if condition.get("lastTransitionTime") else None
+            return parse_time(condition["lastTransitionTime"]) if condition.get("lastTransitionTime") else None
     return None
 
 
@@ -344,10 +345,10 @@ def _obstacle(
 ) -> Obstacle | None:
     for condition in status.get("conditions") or ():
         if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":
-            since = _time(condition.get("lastTransitionTime") or meta["creationTimestamp"])
+            since = parse_time(condition.get("lastTransitionTime") or meta["creationTimestamp"])
             return Obstacle(kind="Unschedulable", message=_short(condition.get("message")) or "", since=since)
     waiting = state.get("waiting") or {}
-    since = _time(status.get("startTime") or meta["creationTimestamp"])
+    since = parse_time(status.get("startTime") or meta["creationTimestamp"])
     if waiting.get("reason") in _IMAGE_REASONS:
         # The kubelet's message alternates between ErrImagePull and its back-off, and each change would be a write.
         image = next((c.get("image") for c in spec.get("containers") or ()), "?")
@@ -361,10 +362,6 @@ def _image(job: Mapping[str, Any]) -> str | None:
     containers = job.get("spec", {}).get("template", {}).get("spec", {}).get("containers") or ()
     image = next((container.get("image") for container in containers), None)
     return sys.intern(image) if image else None
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text)
 
 
 def _short(text: str | None) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import REASON_CHARS, REQUESTER_CHARS
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import AttemptId, CancellationStatus, Phase
+from ingestrun.model.text import truncate
 from ingestrun.planner.actions import CancelCause, CancelledParent, Decision, Plan
 from ingestrun.planner.batch.ledger import claimable, next_claims
 from ingestrun.planner.snapshot import Snapshot
@@ -30,8 +32,8 @@ def cancel(snapshot: Snapshot, *, cause: CancelCause | None = None) -> Decision:
     status = run.status.replace(
         completion_time=snapshot.now,
         cancellation=CancellationStatus(
-            reason=reason,
-            requested_by=requester,
+            reason=truncate(reason, REASON_CHARS) if reason is not None else None,
+            requested_by=truncate(requester, REQUESTER_CHARS) if requester is not None else None,
             policy=policy_of(run, parent),
             cascade=run.spec.cancellation.cascade or by_parent is not None,
             parent=by_parent.name if by_parent is not None else None,

@@ -15,6 +15,7 @@ from typing import Any, Final
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import ConcurrencyPolicy
 from ingestrun.model.status import Phase
+from ingestrun.model.times import parse_time
 from ingestrun.planner.actions import OPERATOR, CancelCause
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.events import WAITING_FOR_DRAIN, WAITING_FOR_REPLACED
@@ -51,7 +52,7 @@ class ConcurrentRun:
         return cls(
             name=meta["name"],
             uid=meta["uid"],
-            created=datetime.fromisoformat(meta["creationTimestamp"]),
+            created=parse_time(meta["creationTimestamp"]),
             started="startTime" in status,
             leaving=leaving,
             over=ended and drained and _cleaned_up(spec, status),
