@@ -1,4 +1,4 @@
-"""What goes into and comes out of the planner, as plain values: observations, actions and the plan."""
+"""The inputs and outputs of the planner, as plain values: observations, actions and the plan."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.events import Event
 
 OPERATOR: Final = OPERATOR_MANAGER
-"""The requester of a cancel that nobody has asked for."""
+"""The requester of a cancel that the operator decided by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelCause:
-    """Why the operator cancels a run by itself. `kind` is the reason of the condition `Cancelled`."""
+    """Cause for which the operator cancels a run by itself. `kind` is the reason of the condition `Cancelled`."""
 
     kind: str
     reason: str
@@ -31,13 +31,13 @@ class CancelCause:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateRejection:
-    """The API server did not accept a Job of this run."""
+    """The API server's refusal of a Job of this run."""
 
     reason: str
     message: str
     retry_at: datetime
     permanent: bool = False
-    """The Job itself is at fault (422), so there is no use in asking again."""
+    """True if the Job itself is at fault (422), so that trying again is of no use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +72,12 @@ class Predecessor:
 
     run: IngestRun
     resumer: IngestRun | None = None
-    """The run that has claimed it, if that is another than this one and still there; read live."""
+    """The other run that has claimed the predecessor, if it still exists; read live."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimPredecessor:
-    """Write to another run's status, with its resourceVersion, that this run resumes it."""
+    """Write to another run's status, with its resourceVersion, which records that this run resumes it."""
 
     of: IngestRun
     status: IngestRunStatus
@@ -85,7 +85,7 @@ class ClaimPredecessor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeletePod:
-    """End a pod: SIGTERM, and SIGKILL after the grace period (None: the pod's own)."""
+    """Deletion of a pod: SIGTERM, and SIGKILL after the grace period (None: the pod's own)."""
 
     name: str
     uid: str
@@ -94,29 +94,29 @@ class DeletePod:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeleteJob:
-    """Delete a Job. With `pod`: only if that pod has not changed since, which means that it has not started."""
+    """Deletion of a Job. With `pod`: only if the pod has not changed since, which means that it has not started."""
 
     job: ObservedJob
     pod: ObservedPod | None = None
     why: str = "it has not started"
-    """For the log."""
+    """Reason for the log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeleteJobs:
-    """Delete many Jobs by one call, with their pods."""
+    """Deletion of many Jobs by one call, with their pods."""
 
     batches: IndexRanges | None
-    """Those of these batches; None: of all batches."""
+    """The batches whose Jobs are deleted; None: all batches."""
     kept: IndexRanges = field(default_factory=IndexRanges)
-    """Without `batches`: except those of these."""
+    """The batches whose Jobs stay, if `batches` is None."""
     clean_up: bool = False
-    """That of `spec.onCancel` as well."""
+    """True if the Job of `spec.onCancel` is deleted as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateJob:
-    """Create the Job of an attempt; `cursor` and `limit` are for a fetch."""
+    """Creation of the Job of an attempt; `cursor` and `limit` are for a fetch."""
 
     attempt: NextAttempt
     cursor: str | None = None
@@ -125,25 +125,25 @@ class CreateJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to do, in this order: write the status, then create, end, delete, post Events, and look again."""
+    """The actions of one pass, in this order: write the status, create, end, delete, post Events, and look again."""
 
     status: IngestRunStatus
     claim_predecessor: ClaimPredecessor | None = None
-    """Before all else; then all is planned anew."""
+    """Claim that is written before everything else; then the whole run is planned anew."""
     creates: tuple[CreateJob, ...] = ()
     pod_deletions: tuple[DeletePod, ...] = ()
     job_deletions: tuple[DeleteJob, ...] = ()
     bulk_deletion: DeleteJobs | None = None
     skips: tuple[AttemptId, ...] = ()
-    """What would have been started now if the run were not cancelled."""
+    """The attempts that would have been started now if the run were not cancelled."""
     unmet_demand: int = 0
-    """How many more Jobs would be started now if the operator's limits, or a quota, allowed it."""
+    """Number of further Jobs that would be started now if the operator's limits and the quotas allowed it."""
     fence: bool | None = None
-    """Whether the run has to carry the label by which the fence selects it; None: leave it as it is."""
+    """True if the run has to carry the label by which the fence selects it, False if not; None leaves it as it is."""
     events: tuple[Event, ...] = ()
-    """Posted once the status is stored."""
+    """Events that are posted once the status is stored."""
     expirable: bool = False
-    """Of an ended run: it is drained, cleaned up and swept, so its TTL may delete it."""
+    """True if an ended run is drained, cleaned up and swept, so that its TTL may delete it."""
     requeue_at: datetime | None = None
 
 
@@ -153,9 +153,9 @@ class Decision:
 
     plan: Plan
     phase: Phase | None = None
-    """None: it stays."""
+    """The new phase; None leaves the phase as it is."""
     conditions: Sequence[ConditionUpdate] = ()
     pins: Sequence[ImagePin] | None = None
     """New `status.images`. They are stored together with another change, so that they cost no write of their own."""
     pins_needed: bool = False
-    """Store them even without another change, because a Job that is created now runs one of them."""
+    """True if `pins` are stored even without another change, because a Job that is created now runs one of them."""

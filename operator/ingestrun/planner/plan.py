@@ -1,7 +1,7 @@
-"""The planner: from a snapshot of a run to its new status and to what is created, deleted and announced.
+"""The planner, which turns a snapshot of a run into its new status and the objects to create, delete and announce.
 
-Pure: it knows no client and no clock of its own, keeps nothing, and decides the same from the same state. So
-a restarted operator needs no memory, an event that was missed costs nothing, and each rule has a table test.
+The planner is pure: it has no client and no clock, keeps no state, and decides the same from the same snapshot. So
+a restarted operator needs no memory, a missed event does no harm, and each rule has a table test.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ingestrun.planner.status.writer import finish_status
 
 
 def plan(snapshot: Snapshot) -> Plan:
-    """Decide for one run, from the snapshot alone: what its status becomes, and what to do once that is stored."""
+    """Decide the new status of one run, and the actions once it is stored, from the snapshot alone."""
     decision = _decide(snapshot)
     return decision if isinstance(decision, Plan) else _finish(snapshot, decision)
 
 
 def _decide(snapshot: Snapshot) -> Decision | Plan:
-    """Choose by where the run stands: ended, being deleted, to be cancelled, or active."""
+    """Choose by the state of the run: ended, being deleted, to be cancelled, or active."""
     run = snapshot.run
     if run.status.ended:
         return drain(snapshot)
@@ -37,7 +37,8 @@ def _decide(snapshot: Snapshot) -> Decision | Plan:
         return cancel(snapshot)
     cause = replacement_cause(run, snapshot.peers)
     if run.cancel_requested:
-        # Only the label asks for it: a request was taken back, or the operator labelled the run before its own cancel.
+        # Only the label asks for the cancel: the request was taken back, or the operator set the label before its own
+        # cancel.
         cause = cause or stalled(snapshot)
     if run.cancel_requested or cause is not None:
         return cancel(snapshot, cause=cause)
@@ -45,7 +46,7 @@ def _decide(snapshot: Snapshot) -> Decision | Plan:
 
 
 def _begin_or_progress(snapshot: Snapshot) -> Decision | Plan:
-    """Let an active run begin if no other run prevents it, from where it resumes; or go on."""
+    """Let an active run go on, or begin (where it resumes, if it does) unless another run prevents that."""
     block = start_block(snapshot.run, snapshot.peers)
     if block is not None:
         if block.final:
@@ -64,7 +65,7 @@ def _begin_or_progress(snapshot: Snapshot) -> Decision | Plan:
 
 
 def _finish(snapshot: Snapshot, decision: Decision) -> Plan:
-    """Finish the status, once, and add the Events that its change deserves."""
+    """Finish the status, once, and add the Events for its change."""
     run, before = snapshot.run, snapshot.run.status
     status = finish_status(
         run, decision.plan.status, phase=decision.phase, conditions=decision.conditions, now=snapshot.now

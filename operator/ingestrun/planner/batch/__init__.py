@@ -1,1 +1,1 @@
-"""One batch: its attempts, where it stands, what a failure leads to, and how it is counted."""
+"""One batch: its attempts, its state, its failure policy and its counts."""

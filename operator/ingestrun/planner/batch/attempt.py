@@ -19,11 +19,11 @@ from ingestrun.model.text import truncate
 from ingestrun.model.times import parse_time
 
 POD_EXPECTED_WITHIN: Final = timedelta(seconds=5)
-"""How soon after its start a Job has a pod. If it has none, the creation of its pod may be refused."""
+"""Time after its start within which a Job has a pod. Without one by then, the pod's creation may be refused."""
 NO_POD_RECHECK: Final = timedelta(seconds=15)
-"""How often a Job without a pod is checked again."""
+"""Interval at which a Job without a pod is checked again."""
 QUEUED_AFTER: Final = timedelta(seconds=5)
-"""How long a Job is suspended before its run is reported as queued, because a quick admission is not worth a status."""
+"""Time for which a Job is suspended before its run is reported as queued: a quick admission deserves no status."""
 
 _IMAGE_REASONS: Final = frozenset(
     {
@@ -39,7 +39,7 @@ _CONFIG_REASONS: Final = frozenset({"CreateContainerConfigError", "CreateContain
 
 
 class JobState(StrEnum):
-    """How far a Job is. `WAITING`: no container of it has started yet."""
+    """State of a Job. `WAITING`: no container of the Job has started yet."""
 
     WAITING = "Waiting"
     RUNNING = "Running"
@@ -73,17 +73,17 @@ class ObservedJob:
     image: str | None = None
     """The image of its container, as the Job names it."""
     memory_limit: int | None = None
-    """Of its container, in bytes, as the Job's template has it."""
+    """Memory limit of its container, in bytes, from the Job's template."""
     created: datetime | None = None
     started_at: datetime | None = None
-    """When the Job controller started it, for the last time if it was suspended since."""
+    """Time at which the Job controller started it; if it was suspended since, the time of the latest start."""
     suspended: bool = False
-    """Kueue, or a user, has suspended it: it is not admitted, or its admission was taken back."""
+    """True if Kueue or a user has suspended the Job, because it is not admitted or its admission was taken back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Obstacle:
-    """Why a pod does not start, or is not even created.
+    """Obstacle that keeps a pod from starting or from being created.
 
     `kind` is one of Unschedulable, ImagePull and ContainerConfig; without a pod, of QuotaExceeded and PodRefused.
     """
@@ -105,7 +105,7 @@ class ObservedPod:
     ended: bool
     exit_code: int | None
     reason: str | None
-    """Why its container ended; if no container was started, why the pod ended."""
+    """Reason for which its container ended or, if no container was started, for which the pod ended."""
     message: str | None
     """The termination message: the stage's result, or the last lines of its log."""
     obstacle: Obstacle | None
@@ -113,18 +113,18 @@ class ObservedPod:
     """The reason in the pod's own status: Evicted, NodeAffinity and the like."""
     pod_message: str | None = None
     disruption: str | None = None
-    """The reason of its condition DisruptionTarget, which a pod has that was ended for a cause outside of it."""
+    """The reason of its condition DisruptionTarget, which marks a pod that was ended for a cause outside of the pod."""
     memory_limit: int | None = None
-    """Of its container, in bytes; a LimitRange may have set it."""
+    """Memory limit of its container, in bytes; a LimitRange may have set it."""
     resource_version: str = ""
     deleting_until: datetime | None = None
-    """When the grace period of its deletion ends; None while it is not being deleted."""
+    """End of the grace period of its deletion; None while it is not being deleted."""
     node: str | None = None
     image_id: str | None = None
     """The image that its container runs, as the kubelet names it; None before it has started."""
     created: datetime | None = None
     placed_at: datetime | None = None
-    """When it got a node; None while it waits for one."""
+    """Time at which the pod got a node; None while it waits for a node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ class Attempt:
     state: JobState
     pod: ObservedPod | None
     pod_creation: Obstacle | None = None
-    """Why the Job controller cannot create its pod; looked up only for a Job that lacks one (`lacks_pod`)."""
+    """Obstacle to the creation of its pod; looked up only for a Job that lacks a pod (`lacks_pod`)."""
 
     @property
     def batch(self) -> int:
@@ -179,7 +179,7 @@ class Attempt:
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Return what attempts are sorted by: batch, stage, number."""
+        """Return the sort key of attempts: batch, stage, number."""
         return (self.batch, self.step, self.number)
 
 
@@ -268,7 +268,7 @@ def attempt_of(job: ObservedJob, pods: Sequence[ObservedPod]) -> Attempt:
     the next stage need not wait for that. This holds even if the Job then exceeds its deadline, so that the verdict on
     an attempt that later stages built on never changes.
 
-    A pod that was ended by a suspension no longer belongs to the Job: Kueue preempts so, and the Job starts anew.
+    A pod that was ended by a suspension (Kueue's way to preempt) no longer belongs to the Job, which starts anew.
     """
     pods = [pod for pod in pods if not ended_by_suspension(job, pod)]
     pod = max(pods, key=lambda pod: (pod.ended, pod.started), default=None)
@@ -286,8 +286,8 @@ def attempt_of(job: ObservedJob, pods: Sequence[ObservedPod]) -> Attempt:
 def pod_creation_obstacle(attempt: Attempt, event_note: str | None) -> Obstacle | None:
     """Read the Job controller's Event about a pod that it cannot create; return None without one.
 
-    A quota has room another time. All else (a LimitRange, the namespace's pod security, a webhook, a service account or
-    priority class that does not exist) will be refused again until somebody changes something.
+    A quota may have room later. Every other refusal (by a LimitRange, the namespace's pod security, a webhook, or for a
+    service account or priority class that does not exist) is repeated until the cluster or the run is changed.
     """
     since = attempt.job.started_at
     if not event_note or since is None:
@@ -299,7 +299,7 @@ def pod_creation_obstacle(attempt: Attempt, event_note: str | None) -> Obstacle 
 
 
 def ended_by_suspension(job: ObservedJob, pod: ObservedPod) -> bool:
-    """Tell whether the pod was ended because its Job was suspended, so that its end says nothing about the Job.
+    """Tell whether the pod was ended because its Job was suspended, so that its end is not the end of the Job.
 
     The Job controller takes its finalizer off the pods that it deletes for a suspension, counts none of them, and sets
     the Job's start time anew when it is resumed.

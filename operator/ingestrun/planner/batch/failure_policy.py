@@ -1,4 +1,4 @@
-"""The failure policy: what an ended attempt has come to (`outcome_of`), and what each kind of failure leads to.
+"""The failure policy: the outcome of an ended attempt (`outcome_of`), and the action for each kind of failure.
 
 `FAILURE_POLICY` is the one table. docs/failures.md shows it to users, and a test holds the two together. Which kind a
 failure is follows from the Job and its pod (here), from the content of a result (`batch.state`), and from the API
@@ -22,7 +22,7 @@ from ingestrun.planner.batch.attempt import Attempt, JobState, ObservedPod
 
 
 class FailureAction(StrEnum):
-    """What follows a failure."""
+    """Action that follows a failure."""
 
     RETRY = "Retry"
     RETRY_WITH_MORE_MEMORY = "RetryWithMoreMemory"
@@ -33,7 +33,7 @@ class FailureAction(StrEnum):
 
 
 class RetryBudget(StrEnum):
-    """What a retry is counted against; each budget is counted apart, for each stage of each batch."""
+    """Budget that a retry is counted against; each one is counted separately, for each stage of each batch."""
 
     RETRIES = "retries"
     """`retries` of the stage or of the run."""
@@ -57,14 +57,14 @@ _FAIL_RUN: Final = FailurePolicyRule(FailureAction.FAIL_RUN)
 _HOLD: Final = FailurePolicyRule(FailureAction.HOLD)
 
 FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
-    # What the container did.
+    # The container failed.
     "Error": _RETRY,
     "PermanentError": _FAIL_BATCH,
     "OOMKilled": FailurePolicyRule(FailureAction.RETRY_WITH_MORE_MEMORY, RetryBudget.MEMORY),
     "DeadlineExceeded": _RETRY,
     "StorageExceeded": _RETRY,
     "StartError": _RETRY,
-    # What it left.
+    # Its result is missing or not valid.
     "ResultMissing": _RETRY,
     "ResultInvalid": _RETRY,
     "RowsMismatch": _RETRY,
@@ -72,7 +72,7 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     "LimitExceeded": _FAIL_BATCH,
     "NoProgress": _FAIL_BATCH,
     "SourceChanged": _FAIL_BATCH,
-    # What was done to its pod.
+    # Its pod was ended from outside.
     "Evicted": _RETRY_DISRUPTION,
     "Preempted": _RETRY_DISRUPTION,
     "NodeLost": _RETRY_DISRUPTION,
@@ -80,12 +80,12 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     "PodDeleted": _RETRY_DISRUPTION,
     "PodLost": _RETRY_DISRUPTION,
     "Disrupted": _RETRY_DISRUPTION,
-    # Why its pod never started.
+    # Its pod could not start.
     "ImagePull": _FAIL_BATCH,
     "ContainerConfig": _FAIL_BATCH,
     "PodRefused": _FAIL_BATCH,
     "JobMissing": _FAIL_BATCH,
-    # Why the API server did not accept the Job.
+    # The API server did not accept the Job.
     "JobRefused": _FAIL_RUN,
     "AdmissionDenied": _FAIL_RUN,
     "NameTaken": _FAIL_RUN,
@@ -105,7 +105,7 @@ _DISRUPTIONS: Final = {
     "DeletionByTaintManager": "NodeLost",
     "DeletionByPodGC": "NodeLost",
 }
-"""From the reasons of a pod's condition DisruptionTarget (Kubernetes' docs, "Disruptions") to those of the table."""
+"""Reasons of a pod's condition DisruptionTarget (Kubernetes' docs, "Disruptions"), each with the table's reason."""
 _STATUS_UNKNOWN: Final = "ContainerStatusUnknown"
 """The reason of a container that the kubelet cannot find: it was never started, or it is lost."""
 _DEADLINE: Final = "DeadlineExceeded"
@@ -113,7 +113,7 @@ _DEADLINE: Final = "DeadlineExceeded"
 _NODE_LOST: Final = frozenset({"NodeLost", _STATUS_UNKNOWN})
 """Reasons of a pod or a container that its node has lost."""
 _NODE_REFUSED: Final = frozenset({"NodeAffinity", "NodeShutdown", "UnexpectedAdmissionError", "AdmissionFailed"})
-"""Why a kubelet rejected a pod that was bound to its node; also OutOfcpu, OutOfmemory, OutOfpods and the like."""
+"""Reasons of a kubelet that rejects a pod bound to its node; also OutOfcpu, OutOfmemory, OutOfpods and the like."""
 _KILLED: Final = (137, 143)
 """The exit codes of SIGKILL and SIGTERM."""
 _ESCAPE: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -122,7 +122,7 @@ _ESCAPE: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why an attempt is no success."""
+    """Failure of an attempt: its reason and message."""
 
     reason: str
     """A row of `FAILURE_POLICY`, or a reason of Kubernetes' own that has none."""
@@ -132,12 +132,12 @@ class Failure:
 
 
 def rule_of(reason: str) -> FailurePolicyRule:
-    """Return the row of that reason. A reason of Kubernetes' that the table lacks is retried like an error."""
+    """Return the row of a reason. Reasons of Kubernetes that the table lacks are retried like an error."""
     return FAILURE_POLICY.get(reason, _RETRY)
 
 
 def outcome_of(ended: Attempt) -> StageResult | Failure:
-    """Judge a finished attempt. Only exit code 0 with a valid result that says `done` is a success.
+    """Judge a finished attempt. Only exit code 0 with a valid result whose outcome is `done` is a success.
 
     This also holds past the deadline: completed work is never repeated because it finished slightly late.
     """
@@ -178,9 +178,9 @@ def _result(ended: Attempt) -> StageResult | Failure:
 
 
 def _failure_of(ended: Attempt) -> Failure:
-    """Return the first that fits: the deadline, the container's own result, then what was done to the pod.
+    """Return the first failure that fits: the deadline, the container's own result, then a disruption of the pod.
 
-    The deadline comes before an exit code, because how a container ends after SIGTERM says nothing about its work.
+    The deadline comes before an exit code, because the exit code after SIGTERM does not tell how the work went.
     """
     pod = ended.pod
     if _past_deadline(ended):
@@ -207,7 +207,7 @@ def _failure_of(ended: Attempt) -> Failure:
 def _past_deadline(ended: Attempt) -> bool:
     """Tell whether the pod (or, for Jobs created before decision 0007, the Job) exceeded its activeDeadlineSeconds.
 
-    The kubelet reports this of any pod that ends past its deadline, whatever ended it, so two other causes have
+    The kubelet reports this for any pod that ends past its deadline, for any cause, so two other causes have
     precedence: a disruption, and memory (a stage may hang because one of its processes was killed for it).
     """
     if ended.job.reason == _DEADLINE:
@@ -251,7 +251,7 @@ def _with_kubelet_message(pod: ObservedPod, sentence: str) -> str:
 
 
 def _container_message(message: str | None) -> str:
-    """Return what the container left: its result's message, or the last line of its log."""
+    """Return the message of the container's result or, without a result, the last line of its log."""
     if not message:
         return ""
     try:
@@ -268,10 +268,10 @@ def strip_control(text: str) -> str:
 
 
 def last_lines(message: str | None) -> str | None:
-    """Return the end of a log that stands in a termination message; None if a result stands there, or nothing.
+    """Return the end of the log in a termination message; None if the message is empty or holds a result.
 
-    The kubelet puts it there (FallbackToLogsOnError: the last 2048 bytes or 80 lines) when a container fails
-    and has left nothing itself.
+    The kubelet puts the log there (FallbackToLogsOnError: the last 2048 bytes or 80 lines) when a container fails
+    and has left no message itself.
     """
     if not message or _is_result(message):
         return None

@@ -1,4 +1,4 @@
-"""The ledger of a run: what may be claimed next, and how ended fetches and batches are counted."""
+"""The ledger of a run: the batches that may be claimed next, and the counts of ended fetches and batches."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _ENTRY_BYTES: Final = len('{"stage":"","reason":"","count":1234567890},')
 def claimable(spec: IngestRunSpec, batches: BatchesStatus, records: RecordsStatus) -> int:
     """Return how many more batches may be claimed now, `parallelism` apart.
 
-    A chain's next batch needs the cursor of the one before, so there is at most one; and none once the source
-    has said `exhausted` or `limit` records have been read. The batches to replay come on top, because it is known where
-    each of them begins.
+    A chain's next batch needs the cursor of the one before, so at most one may be claimed, and none once the source
+    has reported `exhausted` or `limit` records have been read. The batches to replay are added, because the cursor of
+    each is known.
     """
     if spec.batches.partitions is not None:
         return spec.batches.partitions.total - batches.claimed.first_gap + len(batches.replay)
@@ -70,7 +70,7 @@ def cursor_of(run: IngestRun, status: IngestRunStatus) -> str:
 
 
 def batch_states(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) -> list[BatchState]:
-    """Derive where each batch stands that the stored status has in flight."""
+    """Derive the state of each batch that is in flight by the stored status."""
     spec, status = run.spec, run.status
     by_batch: Mapping[int, list[Attempt]] = defaultdict(list)
     for attempt in attempts:
@@ -149,7 +149,7 @@ def _moved_cursor(old: str | None, fetched: Iterable[StageResult]) -> str | None
 
 
 def merge_failures(old: Iterable[StageFailure], seen: Iterable[StageFailure]) -> list[StageFailure]:
-    """Return the latest failed attempts of both, each once: the same whatever the order in which they were seen."""
+    """Return the latest failed attempts of both, each once; the result does not depend on the order of observation."""
     by_id = {failure.id: failure for failure in (*seen, *old)}
     latest = sorted(by_id.values(), key=lambda failure: (failure.time.replace(microsecond=0), failure.id))
     return [

@@ -11,7 +11,7 @@ from ingestrun.model.stages import STAGE_SETTINGS, Resources, StageSettings
 from ingestrun.model.worker import SecretKeySelector
 
 DEFAULT_DEADLINE_SECONDS = 3600
-"""`activeDeadlineSeconds` of a stage that sets none: every pod has one, so that none can hang for ever."""
+"""`activeDeadlineSeconds` of a stage that sets none. Every pod has a deadline, so that no pod can hang for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,27 +27,27 @@ class Step:
     resources: Resources | None
     container: Container | None = None
     config: str | None = None
-    """JSON for the built-in worker; None with one's own container."""
+    """JSON for the built-in worker; None with a user's own container."""
     authorization: SecretKeySelector | None = None
 
     @property
     def label(self) -> str:
-        """The step as messages name it."""
+        """Return the step's name in messages."""
         return f"hook {self.name}" if self.stage is Stage.HOOK else self.name
 
     @property
     def job_part(self) -> str:
-        """The step as the name of its Job has it; the index keeps a hook named `publish` apart."""
+        """Return the step's part of its Job's name; the index distinguishes a hook named `publish` from the stage."""
         return f"h{self.index}-{self.name}" if self.stage is Stage.HOOK else self.name
 
 
 ON_CANCEL_STEP: Final = 1000
-"""Beyond any stage of a batch: the clean-up's place, so that nobody takes it for one."""
+"""Index of the clean-up, beyond any stage of a batch, so that it is not taken for a stage."""
 ON_CANCEL_DEADLINE_SECONDS: Final = 300
 
 
 def on_cancel_step(spec: IngestRunSpec) -> Step | None:
-    """The clean-up after a cancel; None where the run has none. It is tried once."""
+    """Return the clean-up after a cancel, which is tried once; None if the run has no clean-up."""
     container = spec.on_cancel
     if container is None:
         return None
@@ -63,7 +63,7 @@ def on_cancel_step(spec: IngestRunSpec) -> Step | None:
 
 
 def steps_of(spec: IngestRunSpec) -> tuple[Step, ...]:
-    """The steps of a run, in order. At least two: fetch and publish."""
+    """Return the steps of a run, in order: at least fetch and publish."""
     http = spec.source.http if spec.source is not None else None
     steps = [
         _step(
@@ -95,7 +95,7 @@ def _step(
     index: int = 0,
     authorization: SecretKeySelector | None = None,
 ) -> Step:
-    """A step with its settings: of the container, of the hook, source or sink around it, of the run, or ours."""
+    """Return a step with its settings: the container's, its hook's, source's or sink's, the run's, or the default."""
     given = [settings for settings in (container, built_in) if settings is not None]
     retries = next((settings.retries for settings in given if settings.retries is not None), spec.retries)
     deadlines = [settings.active_deadline_seconds for settings in given if settings.active_deadline_seconds]

@@ -1,4 +1,4 @@
-"""What follows a failed attempt: its row of the failure policy, held against what is left of the stage's budgets."""
+"""The decision after a failed attempt: its row of the failure policy, limited by the rest of the stage's budgets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.failure_policy import Failure, FailureAction, RetryBudget, rule_of
 
 FREE_DISRUPTIONS: Final = 10
-"""How many disruptions one stage of one batch survives without using its `retries`.
+"""Number of disruptions that one stage of one batch survives without using its `retries`.
 
-A disruption is nobody's fault, so `retries: 0` survives them too; yet they are bounded, because a pod that a full node
-evicts each time would be started for ever.
+A disruption is not the stage's fault, so a stage with `retries: 0` survives it too. The number is bounded, because a
+pod that a full node evicts each time would be started for ever.
 """
 MEMORY_FACTOR: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How often one stage may be tried again, and how long to wait before."""
+    """Number of retries of one stage, and the delay before each."""
 
     retries: int
     out_of_memory: OutOfMemory | None
@@ -33,7 +33,7 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetsUsed:
-    """How many of a stage's attempts have failed so far, by the budget that they used."""
+    """Number of a stage's attempts that have failed so far, by the budget that they used."""
 
     retries: int = 0
     memory: int = 0
@@ -47,7 +47,7 @@ class MemoryLimit:
     limit: int
     """Bytes."""
     before: int | None = None
-    """Bytes that the attempt before had; None if this one has no more than that."""
+    """Memory limit of the attempt before in bytes; None if the limit was not raised for this attempt."""
 
     def __str__(self) -> str:
         was = f" instead of {render_bytes(self.before)}" if self.before is not None else ""
@@ -56,14 +56,14 @@ class MemoryLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryDecision:
-    """What follows one failed attempt."""
+    """Decision about one failed attempt."""
 
     action: FailureAction
     used: BudgetsUsed
     delay: timedelta = timedelta(0)
     memory: MemoryLimit | None = None
     explanation: str = ""
-    """For people: which retry of how many comes when, or why there is none."""
+    """Text for people: the number of the retry, of the most allowed, and its time, or the reason why there is none."""
 
     @property
     def retried(self) -> bool:
@@ -76,7 +76,7 @@ def decide_retry(
 ) -> RetryDecision:
     """Decide about one failed attempt.
 
-    `used` is without it; `memory_limit` is what it had, in bytes. `identity` names the stage of the batch.
+    `used` does not count it; `memory_limit` is its limit in bytes. `identity` names the stage of the batch.
     """
     rule = rule_of(failure.reason)
     settings = policy.out_of_memory
@@ -133,7 +133,7 @@ def with_memory_limit(resources: Mapping[str, Any], limit: int) -> dict[str, Any
     """Return a container's resources with another memory limit; the request, if there is one, grows in proportion.
 
     In proportion, so that equal ones stay equal (the pod's QoS class does not change) and the scheduler still
-    counts on what the stage really takes.
+    counts on the memory that the stage really takes.
     """
     limits, requests = dict(resources.get("limits") or {}), dict(resources.get("requests") or {})
     before, asked = _bytes_of_quantity(limits.get("memory")), _bytes_of_quantity(requests.get("memory"))
@@ -180,5 +180,5 @@ def _bytes_of_quantity(quantity: str | int | None) -> int | None:
         return None
     try:
         return read_bytes(quantity)
-    except QuantityError:  # the API server will say so when it is given the Job
+    except QuantityError:  # the API server will refuse the Job for it
         return None

@@ -1,7 +1,7 @@
-"""Where one batch stands, derived from its attempts. The status only says whether it is claimed or done.
+"""The state of one batch, derived from its attempts. The status only records whether the batch is claimed or done.
 
-There is one exception: where a quota counts ended Jobs too, the status keeps what the next Job needs of them (a
-`Checkpoint`), so that they can be deleted.
+There is one exception: under a quota that counts ended Jobs too, the status keeps the values of the ended Jobs that the
+next Job needs (a `Checkpoint`), so that the ended Jobs can be deleted.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from ingestrun.planner.batch.retry import (
 JOB_MISSING: Final = "JobMissing"
 """The failure of a batch that lacks a Job which cannot be repeated."""
 POD_START_GRACE: Final = timedelta(seconds=120)
-"""How long a pod may wait for its image or configuration before its batch fails, because one ErrImagePull may pass."""
+"""Time that a pod may wait for its image or configuration before its batch fails, because an ErrImagePull may pass."""
 CAPACITY_OBSTACLES: Final = frozenset({"Unschedulable", "QuotaExceeded"})
-"""Obstacles that mean that the cluster is full: backpressure, and no failure of the batch."""
+"""Obstacles of a full cluster, which lead to backpressure and not to a failure of the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,16 +44,16 @@ class NextAttempt:
     batch: int
     step: Step
     number: int
-    """Among the attempts of the stage, from 0."""
+    """Number of the attempt among those of the stage, from 0."""
     input_attempt: int | None
-    """Which attempt of the stage before wrote the input of this one; None for fetch."""
+    """Number of the attempt of the stage before that wrote this attempt's input; None for fetch."""
     not_before: datetime | None = None
     memory: MemoryLimit | None = None
     """The memory limit, if it is not the spec's because an earlier attempt was killed for memory."""
 
     @property
     def id(self) -> AttemptId:
-        """Return which attempt it is."""
+        """Return the identity of the attempt."""
         return AttemptId(self.batch, self.step.label, self.number)
 
     def due(self, now: datetime) -> bool:
@@ -63,11 +63,11 @@ class NextAttempt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchState:
-    """Where a claimed batch stands. At most one of `next_attempt`, `running`, `failed` and `published` is set."""
+    """State of a claimed batch. At most one of `next_attempt`, `running`, `failed` and `published` is set."""
 
     index: int
     fetched: StageResult | None = None
-    """The fetch's result once it has one."""
+    """The fetch's result; None until the fetch is done."""
     published: StageResult | None = None
     rejected: int = 0
     next_attempt: NextAttempt | None = None
@@ -78,7 +78,7 @@ class BatchState:
     retried: tuple[tuple[str, str], ...] = ()
     """Stage and reason of each attempt that was retried, or is to be; without those that a checkpoint has counted."""
     checkpoint: Checkpoint | None = None
-    """With `next_attempt`: what the status has to keep for it, so that the batch's ended Jobs can be deleted."""
+    """Checkpoint for `next_attempt`, which the status has to keep so that the batch's ended Jobs can be deleted."""
 
     @property
     def obstacle(self) -> Obstacle | None:
@@ -88,37 +88,37 @@ class BatchState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchContext:
-    """What the state of one batch depends on, beside its attempts."""
+    """Inputs that the state of one batch depends on, beside its attempts."""
 
     run_uid: str
     steps: tuple[Step, ...]
     backoff: Backoff
     out_of_memory: OutOfMemory | None
     chained: bool
-    """A cursor chain: a fetch cannot be repeated once the cursor has moved on."""
+    """True for a cursor chain, in which a fetch cannot be repeated once the cursor has moved on."""
     cursor: str
-    """Where the chain's newest fetch began; meaningless once that fetch is counted."""
+    """Cursor with which the chain's newest fetch began; meaningless once that fetch is counted."""
     fetch_limit: int | None
     now: datetime
     fetch_counted: bool = False
-    """Whether the status has the batch's fetch in its counts."""
+    """True if the status has the batch's fetch in its counts."""
     replayed: UnpublishedBatch | None = None
-    """What the batch's fetch was in the run that this one resumes; the batches after it are built on that."""
+    """The batch's fetch in the run that this run resumes; the batches after it continue from that fetch."""
     checkpoint: Checkpoint | None = None
-    """What the status keeps of the batch's Jobs that may be deleted."""
+    """The values that the status keeps of those of the batch's Jobs that may be deleted."""
 
 
 def is_checkpointed(checkpoint: Checkpoint, attempt: Attempt) -> bool:
-    """Tell whether all that is needed of the attempt's Job is in the checkpoint."""
+    """Tell whether the checkpoint has all values of the attempt's Job that are needed."""
     reached = (checkpoint.stage or 0, checkpoint.attempt or 0)
     return attempt.batch == checkpoint.batch and (attempt.step, attempt.number) < reached
 
 
 def batch_state(context: BatchContext, index: int, attempts: Sequence[Attempt]) -> BatchState:
-    """Derive where batch `index` stands from its attempts (in any order).
+    """Derive the state of batch `index` from its attempts (in any order).
 
-    A Job that should be there and is not makes the batch fail, unless its stage can be repeated without harm:
-    a missing Job is never a success.
+    A missing Job makes the batch fail, unless its stage can be repeated without harm, because a missing Job is never a
+    success.
     """
     walk = _StageWalk(context, index, attempts)
     for step in context.steps[walk.first :]:
@@ -129,7 +129,7 @@ def batch_state(context: BatchContext, index: int, attempts: Sequence[Attempt]) 
 
 
 class _StageWalk:
-    """Walks one batch through its stages in order, up to the first one that is not done."""
+    """Walk of one batch through its stages in order, up to the first stage that is not done."""
 
     def __init__(self, context: BatchContext, index: int, attempts: Sequence[Attempt]) -> None:
         checkpoint = context.checkpoint or Checkpoint(batch=index)
@@ -146,11 +146,11 @@ class _StageWalk:
         self._fetched: StageResult | None = None
         self._rejected = checkpoint.rejected or 0
         self._handed_on = checkpoint.written
-        """Rows that the stage before has handed on; None if that is not known."""
+        """Rows that the stage before has handed on; None if their number is not known."""
         self.first = checkpoint.stage or 0
         self._input_attempt = (checkpoint.input_attempt or 0) if self.first else None
         self.result: StageResult | None = None
-        """Of the last stage that is done."""
+        """Result of the last stage that is done."""
 
     def state(
         self,
@@ -161,7 +161,7 @@ class _StageWalk:
         failed: StageFailure | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> BatchState:
-        """Return where the walk ends."""
+        """Return the state in which the walk ends."""
         return BatchState(
             index=self._index,
             fetched=self._fetched,
@@ -200,7 +200,7 @@ class _StageWalk:
 
     def _without_attempts(self, step: Step) -> BatchState | None:
         if step.index < self._reached:
-            # A later stage was started, so this one was done; what it handed on is not known any more.
+            # A later stage was started, so this one was done; the rows it handed on are not known any more.
             self._handed_on, self._input_attempt = None, None
             return None
         repeatable = not (self._context.chained and self._context.fetch_counted)
@@ -257,7 +257,7 @@ class _StageWalk:
         return checkpoint.attempt or 0, used
 
     def _checkpoint_for(self, following: NextAttempt, used: BudgetsUsed) -> Checkpoint | None:
-        """Return what the status has to keep for that attempt; None for a batch that has had no Job."""
+        """Return the checkpoint that the status has to keep for the next attempt; None if the batch has had no Job."""
         if following.step.index == 0 and not following.number:
             return None
         return Checkpoint(
@@ -309,13 +309,13 @@ class _StageWalk:
         )
 
     def _raised_memory(self, latest: Attempt) -> MemoryLimit | None:
-        """Return the raised memory limit of the latest attempt, which later ones keep, whatever it failed with."""
+        """Return the raised memory limit of the latest attempt, which later attempts keep after any failure."""
         if self._context.out_of_memory is None or latest.job.memory_limit is None:
             return None
         return MemoryLimit(limit=latest.job.memory_limit)
 
     def _failure(self, step: Step, number: int, failure: Failure, explanation: str, at: datetime) -> StageFailure:
-        """Return a failed attempt as the status has it: why it failed, and what follows from that."""
+        """Return the status's entry for a failed attempt, with the failure and the decision that follows."""
         room = MESSAGE_CHARS - (len(explanation) + 2 if explanation else 0)
         why = truncate(failure.message, room)
         return StageFailure(
@@ -329,7 +329,7 @@ class _StageWalk:
         )
 
     def _verified(self, step: Step, result: StageResult) -> StageResult | Failure:
-        """Check a result against what the stage was asked for: no row lost, no chain that stands still."""
+        """Check a result against the stage's task: no row may be lost, and a chain's cursor must move."""
         mismatch = _row_mismatch(step, result, self._handed_on)
         if mismatch is not None:
             return mismatch
@@ -339,7 +339,7 @@ class _StageWalk:
 
 
 def start_timed_out(attempt: Attempt, now: datetime) -> Failure | None:
-    """Return why a Job whose pod does not start is given up; None while it is waited for."""
+    """Return the failure of a Job whose pod did not start in time; None while the pod may still start."""
     obstacle = attempt.obstacle
     if obstacle is None or obstacle.kind in CAPACITY_OBSTACLES or now - obstacle.since < POD_START_GRACE:
         return None
@@ -372,7 +372,7 @@ def _fetch_failure(context: BatchContext, result: StageResult) -> Failure | None
 
 
 def _source_changed(before: UnpublishedBatch, result: StageResult) -> Failure | None:
-    """Return a failure if a replayed batch ends elsewhere than where the next one began: rows lost, or repeated."""
+    """Return a failure if a replayed batch does not end where the next one began, as rows would be lost or repeated."""
     cursor = result.next_cursor
     if result.read != before.read:
         what = f"read {result.read} records where the run that is resumed read {before.read}"

@@ -1,10 +1,10 @@
-"""Which image a Job runs: the one that the run began with, whatever becomes of its tag or of the operator.
+"""The image pins of a run: its Jobs run the images that it began with, even if a tag moves or the operator is upgraded.
 
-The kubelet says which image a pod really runs (`imageID`). What the first pod of an image ran is kept in the status,
-by its digest, and all later Jobs name it by that. For the built-in worker its name is kept as well, from the first
-Job on, so that an upgraded operator goes on with the worker that the run began with.
+The kubelet reports the image that a pod really runs (`imageID`). The status keeps the digest of the image that the
+first pod ran, and all later Jobs name the image by the digest. For the built-in worker its name is kept as well, from
+the first Job on, so that an upgraded operator goes on with the worker that the run began with.
 
-Only `repository@sha256:...` of the very repository that was asked for can be pulled again: an image that was loaded
+Only `repository@sha256:...` of the requested repository can be pulled again: an image that was loaded
 onto a node without a registry has a bare ID, or one under a repository that exists nowhere. Then the tag stays.
 """
 
@@ -32,10 +32,10 @@ NEVER: Final = "Never"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
-    """Stages with the same image: what one of them runs, all of them run."""
+    """Stages with the same image: the pin of one holds for all of them."""
 
     image: str | None
-    """None: the built-in worker, whatever image it is in."""
+    """The image as the spec names it; None: the built-in worker, in any image."""
     steps: IndexRanges
 
 
@@ -52,7 +52,7 @@ def image_of(run: IngestRun, step: Step, *, worker: str, worker_policy: str) -> 
 
 
 def pinned_images(run: IngestRun, attempts: Iterable[Attempt]) -> list[ImagePin]:
-    """Return the pins from here on: a digest, once there, stays; the first attempt's pod decides."""
+    """Return the pins from now on: a known digest stays; the first attempt's pod decides."""
     pins = {pin.steps: pin for pin in run.status.images}
     in_order = sorted(attempts, key=lambda attempt: attempt.order)
     for group in _groups(run):
@@ -66,7 +66,7 @@ def pinned_images(run: IngestRun, attempts: Iterable[Attempt]) -> list[ImagePin]
 
 
 def _pin_for(group: _Group, before: ImagePin | None, attempts: Sequence[Attempt]) -> ImagePin | None:
-    """Return the pin that follows from these attempts; None if nothing is known yet."""
+    """Return the pin that follows from these attempts; None if their image is not known yet."""
     image = group.image
     if image is None:
         image = before.image if before is not None else next((attempt.job.image for attempt in attempts), None)
@@ -120,7 +120,7 @@ def digest_of(asked: str, image_id: str) -> str | None:
     """Return the digest by which the image `asked` for can be pulled again, from the kubelet's `imageID`.
 
     None if it is not known: no digest, a digest of another repository, or a registry on the node itself, which
-    need not be the same on the next node. None as well if a digest was asked for, because there is nothing to find out.
+    need not be the same on the next node. None as well if `asked` has a digest already, because it needs no pin.
     """
     found = _REFERENCE.fullmatch(image_id)
     if found is None or "@" in asked:

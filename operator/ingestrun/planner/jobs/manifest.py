@@ -1,4 +1,4 @@
-"""The Job of an attempt: its manifest, and whether a Job that was found is that one."""
+"""The Job of an attempt: its manifest, and the check that a Job found under its name is this Job."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class WorkerImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckEndpoint:
-    """Where the Job's pod may ask whether its run is cancelled, and the token that it needs for that."""
+    """Endpoint at which the Job's pod may ask whether its run is cancelled, and the token for it."""
 
     url: str
     token: str = field(repr=False)
 
 
 CheckEndpointFor = Callable[[IngestRun, int], CheckEndpoint | None]
-"""Return the endpoint of the check for a Job of this run whose pod has this deadline (seconds); None: no check."""
+"""Function that returns the check endpoint for a Job of a run whose pod has a deadline (seconds); None: no check."""
 
 
 def job_manifest(
@@ -49,7 +49,7 @@ def job_manifest(
 ) -> dict[str, Any]:
     """Return the Job to create.
 
-    `backoffLimit: 0` and `restartPolicy: Never`, because the planner alone retries, so that none happens behind a
+    `backoffLimit: 0` and `restartPolicy: Never`, because the planner alone retries, so that no retry follows a
     cancel. Pods are restricted, without a service-account token, and owned by the run through their Job.
     The deadline is the pod's, so that waiting for room costs no attempt (docs/decisions/0007-deadline-on-the-pod.md).
     """
@@ -120,7 +120,7 @@ def job_name(run: IngestRun, create: CreateJob) -> str:
 
 
 def job_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
-    """Return the labels that say which attempt a Job is."""
+    """Return the labels that identify the attempt of a Job."""
     attempt = create.attempt
     labels = {
         names.LABEL_RUN_UID: run.metadata.uid,
@@ -149,8 +149,8 @@ def delete_selector(run_uid: str, spent: DeleteJobs) -> str:
 def queue_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
     """Return Kueue's labels as the run carries them, because Kueue reads a Job's own. A clean-up has none.
 
-    With a queue the Job is created suspended. Kueue's webhook would do that, and its controller would suspend a Job
-    that escaped it; but where neither runs, a Job that asks for a queue must not start without being admitted.
+    With a queue the Job is created suspended. Kueue's webhook would suspend it, and Kueue's controller would suspend a
+    Job that escaped the webhook; but if neither runs, a Job with a queue must not start without being admitted.
     """
     if create.attempt.step.stage is Stage.ON_CANCEL or not run.metadata.labels.get(names.LABEL_QUEUE):
         return {}
@@ -267,7 +267,7 @@ def _partition_environment(run: IngestRun, step: Step) -> dict[str, str | None]:
 
 
 def _workspace_environment(run: IngestRun, attempt: NextAttempt) -> dict[str, str | None]:
-    """Return where the stage reads and writes; nothing without a workspace."""
+    """Return the variables of the stage's input and output directories; none without a workspace."""
     if run.spec.workspace is None:
         return {}
     step, meta, number = attempt.step, run.metadata, attempt.number
@@ -302,7 +302,7 @@ def _directory(run: IngestRun, batch: int, step: int, attempt: int) -> str:
 
 
 def _literal(value: str) -> str:
-    """Escape $(NAME), which Kubernetes expands in a variable's value: a cursor is data and must arrive as it is."""
+    """Escape $(NAME), which Kubernetes expands in a variable's value, because a cursor must arrive unchanged."""
     return value.replace("$(", "$$(")
 
 

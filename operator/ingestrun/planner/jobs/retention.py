@@ -1,8 +1,8 @@
-"""Which Jobs are deleted, and when: never before the stored status counts their batch, and many by one call.
+"""The retention of Jobs: none is deleted before the stored status counts its batch, and many go by one call.
 
 While a run goes on, Jobs of published and of failed batches are deleted as soon as there are enough of them to be
-worth a call. The Jobs of the newest failed batches stay with their pods, so that `kubectl logs` has something to
-show. A minute after the end all others are deleted; with `secondsAfterFinished` these are, too, in their time.
+worth a call. The Jobs of the newest failed batches stay with their pods, so that `kubectl logs` can show their logs.
+A minute after the end all other Jobs are deleted; with `secondsAfterFinished` the kept Jobs are deleted after it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
 
 DELETE_BATCHES: Final = 32
-"""How many batches' Jobs are deleted by one call while the run goes on, so that each batch costs a 32nd of a call."""
+"""Number of batches whose Jobs one call deletes while the run goes on, so that each batch costs a 32nd of a call."""
 MAX_DELETE_BATCHES: Final = 512
-"""How many batches one call may name: their numbers are part of a URL, seven characters each and a comma."""
+"""Most batches that one call may name, because their numbers are part of a URL (seven characters and a comma each)."""
 
 
 def jobs_to_delete(run: IngestRun, attempts: Sequence[Attempt]) -> DeleteJobs | None:
     """Return the Jobs that may be deleted while the run goes on; None while there are too few to be worth a call.
 
-    The stored status decides, and not the planned one, so that what is deleted is counted whatever becomes of the
-    plan's own write.
+    The stored status decides, and not the planned one, so that deleted Jobs are counted even if the plan's own write
+    fails.
     """
     batches = run.status.batches
     kept = kept_failed_batches(run)
@@ -44,7 +44,7 @@ def jobs_to_delete(run: IngestRun, attempts: Sequence[Attempt]) -> DeleteJobs | 
 
 
 def jobs_to_delete_after_end(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) -> DeleteJobs | None:
-    """Return the Jobs that may be deleted once the run has ended and its status says Drained; None if none is left."""
+    """Return the Jobs that may be deleted once the run has ended and its status is Drained; None if none is left."""
     expire_at = jobs_expire_at(run)
     if expire_at is not None and now >= expire_at:
         return DeleteJobs(batches=None, clean_up=True) if attempts else None
@@ -54,8 +54,8 @@ def jobs_to_delete_after_end(run: IngestRun, attempts: Sequence[Attempt], *, now
 def jobs_to_delete_except_kept(run: IngestRun, attempts: Sequence[Attempt]) -> DeleteJobs | None:
     """Return all Jobs but those of the newest failed batches; None if none is left.
 
-    The status of a run that has Failed does not say what became of the batches that were in flight. Their Jobs are
-    the only trace, and stay as well. A cancelled run's status does say it.
+    The status of a run that has Failed does not record the ends of the batches that were in flight. Their Jobs are
+    the only trace, and stay as well. A cancelled run's status does record them.
     """
     kept = kept_failed_batches(run)
     if run.status.cancellation is None:

@@ -1,4 +1,4 @@
-"""A run that has not ended and is not to be cancelled: it ends now, waits, or starts more."""
+"""The pass for an active run, one that has not ended and is not to be cancelled: it ends, waits, or starts more."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def progress(snapshot: Snapshot, *, block: StartBlock | None = None) -> Decision
 
 
 def stalled(snapshot: Snapshot) -> CancelCause | None:
-    """Return a cause if the run has stood still for too long, whatever it could start now."""
+    """Return a cause if the run has stood still for too long, even if it could start a Job now."""
     still = stale_at(snapshot, snapshot.status)
     return stale_cause(snapshot.run) if still is not None and snapshot.now >= still else None
 
 
 def _time_over(snapshot: Snapshot, scheduled: Schedule, due: list[datetime]) -> Decision | None:
-    """End the run if one of its times is over; else add to `due` when they will be, and when Jobs need a look."""
+    """End the run if one of its deadlines is over; else add to `due` the deadlines and the times to recheck Jobs."""
     now, status, held = snapshot.now, scheduled.status, scheduled.backpressure
     still = stale_at(snapshot, status)
     begins = any(create.attempt.number == FIRST_ATTEMPT for create in scheduled.creates)
@@ -112,7 +112,7 @@ def _with_events(decision: Decision, events: tuple[Event, ...]) -> Decision:
 
 
 def _unfinished_of_failed(snapshot: Snapshot) -> Iterator[DeleteJob]:
-    """Yield the Jobs of failed batches that still run, or wait."""
+    """Yield the deletions of Jobs of failed batches that still run or wait."""
     failed = snapshot.status.batches.failed
     for attempt in snapshot.stages:
         if not attempt.state.finished and not attempt.job.deleting and attempt.batch in failed:
@@ -139,7 +139,7 @@ def _rechecks(batch: BatchState, now: datetime) -> Iterator[datetime]:
 def _reconciling(
     snapshot: Snapshot, phase: Phase, held: Backpressure | None, block: StartBlock | None
 ) -> ConditionUpdate:
-    """Return the condition Reconciling: what the run is doing, or what keeps it."""
+    """Return the condition Reconciling: the run's activity, or the obstacle to it."""
     reason, message = _activity(snapshot, phase, held)
     if block is not None:
         reason, message = block.reason, block.message
@@ -147,7 +147,7 @@ def _reconciling(
 
 
 def _activity(snapshot: Snapshot, phase: Phase, held: Backpressure | None) -> tuple[str, str]:
-    """Return what a run is doing, or what keeps it, as reason and message."""
+    """Return the activity of a run, or the obstacle to it, as reason and message."""
     stuck = next((batch for batch in snapshot.in_flight if batch.obstacle is not None), None)
     if stuck is not None and stuck.running is not None and stuck.obstacle is not None:
         message = f"batch {stuck.index}, Job {stuck.running.job.name}: {stuck.obstacle.message}"
@@ -168,7 +168,7 @@ def _activity(snapshot: Snapshot, phase: Phase, held: Backpressure | None) -> tu
 
 
 def _waits_for_admission(snapshot: Snapshot) -> bool:
-    """Tell whether all Jobs that the run has wait to be admitted, and have for longer than an admission takes."""
+    """Tell whether all Jobs of the run have waited to be admitted for longer than an admission takes."""
     running = [batch.running for batch in snapshot.batches if batch.running is not None]
     return bool(running) and all(
         attempt.queued and (attempt.job.created is None or snapshot.now >= attempt.job.created + QUEUED_AFTER)
@@ -184,7 +184,7 @@ def _backpressured(run: IngestRun, held: Backpressure | None) -> list[ConditionU
         return [ConditionUpdate(type=c.BACKPRESSURED, status="True", reason=held.reason, message=held.message)]
     if run.status.condition(c.BACKPRESSURED) is None:
         return []
-    # A suspended run asks for nothing; once it does again, the wait begins anew.
+    # A suspended run asks for no Job; once it is resumed, the wait begins anew.
     reason = "Suspended" if run.spec.suspend else "CapacityAvailable"
     return [ConditionUpdate(type=c.BACKPRESSURED, status="False", reason=reason)]
 

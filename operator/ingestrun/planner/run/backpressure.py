@@ -1,11 +1,11 @@
-"""Backpressure: whether there is room in the cluster for one more Job of a run, and how long a run waits for it.
+"""Backpressure: the room in the cluster for one more Job of a run, and the time that a run waits for it.
 
 A quota on Jobs counts ended ones too. Batches in flight that each hold ended Jobs and wait for one more could use such
-a quota up and wait for ever. So where a Job is refused for want of room, batches that wait are checkpointed, the first
-ones first: one status write keeps all that their next Jobs need (`Checkpoint`), and only when it is stored are their
-ended Jobs deleted, each by its UID. Nothing is done twice. The room that this frees goes to the run's checkpointed
-batches before its others (`schedule`), so a batch that has taken the last place can be checkpointed in turn: a quota of
-one Job is enough to make progress.
+a quota up and wait for ever. So when a Job is refused for want of room, waiting batches are checkpointed, lowest
+index first: one status write keeps all values that their next Jobs need (`Checkpoint`), and only when it is stored are
+their ended Jobs deleted, each by its UID. No stage is done twice. The freed room goes to the run's checkpointed batches
+before its others (`schedule`), so a batch that has taken the last place can be checkpointed in turn, and a quota of one
+Job is enough to make progress.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 
 DELETED_AT_ONCE: Final = 100
-"""How many batches one call deletes the Jobs of, because the selector is part of the URL."""
+"""Most batches whose Jobs one call deletes, because the selector is part of the URL."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backpressure:
-    """What prevents some of the due Jobs from being created."""
+    """Obstacle that prevents some of the due Jobs from being created."""
 
     reason: str | None
-    """None while the Jobs of an earlier process are still being counted: a moment, not worth a condition."""
+    """The reason of the condition; None for the moment in which the Jobs of an earlier process are still counted."""
     message: str
     retry_at: datetime | None
     admitted: int = 0
@@ -72,7 +72,7 @@ def backpressure_of(snapshot: Snapshot, *, wants: int) -> Backpressure | None:
 def _rejected(
     snapshot: Snapshot, rejection: CreateRejection, admission: Admission | None, *, wants: int
 ) -> Backpressure | None:
-    """Return the backpressure after a rejection: one Job is tried when it is due, and none before."""
+    """Return the backpressure after a rejection: one Job is tried at the retry time, and none before."""
     now = snapshot.now
     due = now >= rejection.retry_at or _quota_freed_since(rejection, snapshot.capacity)
     if due and not wants:
@@ -96,7 +96,7 @@ def quota_used_up(capacity: Capacity | None) -> bool:
 def jobs_to_free_quota(snapshot: Snapshot, *, last_resort: bool = False) -> DeleteJobs | None:
     """Return the Jobs to delete at once under such a quota: those of batches ended by the stored status.
 
-    Those of failed batches that are kept for their logs are deleted only as a last resort, one batch's at a time.
+    Jobs of failed batches that are kept for their logs are deleted only as a last resort, one batch's at a time.
     """
     if snapshot.capacity is None or snapshot.capacity.quota is None:
         return None
@@ -119,7 +119,7 @@ def retry_interval(run: IngestRun) -> timedelta:
 
 
 def backpressure_deadline(snapshot: Snapshot) -> datetime | None:
-    """Return when a run that is held back fails by `backpressure.timeoutSeconds`; None if it does not as things are.
+    """Return when a run that is held back fails by `backpressure.timeoutSeconds`; None if that does not apply now.
 
     The time counts from the moment since which it is held back and no Job of it has run. A Job that runs, or has ended
     since, is a sign of room, and waiting for a turn under a limit must not fail a run that gets its turns.
@@ -138,9 +138,9 @@ def backpressure_deadline(snapshot: Snapshot) -> datetime | None:
 
 
 def rejection_in_status(run: IngestRun, *, now: datetime) -> CreateRejection | None:
-    """Return the rejection that an earlier process got, as the status has it; the next Job is tried at once.
+    """Return from the status the rejection that an earlier process got; the next Job is tried at once.
 
-    So the run stays Backpressured, since when it was, until a Job has been accepted.
+    So the run stays Backpressured, with the old transition time, until a Job has been accepted.
     """
     condition = run.status.condition(c.BACKPRESSURED)
     if condition is None or condition.status != "True" or condition.reason in ("Unschedulable", "JobLimitReached"):
@@ -149,7 +149,7 @@ def rejection_in_status(run: IngestRun, *, now: datetime) -> CreateRejection | N
 
 
 def _quota_freed_since(rejection: CreateRejection, capacity: Capacity | None) -> bool:
-    """Tell whether Jobs have gone since the rejection, so that trying before the interval is over is worth it."""
+    """Tell whether Jobs have gone since the rejection, so that a retry before the interval is over may succeed."""
     quota = capacity.quota if capacity is not None else None
     return rejection.reason == "QuotaExceeded" and quota is not None and quota.free > 0
 
@@ -157,10 +157,10 @@ def _quota_freed_since(rejection: CreateRejection, capacity: Capacity | None) ->
 def with_checkpoints(
     status: IngestRunStatus, waiting: Sequence[BatchState], attempts: Iterable[Attempt], *, places: int
 ) -> IngestRunStatus:
-    """Return the status with as many of the waiting batches checkpointed as it takes to free that many places.
+    """Return the status with enough of the waiting batches checkpointed to free `places` places.
 
-    Those that are checkpointed already free theirs too. The retries of a newly checkpointed batch are counted here,
-    because its failed attempts are not there any more when the batch is counted.
+    Batches that are checkpointed already free their places too. The retries of a newly checkpointed batch are counted
+    here, because its failed attempts are not there any more when the batch is counted.
     """
     holds = Counter(attempt.batch for attempt in attempts if not attempt.job.deleting)
     checkpoints = status.batches.checkpoint_by_batch
@@ -191,7 +191,7 @@ def hold_jobs(batches: Sequence[BatchState], attempts: Iterable[Attempt]) -> boo
 
 
 def checkpointed_jobs(run: IngestRun, attempts: Iterable[Attempt]) -> tuple[DeleteJob, ...]:
-    """Return the Jobs of which the stored status keeps all that is needed."""
+    """Return the deletions of Jobs of which the stored status keeps all that is needed."""
     checkpoints = run.status.batches.checkpoint_by_batch
     return tuple(
         DeleteJob(job=attempt.job, why="kept in the status, to make room")

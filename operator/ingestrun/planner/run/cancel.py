@@ -1,4 +1,4 @@
-"""The cancel itself: the one write that makes a run Cancelled, and what it keeps from being started."""
+"""The cancel itself: the one write that makes a run Cancelled, and the starts that it prevents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ingestrun.planner.status.writer import backpressure_over, pluralize
 def cancel(snapshot: Snapshot, *, cause: CancelCause | None = None) -> Decision:
     """Make the run Cancelled: because it asks for it, because a run above it is, or for the operator's own `cause`.
 
-    Counters stay as they were stored: what was in flight is accounted for under `status.cancellation`.
+    Counters stay as they were stored, because batches in flight are accounted for under `status.cancellation`.
     """
     run = snapshot.run
     parent = snapshot.parent if cause is None else None
@@ -67,7 +67,7 @@ def cancel(snapshot: Snapshot, *, cause: CancelCause | None = None) -> Decision:
 def _reason_and_requester(
     run: IngestRun, parent: CancelledParent | None, cause: CancelCause | None
 ) -> tuple[str | None, str | None]:
-    """Return why the run is cancelled, and by whom."""
+    """Return the reason and the requester of the cancel."""
     if cause is not None:
         return cause.reason, cause.requested_by
     if parent is not None:
@@ -77,21 +77,21 @@ def _reason_and_requester(
 
 
 def cancel_cleared_event(run: IngestRun) -> Event:
-    """Return the answer to a `spec.cancel` that was taken back."""
+    """Return the Event that answers a `spec.cancel` that was taken back."""
     note = "spec.cancel was cleared, which changes nothing: a cancel is final. To go on, create a new run"
     note += f" with resumeFrom: {{name: {run.metadata.name}}}"
     return warning("CancelCleared", note, action="Ignore")
 
 
 def policy_of(run: IngestRun, parent: CancelledParent | None) -> CancellationPolicy:
-    """Return what happens to started pods. Terminate stays once it was requested: here, above, or in the status."""
+    """Return the policy for started pods. Terminate stays once it was requested: here, above, or in the status."""
     stored = run.status.cancellation.policy if run.status.cancellation is not None else None
     requested = (stored, run.spec.cancellation.policy, parent.policy if parent is not None else None)
     return CancellationPolicy.TERMINATE if CancellationPolicy.TERMINATE in requested else CancellationPolicy.DRAIN
 
 
 def skipped_starts(snapshot: Snapshot) -> tuple[AttemptId, ...]:
-    """Return what would be started for this run now, or once a backoff is over, if it were not cancelled."""
+    """Return the attempts that would start now, or once a backoff is over, if the run were not cancelled."""
     run, status = snapshot.run, snapshot.status
     skips = [batch.next_attempt.id for batch in snapshot.batches if batch.next_attempt is not None]
     more = claimable(run.spec, status.batches, status.records)

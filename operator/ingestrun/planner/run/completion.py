@@ -1,4 +1,4 @@
-"""When a run ends by itself, as Succeeded or Failed, and how long it may take, stand still and stay."""
+"""The end of a run by itself, as Succeeded or Failed, and the limits on its duration, its stalls and its retention."""
 
 from __future__ import annotations
 
@@ -128,10 +128,10 @@ def deadline_of(run: IngestRun, status: IngestRunStatus, *, now: datetime) -> da
 def stale_at(snapshot: Snapshot, status: IngestRunStatus) -> datetime | None:
     """Return when the run will have stood still for too long; None if that does not count now.
 
-    Progress is what can happen only once: a stage gets its node for the first time (so the one before has ended
+    Progress is a step that can happen only once: a stage gets its node for the first time (so the one before has ended
     well), a fetch or a batch is counted. A retry is no progress, or a run that fails and retries for ever would
-    never be stale. While the run is backpressured with nothing running, or all that it has are Jobs that wait for a
-    node or for their admission, standing still is not its doing, so its time begins anew afterwards.
+    never be stale. While the run is backpressured without a running Job, or all its Jobs wait for a node or for their
+    admission, the run is not to blame for standing still, so its time begins anew afterwards.
     """
     run, now = snapshot.run, snapshot.now
     seconds, since = run.spec.stale_after_seconds, _active_since(run, status, now=now)
@@ -158,7 +158,7 @@ def stale_cause(run: IngestRun) -> CancelCause:
 
 
 def expiry_of(run: IngestRun) -> datetime | None:
-    """Return when an ended run is to be deleted; None if it stays. `Plan.expirable` says whether it may be by then."""
+    """Return when an ended run is to be deleted; None if it stays. `Plan.expirable` tells whether it may be deleted."""
     seconds, ended = run.spec.ttl_seconds_after_finished, run.status.completion_time
     if seconds is None or ended is None or run.metadata.deletion_timestamp is not None:
         return None
@@ -174,7 +174,7 @@ def _active_since(run: IngestRun, status: IngestRunStatus, *, now: datetime) -> 
 
 
 def _over_since(status: IngestRunStatus, kind: str, *, now: datetime) -> datetime | None:
-    """Return since when a condition that was True is so no longer: now, if the status has yet to say so."""
+    """Return since when a condition that was True is not True any more: now, if the status has yet to record it."""
     condition = status.condition(kind)
     if condition is None:
         return None

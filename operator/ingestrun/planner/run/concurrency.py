@@ -1,4 +1,4 @@
-"""Runs of one `concurrency.key`: which may start, which waits, and which is cancelled for another.
+"""The rules among runs of one `concurrency.key`: a run may start, has to wait, or is cancelled for another run.
 
 A run is *before* another that has not started if it has started itself, or was created earlier (by the UID
 within one second). That order is total, so of any number of runs that have not started one is the first, and one
@@ -25,23 +25,23 @@ FORBIDDEN: Final = "ConcurrencyForbidden"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConcurrentRun:
-    """Another run of the same namespace and concurrency key, as far as it matters here."""
+    """The relevant fields of another run of the same namespace and concurrency key."""
 
     name: str
     uid: str
     created: datetime
     started: bool
-    """It has claimed a batch."""
+    """True if the run has claimed a batch."""
     leaving: bool
-    """It has ended, or is about to: cancelled, or being deleted."""
+    """True if the run has ended or is about to, because it is cancelled or being deleted."""
     over: bool
-    """It has ended, its last pod too, and its clean-up, so nothing of it can write any more."""
+    """True if the run, its last pod and its clean-up have ended, so that nothing of the run can write any more."""
     replaces: bool
-    """Its status says that it waits for those before it to be cancelled and drained."""
+    """True if by its status the run waits until the runs before it are cancelled and drained."""
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> ConcurrentRun:
-        """Read a run's JSON; also one whose spec this version cannot read as a whole."""
+        """Read a run's JSON, even if this version cannot read its spec as a whole."""
         meta, spec, status = body["metadata"], body.get("spec") or {}, body.get("status") or {}
         phase = status.get("phase")
         ended = phase is not None and Phase(phase).ended
@@ -70,7 +70,7 @@ def _cleaned_up(spec: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartBlock:
-    """Why a run may not start its first batch now; `final`: nor ever."""
+    """Obstacle to a run's first batch; with `final` the run may never start."""
 
     reason: str
     message: str
@@ -118,7 +118,7 @@ def start_block(run: IngestRun, peers: Sequence[ConcurrentRun]) -> StartBlock | 
 
 
 def replacing_run(run: IngestRun, peers: Sequence[ConcurrentRun]) -> ConcurrentRun | None:
-    """Return the run for which this one, which has not ended, has to make room: of several the newest."""
+    """Return the run for which this one, which has not ended, has to make room; the newest if there are several."""
     meta, started = run.metadata, run.status.start_time is not None
     waiting = [
         peer

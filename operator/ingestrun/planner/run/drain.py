@@ -1,4 +1,4 @@
-"""What is left for a run that has ended: the drain, the clean-up, the last sweep. Nothing here changes the phase.
+"""The passes after the end of a run: the drain, the clean-up and the last sweep. No function here changes the phase.
 
 Drain: pods that have started may finish, others never start. Terminate: pods that have started get SIGTERM. Either way
 the run is `Drained` only by a live list of Jobs and pods. A minute after the end the Jobs are listed once more, for a
@@ -41,9 +41,9 @@ from ingestrun.planner.status.writer import pluralize
 
 DRAIN_RECHECK: Final = timedelta(seconds=15)
 SWEEP_AFTER: Final = timedelta(seconds=60)
-"""When an ended run's Jobs are listed once more: longer than any request that was under way can take to arrive."""
+"""Time after the end at which the Jobs are listed once more, longer than any request under way takes to arrive."""
 STUCK_AFTER: Final = timedelta(seconds=60)
-"""How long after the end of its grace period a pod that still exists is reported as stuck."""
+"""Time after the end of its grace period at which a pod that still exists is reported as stuck."""
 
 
 def drain(snapshot: Snapshot) -> Decision:
@@ -115,10 +115,10 @@ def unstarted_jobs(attempts: Sequence[Attempt]) -> tuple[DeleteJob, ...]:
 
 
 def _drained(snapshot: Snapshot, status: IngestRunStatus, *, terminate: bool) -> Decision:
-    """Declare the run drained, and account for what was in flight, batch by batch."""
+    """Declare the run drained, and account for the batches that were in flight, one by one."""
     run, now = snapshot.run, snapshot.now
     late = published_after_end(run, snapshot.stages)
-    # The checkpoints were of use until here, because they hold what the batches had rejected.
+    # The checkpoints were of use until here, because they hold the counts of rejected rows.
     status = status.replace(after_end=late.after_end, batches=status.batches.replace(checkpoints=[]))
     if status.cancellation is not None:
         published = late.after_end.published if late.after_end is not None else IndexRanges()
@@ -146,19 +146,19 @@ def _drained(snapshot: Snapshot, status: IngestRunStatus, *, terminate: bool) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LateResults:
-    """What became of the batches in flight after the run had ended."""
+    """Results, after the end of the run, of the batches in flight."""
 
     after_end: AfterEndStatus | None
-    """What was published; None if nothing was."""
+    """The published batches; None if there are none."""
     unknown: IndexRanges
     """Batches whose publish ended well, but whose result is gone."""
 
 
 def published_after_end(run: IngestRun, attempts: Sequence[Attempt]) -> LateResults:
-    """Return what of the batches in flight at the run's end was published after all.
+    """Return the results of batches that were in flight at the run's end and were published after all.
 
     The attempts must be listed live once the run is drained; their order does not matter. A batch is published if any
-    attempt of its publish was, whatever came of the others.
+    attempt of its publish succeeded, even if others failed.
     """
     publish = steps_of(run.spec)[-1].index
     results: dict[tuple[int, int], StageResult] = {}
@@ -191,7 +191,7 @@ def _ended_well(run: IngestRun, attempts: Sequence[Attempt]) -> Iterator[Attempt
 
 
 def _after_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
-    """Run the clean-up, sweep once, then delete Jobs as their retention says."""
+    """Run the clean-up, sweep once, then delete Jobs by their retention."""
     run, now = snapshot.run, snapshot.now
     status, creates = _advance_clean_up(snapshot, status)
     sweep_at = (status.completion_time or now) + SWEEP_AFTER
@@ -226,7 +226,7 @@ def _next_expiry(snapshot: Snapshot) -> datetime | None:
 
 
 def _late_jobs(snapshot: Snapshot, status: IngestRunStatus) -> tuple[DeleteJob, ...]:
-    """Return Jobs that arrived after the drain, and that of a clean-up given up, which must not start after all."""
+    """Return Jobs that arrived after the drain, and the Job of an abandoned clean-up, which must not start any more."""
     clean_up = snapshot.clean_up
     late: tuple[DeleteJob, ...] = ()
     if snapshot.live is not None:
@@ -266,7 +266,7 @@ def _clean_up_status(clean_up: Attempt | None, *, now: datetime) -> OnCancelStat
 def _clean_up_progress(clean_up: Attempt, *, now: datetime) -> OnCancelStatus:
     """Return the status of a clean-up that runs, or waits.
 
-    It waits for room as long as it takes; what prevents its pod otherwise is waited for no longer than with a stage.
+    The wait for room is not limited; any other obstacle of its pod is waited for no longer than with a stage.
     """
     refused = start_timed_out(clean_up, now)
     if refused is not None:
@@ -277,7 +277,7 @@ def _clean_up_progress(clean_up: Attempt, *, now: datetime) -> OnCancelStatus:
 
 
 def _clean_up_result(clean_up: Attempt) -> OnCancelStatus:
-    """Return how a clean-up ended. Its exit code decides, because it hands nothing on; but cut short it is not done."""
+    """Return how a clean-up ended. Its exit code decides, because it hands nothing on; one cut short is not done."""
     outcome = outcome_of(clean_up)
     cut_short = isinstance(outcome, Failure) and outcome.reason == "DeadlineExceeded"
     if clean_up.state is JobState.SUCCEEDED and not cut_short:
@@ -296,12 +296,12 @@ def _clean_up_failed(status: IngestRunStatus) -> bool:
 
 
 def _children_pending(record: CancellationStatus) -> bool:
-    """Tell whether runs below have not followed yet, so that the record of them is not complete."""
+    """Tell whether runs below have not followed yet, so that their record is not complete."""
     return record.children is not None and record.children.waiting > 0
 
 
 def _updated_record(snapshot: Snapshot) -> IngestRunStatus:
-    """Return the status with what may still change in the record of a cancel: the policy, and the runs below."""
+    """Return the status with the parts of a cancel's record that may still change: the policy and the runs below."""
     run, status = snapshot.run, snapshot.run.status
     record = status.cancellation
     if record is None:
@@ -324,7 +324,7 @@ def _children_status(record: CancellationStatus, children: Sequence[ChildRun]) -
 
 
 def _cancel_cleared_events(run: IngestRun) -> tuple[Event, ...]:
-    """Return the answer to a `spec.cancel` that was taken back; once, because the write notes the generation."""
+    """Return the Event that answers a `spec.cancel` taken back; once only, because the write notes the generation."""
     record, status = run.status.cancellation, run.status
     if record is None or record.parent is not None or run.spec.cancel:
         return ()

@@ -1,4 +1,4 @@
-"""The operator's own limits on unfinished Jobs, and how runs share what is left under them: pure, from a snapshot.
+"""The operator's own limits on unfinished Jobs, and the sharing of the slots left under them: pure, from a snapshot.
 
 Max-min fairness, slot by slot: each slot goes to the run that has the fewest unfinished Jobs of all that want one and
 that the limits allow one; among equals, to the run that got one longest ago. So a run never starts a Job while
@@ -21,7 +21,7 @@ IN_ALL: Final = "INGESTRUN_MAX_JOBS"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobLimits:
-    """How many unfinished Jobs there may be; 0: no limit. Clean-ups after a cancel are not limited."""
+    """Limits on the number of unfinished Jobs; 0: no limit. Clean-ups after a cancel are not limited."""
 
     per_run: int = 0
     per_namespace: int = 0
@@ -35,7 +35,7 @@ class JobLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """How many Jobs one run has, and how many more it could start now if it were allowed to."""
+    """Number of Jobs that one run has, and of further Jobs that it could start now if it were allowed to."""
 
     uid: str
     namespace: str
@@ -43,45 +43,45 @@ class Demand:
     """Its unfinished Jobs, and those whose create is under way."""
     wants: int = 0
     turn: int = 0
-    """When it last got a slot or began to wait; lower is longer ago."""
+    """Order in which runs last got a slot or began to wait; lower is longer ago."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
-    """What is known since the ResourceQuota of a namespace refused a Job."""
+    """State of a namespace's ResourceQuota since it refused a Job."""
 
     message: str
     free: int
-    """How many of the operator's Jobs have gone since, so that this many may be tried before `until`."""
+    """Number of the operator's Jobs that have gone since, and that may therefore be tried before `until`."""
     until: datetime
-    """From then on any run may try again."""
+    """Time from which any run may try again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """A snapshot of which run has and wants how many Jobs, as one run's plan sees it."""
+    """A snapshot of the Jobs that each run has and wants, from the view of one run's plan."""
 
     caps: JobLimits = JobLimits()
     run: Demand
-    """The run itself; only its plan knows what it wants."""
+    """The run itself; only its plan knows its demand."""
     others: tuple[Demand, ...] = ()
     """The other runs that wait for a slot."""
     in_namespace: Mapping[str, int] = field(default_factory=dict)
     """Unfinished Jobs of each namespace in which a run waits."""
     in_all: int = 0
     quotas: Mapping[str, Quota] = field(default_factory=dict)
-    """By namespace."""
+    """Quotas by namespace."""
     fewest_jobs_without_pod: int | None = None
     """The Jobs of that run which has fewest, among the namespace's other runs to whose Job a quota refuses the pod.
 
     None: there is no such run.
     """
     synced: bool = True
-    """Whether the Jobs that an earlier process has left are counted. Until then nothing is started."""
+    """True once the Jobs that an earlier process has left are counted. Until then no Job is started."""
 
     @property
     def quota(self) -> Quota | None:
-        """Return what is known of the quota of the run's own namespace."""
+        """Return the known state of the quota of the run's own namespace."""
         return self.quotas.get(self.run.namespace)
 
     def admit(self, wants: int) -> Admission:
@@ -105,7 +105,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
-    """How many Jobs a run may start now. With a reason: why not all that it wants."""
+    """Number of Jobs that a run may start now, with the reason if that is less than it wants."""
 
     number: int
     reason: str | None = None
@@ -118,7 +118,7 @@ def admissions(capacity: Capacity) -> dict[str, int]:
 
 
 class _Headroom:
-    """What is left under the limits while slots are given out."""
+    """Room left under the limits while slots are given out."""
 
     def __init__(self, capacity: Capacity) -> None:
         self._caps = capacity.caps

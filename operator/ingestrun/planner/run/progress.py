@@ -1,6 +1,6 @@
-"""How far a run has come: what it has fetched and not published, and what an ended run leaves to one that resumes it.
+"""The progress of a run: its fetched but unpublished batches, and the state that it leaves to a run that resumes it.
 
-A chain's cursor has moved past the batches that are fetched and not published, so nothing else knows where each began.
+A chain's cursor has moved past its unpublished batches, so their own cursors have to be stored.
 They are written with the count of the fetch and dropped with that of the publish, in writes that happen anyway.
 """
 
@@ -25,7 +25,7 @@ from ingestrun.planner.jobs.image_pins import repository
 def with_unpublished(run: IngestRun, status: IngestRunStatus, seen: Sequence[BatchState]) -> IngestRunStatus:
     """Return the status with the unpublished batches as they are now.
 
-    `run` has the status before, `seen` what has ended since.
+    `run` has the status before, `seen` the batches that have ended since.
     """
     before = run.status.batches
     if run.spec.batches.cursor is None:
@@ -48,19 +48,19 @@ def with_unpublished(run: IngestRun, status: IngestRunStatus, seen: Sequence[Bat
 
 
 def unrecoverable(batches: BatchesStatus) -> IndexRanges:
-    """Return the batches to replay whose beginning is not known any more, for want of room."""
+    """Return the batches to replay whose cursor is not known any more, because the status had no room for it."""
     return batches.replay - IndexRanges(batch.batch for batch in batches.unpublished)
 
 
 def unpublished_bytes(unpublished: Iterable[UnpublishedBatch]) -> int:
-    """Return how many bytes of the status they take."""
+    """Return the number of bytes that the entries take in the status."""
     return sum(len(batch.model_dump_json(by_alias=True, exclude_none=True).encode()) + 1 for batch in unpublished)
 
 
 def _fit(status: IngestRunStatus, unpublished: list[UnpublishedBatch]) -> list[UnpublishedBatch]:
-    """Return as many as there is room for. Those still to be replayed are always kept; of the rest, the failed first.
+    """Return the entries that there is room for: always those still to be replayed; of the rest, failed batches first.
 
-    A batch in flight will most likely be published, and so needs it least.
+    A batch in flight will most likely be published, so it needs its entry least.
     """
     if unpublished_bytes(unpublished) <= UNPUBLISHED_FREE_BYTES:
         return unpublished
@@ -83,10 +83,10 @@ def _rank(batches: BatchesStatus, batch: UnpublishedBatch) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
-    """How far an ended run has come, whether read from it or from a state that a user has saved."""
+    """Progress of an ended run, read from the run or from a state that a user has saved."""
 
     of: str
-    """For messages."""
+    """Name of the run or the saved state, for messages."""
     origin_uid: str
     fetched: IndexRanges
     published: IndexRanges
@@ -101,7 +101,7 @@ class RunProgress:
         return left == (other.published, other.unpublished, other.exhausted, other.cursor)
 
     def initial_batches(self, spec: IngestRunSpec) -> BatchesStatus:
-        """Return what the ranges of a run that goes on from here begin with.
+        """Return the initial ranges of a run that resumes from this progress.
 
         A batch that was being fetched at the end begins where the chain stands.
         """
@@ -110,8 +110,8 @@ class RunProgress:
         claimed = IndexRanges.span(0, end - 1)
         return BatchesStatus(
             claimed=claimed,
-            # Partitions that were read stay so, because what they read is counted once. Those of a chain are fetched
-            # again, and checked against what they read before.
+            # Partitions that were read are not read again, because their rows are counted once. Batches of a chain are
+            # fetched again, and checked against their first fetch.
             fetched=self.published if chained else self.fetched,
             published=self.published,
             replay=claimed - self.published,
@@ -121,7 +121,7 @@ class RunProgress:
 
 
 def progress_of_run(ended: IngestRun) -> RunProgress:
-    """Return how far an ended run has come, what was published after its end included."""
+    """Return the progress of an ended run, including the batches that were published after its end."""
     status, late = ended.status, ended.status.after_end or AfterEndStatus()
     return _progress(
         of=f"run {ended.metadata.name}",
@@ -197,8 +197,8 @@ def _progress(
 def differences(old: IngestRunSpec, new: IngestRunSpec) -> Iterator[str]:
     """Yield the fields, as paths, in which two runs differ and must not, if one is to resume the other.
 
-    What is read and where it is published must be the same. How may differ, because that is often why a run failed: an
-    image's tag, resources, time-outs, hooks, credentials, `batches.size` and `limit`.
+    The data that is read and the target it is published to must be the same. Settings that may have made the run fail
+    may differ: an image's tag, resources, time-outs, hooks, credentials, `batches.size` and `limit`.
     """
     yield from _differing("", _comparable_spec(old), _comparable_spec(new))
 

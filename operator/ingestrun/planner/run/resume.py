@@ -1,17 +1,18 @@
-"""How a run resumes an ended one (`spec.resumeFrom`): once, and before it claims its first batch.
+"""The resuming of an ended run by another (`spec.resumeFrom`): once, and before the other claims its first batch.
 
 The steps, each decided from the state alone, so that a restart between any two is harmless:
 
-1. wait until the other run has ended and is drained, because only then it is known what has been published;
+1. wait until the other run has ended and is drained, because only then its published batches are known;
 2. refuse if the two do not fit, with a sentence;
 3. write `resumedBy` into the other run, by compare-and-set, so that a second run that resumes it finds that there;
 4. take over in the same write that claims the first batches. From then on the other run is not needed any more.
 
-With a saved state there may be no other run. What is left of its chain of resumes is judged likewise. A run that ended
-in exactly this state is claimed as if named. Any other run of the chain is ahead of it: the user has to name that one.
+With a saved state there may be no other run. The remaining runs of its chain of resumes are judged likewise. A run
+that ended in exactly this state is claimed as if named. Any other run of the chain is ahead of the saved state, so the
+user has to name that run.
 
-Batches keep their indexes and are published under the first run's UID, so a batch that was published without anybody's
-knowing is published over itself, and not beside.
+Batches keep their indexes and are published under the first run's UID, so a batch whose publish was not
+observed is published over itself, and not a second time.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from ingestrun.planner.status.events import Event, normal
 from ingestrun.planner.status.writer import active_conditions, pluralize, saved_state_bytes
 
 RECHECK: Final = timedelta(seconds=15)
-"""How often a waiting run looks at the one it waits for, in case an event of it is lost."""
+"""Interval at which a waiting run looks at the run it waits for, in case an event is lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +56,12 @@ class TakenOver:
 
 
 def must_resume(run: IngestRun) -> bool:
-    """Tell whether the run has still to resume another. A cancel waits for no news of other runs."""
+    """Tell whether the run has still to resume another. A cancelled run does not: its cancel waits for no other run."""
     return _may_resume(run) and not run.spec.cancel and run.spec.resume_from is not None
 
 
 def resume(snapshot: Snapshot) -> TakenOver | Decision | Plan | None:
-    """Decide for an active run what it begins with, or what to do before; None if there is nothing to resume."""
+    """Decide the initial status of an active run, or the action before it; None if there is nothing to resume."""
     run, predecessors = snapshot.run, snapshot.predecessors
     wanted = run.spec.resume_from
     if wanted is None or not _may_resume(run):
@@ -80,7 +81,7 @@ def resume(snapshot: Snapshot) -> TakenOver | Decision | Plan | None:
 
 
 def _resume_saved(snapshot: Snapshot, saved: SavedState, chain: Sequence[Predecessor]) -> TakenOver | Decision | Plan:
-    """Decide for a saved state. `chain` is what is left of the run that it is of and of those that resumed it."""
+    """Decide for a saved state. `chain` has the runs that still exist of its run and of those that resumed it."""
     run = snapshot.run
     try:
         progress = progress_of_saved_state(saved)
@@ -93,7 +94,7 @@ def _resume_saved(snapshot: Snapshot, saved: SavedState, chain: Sequence[Predece
         wait = _deletion_wait(each.run) or _wait_reason(each.run)
         if wait is not None:
             return _wait(snapshot, *wait)
-    # Tips of the chain: runs that nobody has resumed. If a run's successor was deleted, the run may be older than the
+    # Tips of the chain: runs that no other has resumed. If a run's successor was deleted, the run may be older than the
     # saved state.
     tips = [each for each in chain if _claim_of_another(run, each) is None]
     same = next((tip for tip in tips if progress_of_run(tip.run).leaves_same_as(progress)), None)
@@ -159,7 +160,7 @@ def _may_resume(run: IngestRun) -> bool:
 
 
 def _wait_reason(old: IngestRun) -> tuple[str, str] | None:
-    """Return why that run cannot be resumed yet, as reason and message."""
+    """Return why the ended run cannot be resumed yet, as reason and message."""
     name, phase = old.metadata.name, old.status.phase
     if phase is None or not phase.ended:
         return "WaitingForEnd", f"run {name}, which this one resumes, has not ended: cancel it, or wait"
@@ -207,7 +208,7 @@ def _refuse(snapshot: Snapshot, message: str) -> Decision:
 
 
 def _refusal_reason(run: IngestRun, predecessor: Predecessor) -> str | None:
-    """Return why the run cannot resume that one, which has ended; None if it can."""
+    """Return why the run cannot resume the predecessor, which has ended; None if it can."""
     old = predecessor.run
     name = old.metadata.name
     if _resume_each_other(run, old):
@@ -226,7 +227,7 @@ def _refusal_reason(run: IngestRun, predecessor: Predecessor) -> str | None:
 
 
 def _successor(predecessor: Predecessor) -> IngestRun | None:
-    """Return the run that has claimed the predecessor, if it is still there: another may have its name by now."""
+    """Return the run that has claimed the predecessor, if it still exists, because another may have its name by now."""
     holder, resumer = predecessor.run.status.resumed_by, predecessor.resumer
     return resumer if holder is not None and resumer is not None and resumer.metadata.uid == holder.uid else None
 
@@ -260,7 +261,7 @@ def _claim_of_another(run: IngestRun, predecessor: Predecessor) -> ResumedByStat
 
 
 def _mismatch(run: IngestRun, progress: RunProgress) -> str | None:
-    """Return why the run cannot go on from there; None if it can."""
+    """Return why the run cannot go on from this progress; None if it can."""
     batches = progress.initial_batches(run.spec)
     chained = run.spec.batches.partitions is None
     mismatch = _chain_mismatch(progress, batches) if chained else _partitions_mismatch(run, progress, batches)

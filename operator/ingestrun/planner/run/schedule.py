@@ -1,4 +1,4 @@
-"""What a running run starts now: the stages and retries that are due, then new batches, as far as there is room."""
+"""The schedule of a running run: due stages and retries start first, then new batches, as far as there is room."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from ingestrun.planner.snapshot import Snapshot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What to start, and what prevents the rest."""
+    """The attempts to start, and the backpressure that prevents others."""
 
     status: IngestRunStatus
-    """With the new batches claimed, and with those checkpointed that wait for room."""
+    """The status with new batches claimed, and with batches that wait for room checkpointed."""
     creates: tuple[CreateJob, ...] = ()
     backpressure: Backpressure | None = None
     bulk_deletion: DeleteJobs | None = None
     """Jobs to delete at once, because they use up a quota."""
     rechecks: tuple[datetime, ...] = ()
-    """When more is due."""
+    """Times at which further attempts are due."""
 
 
 @dataclass(slots=True)
 class _Candidates:
-    """What is due: batches in flight whose next attempt may start, and how many new batches may be claimed."""
+    """Candidates to start: batches in flight whose next attempt may start, and how many new batches may be claimed."""
 
     ready: list[BatchState]
     claims: int
@@ -49,7 +49,7 @@ class _Candidates:
 
 
 def nothing_scheduled(snapshot: Snapshot) -> Schedule:
-    """Return the schedule of a run that may start nothing now; Jobs that use up a quota are deleted all the same."""
+    """Return the schedule of a run that may start no Job now; Jobs that use up a quota are deleted nevertheless."""
     return Schedule(status=snapshot.status, bulk_deletion=jobs_to_free_quota(snapshot))
 
 
@@ -91,7 +91,7 @@ def schedule(snapshot: Snapshot) -> Schedule:
 
 
 def _hold_back(snapshot: Snapshot, due: _Candidates, backpressure: Backpressure) -> None:
-    """Cut the candidates down to what is admitted, and make room under a quota that is used up."""
+    """Cut the candidates down to the admitted number, and make room under a quota that is used up."""
     attempts, now = snapshot.stages, snapshot.now
     # Batches in flight come before new ones; among them those that were checkpointed, because their Jobs were deleted
     # to free the quota.

@@ -1,1 +1,1 @@
-"""The status of a run: its conditions, its bytes, and the Events that a change of it deserves."""
+"""The status of a run: its conditions, its bytes, and the Events about its changes."""

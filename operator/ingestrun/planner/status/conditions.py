@@ -1,7 +1,7 @@
 """Conditions of a run, right for kstatus (so for Flux) and for `kubectl wait`.
 
 Source: kstatus reads `Reconciling=True` as in progress and `Stalled=True` as failed; a run that has ended has
-`Finished=True` whatever its end, so that one `kubectl wait` covers every outcome.
+`Finished=True` in every final phase, so that one `kubectl wait` covers every outcome.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STALLED: Final = "Stalled"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConditionUpdate:
-    """What a condition is to say now; the time of its last transition follows from what it said before."""
+    """New content of a condition; the time of its last transition follows from its old content."""
 
     type: str
     status: Literal["True", "False", "Unknown"]

@@ -1,4 +1,4 @@
-"""The Events of a run: which ones a change of its status deserves."""
+"""The Events of a run that follow from a change of its status."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ingestrun.planner.status import conditions as c
 WAITING_FOR_DRAIN: Final = "WaitingForDrain"
 WAITING_FOR_REPLACED: Final = "WaitingForReplaced"
 WAIT_REASONS: Final = (WAITING_FOR_DRAIN, WAITING_FOR_REPLACED)
-"""Why a run waits for another before its first batch; each has one Event."""
+"""Reasons for which a run waits for another before its first batch; each has one Event."""
 NOTE_BYTES: Final = 1024
-"""events.k8s.io/v1 refuses a longer note, in bytes of UTF-8."""
+"""Most bytes of a note in UTF-8, because events.k8s.io/v1 refuses a longer one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """An Event to post: `action` is what the operator did, `note` why."""
+    """An Event to post: `action` names the operator's action, `note` its cause."""
 
     type: Literal["Normal", "Warning"]
     reason: str
@@ -33,17 +33,17 @@ class Event:
 
 
 def normal(reason: str, note: str, *, action: str) -> Event:
-    """Return an Event about something that went as it should."""
+    """Return an Event of type Normal, about a regular step."""
     return Event(type="Normal", reason=reason, action=action, note=truncate_bytes(note, NOTE_BYTES))
 
 
 def warning(reason: str, note: str, *, action: str) -> Event:
-    """Return an Event about something that somebody may have to look at."""
+    """Return an Event of type Warning, about a problem that a user may have to look at."""
     return Event(type="Warning", reason=reason, action=action, note=truncate_bytes(note, NOTE_BYTES))
 
 
 def events_between(old: IngestRunStatus, new: IngestRunStatus) -> list[Event]:
-    """Return the Events that the step from `old` to `new` deserves."""
+    """Return the Events for the step from `old` to `new`."""
     return [
         *_failure_events(old, new),
         *_progress_events(old, new),
@@ -69,7 +69,7 @@ def memory_raised_events(old: IngestRunStatus, new: IngestRunStatus, starts: Ite
 
 
 def skipped_events(starts: Iterable[AttemptId]) -> list[Event]:
-    """Return at most two Events about all that a cancel kept from starting, however many attempts that are."""
+    """Return at most two Events about all attempts that a cancel kept from starting, for any number of attempts."""
     whole: set[int] = set()
     by_stage: dict[str, set[int]] = {}
     for batch, stage, attempt in starts:

@@ -1,7 +1,7 @@
-"""How a decision is written into the status: phase, conditions, counters, and what makes it fit its bytes.
+"""The writer of a decision into the status: phase, conditions and counters, cut to fit its bytes.
 
-Everything in a status is bounded by itself. Only maximally fragmented ranges together with every other field at its
-maximum can exceed the object's budget; then what people can do without is cut (`fit_status`).
+Each field of a status is bounded. Only maximally fragmented ranges together with every other field at its
+maximum can exceed the object's budget; then the least needed parts are cut (`fit_status`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def active_conditions(phase: Phase, reconciling: ConditionUpdate) -> list[Condit
 
 
 def describe_failure(failure: StageFailure) -> str:
-    """Describe one failed attempt. If it is too long, cut it in the middle, because its end says what follows."""
+    """Describe one failed attempt. If it is too long, cut it in the middle, because its end has the decision."""
     text = f"batch {failure.batch}, {failure.stage}, attempt {failure.attempt + 1}: {failure.reason}: {failure.message}"
     if len(text) <= MESSAGE_CHARS:
         return text
@@ -79,7 +79,7 @@ def pluralize(number: int, one: str, many: str) -> str:
 
 
 def saved_state_bytes(spec: IngestRunSpec) -> int:
-    """Return how many bytes of the object a saved state takes, as the spec has it."""
+    """Return the number of bytes that the spec's saved state takes in the object."""
     state = spec.resume_from.saved_state if spec.resume_from is not None else None
     return _bytes_of(state) if state is not None else 0
 
@@ -87,8 +87,8 @@ def saved_state_bytes(spec: IngestRunSpec) -> int:
 def fit_status(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
     """Return the status within its bytes: logs are dropped first, then older failures, then the ends of long messages.
 
-    Last go the names of children, the clean-up's message and the one failure left. `beside` is how many of the bytes
-    a saved state takes.
+    Last go the names of children, the clean-up's message and the one failure left. `beside` is the number of bytes
+    that a saved state takes.
     """
     batches, cancellation = status.batches, status.cancellation
     ranges = (batches.claimed, batches.fetched, batches.published, batches.failed, batches.replay)
@@ -125,7 +125,7 @@ def _short_conditions(status: IngestRunStatus) -> IngestRunStatus:
 
 
 def _short_record(status: IngestRunStatus) -> IngestRunStatus:
-    """Keep of the children only how many there are, and of the clean-up only how it stands."""
+    """Keep of the children only their number, and of the clean-up only its state."""
     record = status.cancellation
     if record is None:
         return status
