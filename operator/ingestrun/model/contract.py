@@ -101,7 +101,7 @@ class Outcome(StrEnum):
 
 
 class ResultError(ValueError):
-    """A result that is not valid; the text says why, and may be shown to the user."""
+    """A result that is not valid; the text has the reason, and may be shown to the user."""
 
 
 Count = Annotated[int, Field(ge=0, le=2**53)]

@@ -56,12 +56,12 @@ class IndexRanges:
 
     @property
     def first_gap(self) -> int:
-        """The lowest index, from 0, that is not in the set."""
+        """Return the lowest index, from 0, that is not in the set."""
         return self._ranges[0][1] + 1 if self._ranges and self._ranges[0][0] == 0 else 0
 
     @property
     def end(self) -> int:
-        """One more than the highest index; 0 if the set is empty."""
+        """Return one more than the highest index; 0 if the set is empty."""
         return self._ranges[-1][1] + 1 if self._ranges else 0
 
     def __contains__(self, index: int) -> bool:

@@ -16,14 +16,14 @@ OPERATOR_MANAGER: Final = "ingestrun-operator"
 
 
 def cancel_requested(body: Mapping[str, Any]) -> bool:
-    """Return whether a run, as JSON, asks to be cancelled; see `IngestRun.cancel_requested`."""
+    """Tell whether a run, as JSON, asks to be cancelled; see `IngestRun.cancel_requested`."""
     meta = body["metadata"]
     spec_asks = bool((body.get("spec") or {}).get("cancel"))
     return spec_asks or _latched(meta.get("labels") or {}, meta.get("managedFields") or ())
 
 
 def _latched(labels: Mapping[str, str], managed_fields: Iterable[Mapping[str, Any]]) -> bool:
-    """Return whether the label of a cancel was set by the API server's admission policy, or by the operator.
+    """Tell whether the label of a cancel was set by the API server's admission policy, or by the operator.
 
     A field that admission sets has no field manager. A label that a client has sent has one. It may be copied from a
     cancelled run, so it does not count as a request.
@@ -54,7 +54,7 @@ class Metadata(KubeModel):
 
     @property
     def cancel_requested_by(self) -> str | None:
-        """The requester of the cancel: the user if admission has recorded one, else "field manager" and its name.
+        """Return the requester of the cancel: the user if admission recorded one, else "field manager" and its name.
 
         A field manager is the name that a client gives itself (kubectl-patch, argocd-controller), and no identity.
         """
@@ -76,7 +76,7 @@ class IngestRun(KubeModel):
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether the run asks to be cancelled: by its spec, or by a label that stays if `cancel` is taken back.
+        """Tell whether the run asks to be cancelled: by its spec, or by a label that stays if `cancel` is taken back.
 
         The API server puts the label on the run together with the request (docs/admission.md). Therefore a request
         holds even if a GitOps tool reverts it before the operator has seen it.
@@ -85,7 +85,7 @@ class IngestRun(KubeModel):
 
     @property
     def origin_uid(self) -> str:
-        """The UID under which this run publishes: its own, or that of the first run in its chain of resumes."""
+        """Return the UID under which this run publishes: its own, or that of the first run in its chain of resumes."""
         resumed = self.status.resumed_from
         return resumed.origin_uid if resumed is not None else self.metadata.uid
 

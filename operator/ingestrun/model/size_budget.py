@@ -21,7 +21,7 @@ SAVED_STATE_BYTES: Final = 5632
 """Share of STATUS_BYTES that a saved state may use: its ranges come again in the status. One run never leaves more."""
 
 UNMEASURED_RANGES_BYTES: Final = 2048
-"""With ranges up to this length the status fits with every other part at its longest, so it is not measured."""
+"""With ranges up to this length the status fits with every other part at its longest, so the status is not measured."""
 MAX_PARALLELISM: Final = 100
 """Most batches in flight: each may cut the ranges of the status in two, as each failed one may."""
 MAX_FAILED_BATCHES: Final = 80
@@ -30,14 +30,14 @@ MAX_FAILED_BATCHES: Final = 80
 MESSAGE_CHARS: Final = 256
 """Characters of a condition's or a failure's message; the rest is in the pod's log."""
 SHORT_MESSAGE_CHARS: Final = 64
-"""What a condition's message is cut to in a status that does not fit."""
+"""Characters to which a condition's message is cut in a status that does not fit."""
 
 KEPT_FAILURES: Final = 4
-"""How many failed attempts the status shows: the latest ones."""
+"""Number of failed attempts that the status shows: the latest ones."""
 KEPT_LOGS: Final = 2
-"""How many of those keep the last lines of their log."""
+"""Number of the shown failed attempts that keep the last lines of their log."""
 LOG_BYTES: Final = 350
-"""Bytes of a log that are kept, as JSON in UTF-8: the same whatever the script."""
+"""Bytes of a log that are kept, as JSON in UTF-8, so that the limit is the same in every script."""
 RETRIES_BYTES: Final = 450
 """Bytes of all entries of `status.retries`, about eight."""
 
@@ -46,19 +46,19 @@ UNPUBLISHED_BYTES: Final = 3072
 UNPUBLISHED_FREE_BYTES: Final = 512
 """Entries of up to this size are kept without measuring the rest of the status."""
 UNPUBLISHED_STATUS_BYTES: Final = 10 * 1024
-"""Entries beyond that are kept while the status, with them, is no larger than this."""
+"""Size of the status, with further entries, up to which entries beyond UNPUBLISHED_FREE_BYTES are kept."""
 MAX_CHECKPOINTS: Final = 6
-"""How many batches have a checkpoint at once: mostly 100 bytes each, at most 194."""
+"""Most batches that have a checkpoint at once: mostly 100 bytes each, at most 194."""
 
 REASON_CHARS: Final = 512
-"""Characters of a cancel's reason: each run below puts its parent's name before the reason of that one."""
+"""Characters of a cancel's reason: each run below puts its parent's name before the parent's reason."""
 REQUESTER_CHARS: Final = 128
 """Characters of the name of a cancel's requester."""
 
 MAX_IMAGE_PINS: Final = 5
-"""Of how many different images a digest is kept: about 130 bytes each."""
+"""Most different images whose digest is kept: about 130 bytes each."""
 NAMED_CHILDREN: Final = 20
-"""How many of the children that had ended before a cascading cancel are named, if there is room."""
+"""Most children, ended before a cascading cancel, that are named, if there is room."""
 
 STATUS_PARTS: Final = MappingProxyType(
     {

@@ -153,12 +153,12 @@ class Partitions(KubeModel):
 
     @property
     def total(self) -> int:
-        """The number of partitions."""
+        """Return the number of partitions."""
         return len(self.values) if self.values is not None else self.count or 0
 
 
 class Batches(KubeModel):
-    """How the source is divided into batches; exactly one of `cursor` and `partitions`."""
+    """The division of the source into batches; exactly one of `cursor` and `partitions`."""
 
     cursor: CursorBatches | None = None
     partitions: Partitions | None = None
@@ -186,7 +186,7 @@ class Backpressure(KubeModel):
 
 
 class JobRetention(KubeModel):
-    """How long child Jobs and their pods stay after their batch has been counted."""
+    """The retention of child Jobs and their pods after their batch has been counted."""
 
     failed_batches: Annotated[int, Field(ge=0, le=MAX_KEPT_BATCHES)] = 3
     seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
@@ -219,7 +219,7 @@ class Cancellation(KubeModel):
 
 
 class ConcurrencyPolicy(StrEnum):
-    """How a run treats older active runs of the same key, with the values of a CronJob's `concurrencyPolicy`."""
+    """The treatment of older active runs of the same key, with the values of a CronJob's `concurrencyPolicy`."""
 
     ALLOW = "Allow"
     FORBID = "Forbid"
@@ -227,7 +227,7 @@ class ConcurrencyPolicy(StrEnum):
 
 
 class Concurrency(KubeModel):
-    """Whether this run may be active together with other runs of the namespace that have the same `key`."""
+    """The rule for being active together with other runs of the namespace that have the same `key`."""
 
     key: Annotated[
         str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_./]*[A-Za-z0-9])?$")
@@ -242,7 +242,7 @@ class ParentReference(KubeModel):
 
 
 class IngestRunSpec(KubeModel):
-    """The desired ingestion: source, stages, and how they run."""
+    """The desired ingestion: source, stages, and settings of their execution."""
 
     cancel: bool = False
     cancellation: Cancellation = Cancellation()

@@ -26,7 +26,7 @@ class Phase(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether the phase is final."""
+        """Tell whether the phase is final."""
         return self in _ENDED
 
 
@@ -105,7 +105,7 @@ class BatchesStatus(KubeModel):
 
     @property
     def pending_replays(self) -> dict[int, UnpublishedBatch]:
-        """Return by index what this run has still to fetch again; only a run that resumes another has any."""
+        """Return by index the batches that this run has to fetch again; only a run that resumes another has any."""
         return {batch.batch: batch for batch in self.unpublished if batch.batch not in self.fetched}
 
     @property
@@ -127,13 +127,13 @@ class AttemptId(NamedTuple):
 
     batch: int
     stage: str
-    """As messages name it: `fetch`, `hook NAME` or `publish`."""
+    """The stage's name in messages: `fetch`, `hook NAME` or `publish`."""
     attempt: int
-    """From 0."""
+    """The number of the attempt, from 0."""
 
 
 class StageFailure(KubeModel):
-    """One failed attempt of a stage, and why it failed."""
+    """One failed attempt of a stage, and the reason of its failure."""
 
     batch: Count
     stage: str
@@ -146,7 +146,7 @@ class StageFailure(KubeModel):
 
     @property
     def id(self) -> AttemptId:
-        """Return which attempt it was."""
+        """Return the identity of the attempt."""
         return AttemptId(self.batch, self.stage, self.attempt)
 
 
@@ -250,12 +250,12 @@ class IngestRunStatus(KubeModel):
 
     @property
     def ended(self) -> bool:
-        """Whether the run is in a final phase."""
+        """Tell whether the run is in a final phase."""
         return self.phase is not None and self.phase.ended
 
     @property
     def drained(self) -> bool:
-        """Tell whether the run has ended and its last pod too, so that nothing of it can write any more."""
+        """Tell whether the run and its last pod have ended, so that nothing of the run can write any more."""
         condition = self.condition("Drained")
         return self.ended and condition is not None and condition.status == "True"
 

@@ -8,14 +8,14 @@ _ELLIPSIS: Final = "…"
 
 
 def truncate(text: str, limit: int) -> str:
-    """Return the text, or where it is longer than `limit` characters its beginning with "…", `limit` in all."""
+    """Return the text or, if it is longer than `limit` characters, its beginning with "…", `limit` in all."""
     if len(text) <= limit:
         return text
     return text[: limit - 1] + _ELLIPSIS if limit > 0 else ""
 
 
 def truncate_bytes(text: str, limit: int) -> str:
-    """Return the text, or where its UTF-8 is longer than `limit` bytes its beginning with "…", at most `limit` in all.
+    """Return the text or, if its UTF-8 is longer than `limit` bytes, its beginning with "…", at most `limit` in all.
 
     A limit with no room for a character before the "…" leaves nothing.
     """

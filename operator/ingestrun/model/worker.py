@@ -56,7 +56,7 @@ class OffsetPagination(KubeModel):
 
 
 class CursorPagination(KubeModel):
-    """The response carries the next cursor at `path`; the source ends where that is missing, null or empty."""
+    """The response carries the next cursor at `path`; the source ends when it is missing, null or empty."""
 
     param: ShortText = "cursor"
     size_param: ShortText | None = None
@@ -70,7 +70,7 @@ class LinkPagination(KubeModel):
 
 
 class Pagination(KubeModel):
-    """How one page leads to the next; exactly one kind."""
+    """The way from one page to the next; exactly one kind."""
 
     page: PagePagination | None = None
     offset: OffsetPagination | None = None
