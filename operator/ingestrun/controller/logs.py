@@ -1,6 +1,6 @@
 """Logs by structlog: JSON for machines, a console form for people; kopf's and aiohttp's in the same stream.
 
-Which run a line is about is bound to the context once per pass (`about_run`), and stands in every line of the pass.
+The run that a line is about is bound to the context once per pass (`about_run`), and is in every line of the pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import structlog
 from ingestrun.controller.settings import LogFormat, LogLevel
 
 FIRST_KEYS: Final = ("time", "level", "event", "run", "namespace", "batch", "stage")
-"""What people look for in a line, in this order; all other keys follow."""
+"""Keys that people look for in a line, in this order; all other keys follow."""
 _QUIET = ("aiohttp.access", "kubernetes", "kopf.activities", "kopf.objects")
 
 
@@ -67,7 +67,7 @@ def about_run(*, name: str, namespace: str, uid: str) -> AbstractContextManager[
 
 
 def context_of_pass(*, name: str, namespace: str, uid: str | None) -> contextvars.Context:
-    """Return a context for the task of a pass: bound to its run, and to nothing of the pass that has asked for it."""
+    """Return a context for the task of a pass: bound to its run, and to no value of the pass that requested it."""
     context = contextvars.Context()
     context.run(structlog.contextvars.bind_contextvars, run=name, namespace=namespace)
     if uid is not None:
@@ -80,7 +80,7 @@ def _order_keys(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapp
 
 
 def _lift_kopf_reference(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Kopf puts the object that a line is about on the record; make it fields like those of our own lines."""
+    """Turn the object that kopf attaches to a record into the fields of the operator's own lines."""
     reference = getattr(event.get("_record"), "k8s_ref", None)
     if isinstance(reference, dict):
         for field in ("uid", "name", "namespace"):

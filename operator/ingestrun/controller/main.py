@@ -1,4 +1,4 @@
-"""`ingestrun-operator`: reads its options and settings, and runs one replica."""
+"""The command `ingestrun-operator`, which reads its options and settings, and runs one replica."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXIT_LEASE_LOST = 70
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     top = argparse.ArgumentParser(prog="ingestrun-operator", description="The IngestRun operator.")
     commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser("run", help="run the operator; settings are INGESTRUN_* environment variables")
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the operator; returns the process's exit code."""
+    """Run the operator and return the process's exit code."""
     options = parser().parse_args(arguments)
     try:
         settings = Settings()
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return asyncio.run(run(settings, access, elect=options.lease or not options.dev))
     except LeaseLost as lost:
-        # Whatever is still under way was promised to have ended: no clean-up, no waiting.
+        # All work must have ended once the lease is lost, so there is no clean-up and no waiting.
         print(f"ingestrun-operator: {lost}", file=sys.stderr, flush=True)  # noqa: T201
         os._exit(EXIT_LEASE_LOST)
     except (KubeError, OSError) as error:

@@ -1,4 +1,4 @@
-"""One replica: waits for the lease, then watches, plans and acts until it is told to stop or loses the lease."""
+"""One replica: waits for the lease, then watches, plans and acts until it is stopped or loses the lease."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage
 logger = structlog.get_logger("ingestrun")
 
 FAREWELL_SECONDS = 3.0
-"""How long a replica that stops goes on posting its last Events."""
+"""Seconds for which a replica that stops goes on posting its last Events."""
 CREDENTIALS_LIFETIME = timedelta(minutes=10)
-"""When kopf asks for credentials anew: bound service-account tokens are rotated, and kopf reads a token once."""
+"""Time after which kopf asks for new credentials, because bound tokens are rotated and kopf reads a token once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """How the API server is reached: the service account, or a kubeconfig and a context in it."""
+    """Access to the API server: the service account, or a kubeconfig and a context in it."""
 
     in_cluster: bool
     kubeconfig: str | None = None
     context: str | None = None
 
     async def connect(self) -> Connection:
-        """A pool of its own. Raises KubeError without usable credentials."""
+        """Open a connection pool of its own. Raises KubeError without usable credentials."""
         return await Connection.open(kubeconfig=self.kubeconfig, context=self.context, in_cluster=self.in_cluster)
 
     async def configuration(self) -> Configuration:
-        """The credentials, read anew. Raises KubeError."""
+        """Read the credentials anew. Raises KubeError."""
         return await load_configuration(kubeconfig=self.kubeconfig, context=self.context, in_cluster=self.in_cluster)
 
 
 async def run(settings: Settings, access: Access, *, elect: bool) -> int:
-    """Run one replica until SIGTERM or SIGINT; returns the exit code. Raises KubeError without credentials.
+    """Run one replica until SIGTERM or SIGINT and return the exit code. Raises KubeError without credentials.
 
     Without `elect` (development alone) it acts at once: two such processes would act side by side.
-    A LeaseLost is raised as it is: the caller ends the process at once.
+    A LeaseLost is raised unchanged, because the caller has to end the process at once.
     """
     health = Health()
     calls, lease = await access.connect(), await access.connect()
@@ -108,7 +108,7 @@ async def run(settings: Settings, access: Access, *, elect: bool) -> int:
 async def _serve_api(
     settings: Settings, access: Access, ending: contextlib.AsyncExitStack
 ) -> CancellationCheckServer | None:
-    """Answer the cancellation check, on a connection that the lease does not guard: a standby answers too."""
+    """Answer the cancellation check, on a connection that the lease does not guard, because a standby answers too."""
     if not (settings.api_url and settings.api_port):
         return None
     connection = await access.connect()
@@ -183,9 +183,9 @@ async def _operate(
 
 
 def connection_info(configuration: Configuration) -> kopf.ConnectionInfo:
-    """The client's credentials as kopf wants them: one way of loading them for both.
+    """Return the client's credentials in kopf's form, so that both load them in the same way.
 
-    kopf's own default would prefer pykube-ng where that is installed, which ignores exec plugins.
+    kopf's own default would prefer pykube-ng if it is installed, which ignores exec plugins.
     """
     header = (configuration.api_key or {}).get("authorization") or (configuration.api_key or {}).get("BearerToken")
     scheme, _, token = header.partition(" ") if header else ("", "", "")

@@ -16,7 +16,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class Settings(BaseSettings):
-    """How this replica runs. What concerns one run alone stands in its spec."""
+    """Settings of this replica. The settings of a single run are in its spec."""
 
     model_config = SettingsConfigDict(env_prefix="INGESTRUN_", extra="ignore")
 
@@ -24,43 +24,43 @@ class Settings(BaseSettings):
     """The image of the built-in source, hooks and sink."""
     worker_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     namespaces: Annotated[str, NoDecode] = ""
-    """The namespaces to watch, by commas; empty: all of the cluster."""
+    """The namespaces to watch, separated by commas; empty: all of the cluster."""
     lease_name: str = "ingestrun-operator"
     lease_namespace: str = "ingestrun-system"
     health_port: Annotated[int, Field(ge=0, le=65535)] = 8080
-    """Where /healthz and /readyz answer; 0: nowhere."""
+    """Port of /healthz and /readyz; 0: none."""
     api_url: Annotated[str, Field(pattern=r"^(https?://[^/?#@\s]+(/[^?#@\s]*)?)?$")] = ""
-    """Where pods reach the cancellation check: http://ingestrun-operator.ingestrun-system.svc:8090; empty: no check."""
+    """URL of the cancellation check for pods: http://ingestrun-operator.ingestrun-system.svc:8090; empty: no check."""
     api_port: Annotated[int, Field(ge=0, le=65535)] = 8090
-    """Where the cancellation check answers, if `api_url` is set; 0: nowhere."""
+    """Port of the cancellation check, if `api_url` is set; 0: none."""
     log_format: LogFormat | None = None
-    """Unset: `json`, with --dev `console`."""
+    """Format of the log; unset: `json`, with --dev `console`."""
     log_level: LogLevel = "info"
     concurrency: Annotated[int, Field(ge=1, le=1000)] = 64
-    """How many runs are looked at side by side."""
+    """Number of runs that are reconciled side by side."""
     max_jobs_per_run: Annotated[int, Field(ge=0)] = 0
-    """How many unfinished Jobs one run may have; 0: as many as its `parallelism` (at most 100) makes."""
+    """Most unfinished Jobs of one run; 0: only its `parallelism` (at most 100) limits them."""
     max_jobs_per_namespace: Annotated[int, Field(ge=0)] = 0
-    """How many unfinished Jobs the runs of one namespace may have together; 0: no limit, its ResourceQuota has one."""
+    """Most unfinished Jobs of all runs of one namespace together; 0: no limit but its ResourceQuota."""
     max_jobs: Annotated[int, Field(ge=0)] = 500
-    """How many unfinished Jobs all runs may have together, shared fairly; 0: no limit.
+    """Most unfinished Jobs of all runs together, shared fairly; 0: no limit.
 
-    500 pods are what five nodes hold by default (110 each), and a Job controller starts them within seconds.
+    Five nodes hold 500 pods by default (110 each), and a Job controller starts them within seconds.
     """
     resync_seconds: Annotated[int, Field(ge=1, le=86_400)] = 300
-    """How often all runs are listed, for what the watches have missed."""
+    """Interval at which all runs are listed, to find changes that the watches have missed."""
 
     @property
     def caps(self) -> JobLimits:
-        """The limits on unfinished Jobs."""
+        """Return the limits on unfinished Jobs."""
         return JobLimits(per_run=self.max_jobs_per_run, per_namespace=self.max_jobs_per_namespace, in_all=self.max_jobs)
 
     @property
     def namespace_list(self) -> list[str]:
-        """The namespaces to watch; empty: all."""
+        """Return the namespaces to watch; empty: all."""
         return [part.strip() for part in self.namespaces.split(",") if part.strip()]
 
 
 def instance_name() -> str:
-    """Who this replica is, in the Lease and in Events: the pod's name, or the host's with the process id."""
+    """Return this replica's identity in the Lease and in Events: the pod's name, or the host's with the process id."""
     return os.environ.get("POD_NAME") or f"{socket.gethostname()}-{os.getpid()}"

@@ -1,1 +1,1 @@
-"""What the operator answers by HTTP: the cancellation check and its health."""
+"""The HTTP endpoints of the operator: the cancellation check and its health."""

@@ -1,7 +1,7 @@
 """The cancellation check: pods ask by HTTP whether their run is cancelled.
 
-Every replica answers, the standby as well: from a live read of the run, which all who ask within a second share.
-The connection is one of its own, so that a thousand asking pods don't stand before the reconciler's calls.
+Every replica answers, the standby as well, from a live read of the run, which all requests within a second share.
+The check has its own connection, so that the requests of a thousand pods do not delay the reconciler's calls.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ingestrun.planner.jobs.manifest import CheckEndpoint
 PATH: Final = "/api/v1/namespaces/{namespace}/ingestruns/{name}/cancellation-check"
 CACHE_SECONDS: Final = 1.0
 TOKEN_WAIT_SECONDS: Final = 30 * 24 * 3600
-"""How long after its Job's creation a pod's deadline may begin with the token still good to the pod's end.
+"""Time after its Job's creation within which a pod's deadline has to begin for the token to be valid to the pod's end.
 
-The deadline counts from when a node has taken the pod, and the wait for that has no bound. A pod that waited longer
-asks in vain and goes on, as if nobody had answered: it can be cancelled like any other, but does not stop by itself.
+The deadline counts from the time at which a node accepts the pod, and the wait for that has no bound. A pod that waited
+longer asks in vain and goes on, as without an answer: it can be cancelled like any other, but does not stop by itself.
 """
 
 
 class CancellationCheckServer:
-    """The endpoint, its key, and what Jobs are told about both."""
+    """Server of the check: the endpoint, its key, and the values about both that Jobs get."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class CancellationCheckServer:
         self._keeping: asyncio.Task[None] | None = None
 
     def check_for(self, run: IngestRun, deadline_seconds: int) -> CheckEndpoint | None:
-        """See `engine.jobs.CheckFor`. None while there is no key."""
+        """Return the endpoint for a Job (see `planner.jobs.manifest.CheckEndpointFor`); None while there is no key."""
         if self._key.value is None:
             return None
         meta = run.metadata
@@ -65,13 +65,13 @@ class CancellationCheckServer:
         )
 
     async def serve(self, port: int, host: str | None = None) -> int:
-        """Answer until `close`; returns the port. Raises OSError when it is taken."""
-        # Before the first Job: one that is created without a token can't ask in all its life.
+        """Answer until `close`, and return the port. Raises OSError when it is taken."""
+        # Before the first Job, because a Job that is created without a token can never ask.
         await self._key.try_refresh()
         self._keeping = asyncio.create_task(self._key.keep(), name="check-key")
         app = web.Application()
         app.router.add_get(PATH, self._answer, allow_head=False)
-        # No access log: it would be most of the log. A pod that has hung up is not kept an answer for.
+        # No access log, because it would be most of the log. The answer to a pod that has hung up is dropped.
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, host=host, port=port).start()
@@ -114,11 +114,11 @@ class CancellationCheckServer:
         return web.json_response(said, headers={"Cache-Control": "no-store"})
 
     async def _cancelled_above(self, run: Object) -> bool:
-        """Whether a run right above is Cancelled with `cascade`: this one's own status will say so in a moment.
+        """Tell whether a parent is Cancelled with `cascade`, because the run's own status will follow in a moment.
 
-        What is only asked for above does not count: a pod that stops must find its run's cancel inevitable, or its
-        result is a failure. A run above that is gone or can't be read says nothing. The children of one run share
-        one read of it, as its own pods do.
+        A cancel that is only requested above does not count, because a pod may stop only if its run's cancel is
+        inevitable, or its result is a failure. A parent that is gone or can't be read does not count. The
+        children of one run share one read of it, as its own pods do.
         """
         for above in parents_of(run):
             try:
@@ -130,10 +130,10 @@ class CancellationCheckServer:
         return False
 
     async def _look(self, key: RunKey, uid: str) -> Object:
-        """Read the run, once for all who ask at the same time or within the next second. Raises KubeError.
+        """Read the run, once for all requests at the same time or within the next second. Raises KubeError.
 
-        By the UID as well: a run that was deleted and made again is not "gone" to its new pods for a second. Without
-        one, whichever run has the name.
+        Reads are shared by the UID as well, so that a run that was deleted and created again is not "gone" to its new
+        pods for a second. Without a UID, the run that has the name is read.
         """
         entry = (key, uid)
         task = self._looks.get(entry)
@@ -144,15 +144,15 @@ class CancellationCheckServer:
 
     def _looked(self, entry: tuple[RunKey, str], task: asyncio.Task[Object]) -> None:
         if not task.cancelled():
-            task.exception()  # Seen: whoever asked may have hung up.
+            task.exception()  # mark it retrieved, because the asking pod may have hung up
         asyncio.get_running_loop().call_later(self._cache_seconds, self._looks.pop, entry, None)
 
 
 def answer(run: Object) -> Mapping[str, Any]:
-    """What the check says of a run.
+    """Return the check's answer about a run.
 
-    Cancelled is also one whose cancel was asked for and does not stand in the status yet, or that is being deleted:
-    what a pod does from here on would be for nothing.
+    A run also counts as cancelled if its cancel is requested but not in the status yet, or if it is being deleted,
+    because the further work of a pod would be lost.
     """
     meta, status = run["metadata"], run.get("status") or {}
     phase = status.get("phase")

@@ -1,4 +1,4 @@
-"""/healthz and /readyz: alive means that the loops make progress, not only that a socket answers."""
+"""Health endpoints /healthz and /readyz: alive means that the loops make progress, not only that a socket answers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from aiohttp import web
 
 
 class Health:
-    """Loops report here; one that has been silent for longer than it promised makes the process unhealthy."""
+    """Health of the process: a loop that does not report within the time it promised makes the process unhealthy."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._due: dict[str, float] = {}
         self.role = "starting"
-        """`starting`, `standby` or `leading`; a standby is ready: it is as it should be."""
+        """`starting`, `standby` or `leading`; a standby is ready, because it works as intended."""
 
     def beat(self, loop: str, *, within: float) -> None:
-        """The loop is alive and will say so again within so many seconds."""
+        """Record that the loop is alive, and will report again within `within` seconds."""
         self._due[loop] = self._clock() + within
 
     def stalled(self) -> list[str]:
-        """The loops that are overdue."""
+        """Return the loops that are overdue."""
         now = self._clock()
         return sorted(loop for loop, due in self._due.items() if due < now)
 

@@ -1,8 +1,8 @@
-"""Who may ask the cancellation check: a token for each Job, good for its own run alone; and the key behind them.
+"""The tokens of the cancellation check, one for each Job and valid for its own run alone, and the key behind them.
 
 A token is an HMAC over the run's namespace, name and UID and an expiry, so no replica has to remember any. All
-replicas take the key from one Secret, which the first of them fills: by compare-and-set, so that two which
-race end with the same key.
+replicas take the key from one Secret, which the first of them fills by compare-and-set, so that two
+replicas which race end with the same key.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ SECRET_NAME: Final = "ingestrun-operator-check-key"  # noqa: S105  (the object's
 SECRET_FIELD: Final = "key"  # noqa: S105  (the field's name)
 KEY_BYTES: Final = 32
 REFRESH_SECONDS: Final = 60.0
-"""How often the Secret is read again: so long a replica may go on with a key that was replaced."""
+"""Interval at which the Secret is read again, and so the time for which a replica may use a replaced key."""
 RETRY_SECONDS: Final = 5.0
 _ROUNDS: Final = 5
 _TOKEN: Final = re.compile(r"v1\.(?P<expiry>[0-9]{1,12})\.(?P<uid>[A-Za-z0-9-]{1,63})\.(?P<mac>[A-Za-z0-9_-]{43})")
 
 
 class TokenError(Exception):
-    """A token that is not accepted; its text says why, and holds nothing of the token."""
+    """A token that is not accepted; its text has the reason, and no part of the token."""
 
 
 class NoTokenError(TokenError):
-    """None that could be accepted for any run: missing, not of the form, or too old. (401)"""
+    """A token that is not valid for any run, because it is missing, malformed or expired (401)."""
 
 
 class ForeignTokenError(TokenError):
-    """Made for another run, or not by this operator's key. (403)"""
+    """A token of another run, or not made with this operator's key (403)."""
 
 
 def issue(key: bytes, run: RunKey, *, uid: str, expiry: int) -> str:
-    """The token by which the run's pods may ask about it until `expiry` (Unix seconds)."""
+    """Return the token with which the run's pods may ask about the run until `expiry` (Unix seconds)."""
     return f"v1.{expiry}.{uid}.{_mac(key, run, uid, expiry)}"
 
 
 def verify(key: bytes, run: RunKey, token: str, *, now: float) -> str:
-    """The UID of the run that the token is for.
+    """Return the UID of the run that the token is for.
 
     Raises:
         NoTokenError: missing, malformed or expired.
@@ -77,19 +77,19 @@ def _mac(key: bytes, run: RunKey, uid: str, expiry: int) -> str:
 
 
 class CheckKey:
-    """The key that all replicas share, as this one knows it."""
+    """The key that all replicas share, as last read by this replica."""
 
     def __init__(self, cluster: Cluster, *, namespace: str, alone: bool) -> None:
-        """`alone`: outside of a cluster; where there is no Secret to share, this process makes a key of its own."""
+        """Start without a key. With `alone` (no cluster, so no shared Secret) the process makes its own key."""
         self._cluster = cluster
         self._namespace = namespace
         self._alone = alone
         self._complained = False
         self.value: bytes | None = None
-        """None until the Secret could be read: then no token is issued, and none is accepted."""
+        """The key; None until the Secret could be read. Without a key no token is issued, and none is accepted."""
 
     async def refresh(self) -> None:
-        """Read the key, and fill the Secret where it has none. Raises KubeError; a key that was known stays then."""
+        """Read the key, and fill the Secret if it has none. Raises KubeError; then a known key stays."""
         for _ in range(_ROUNDS):
             try:
                 secret = await self._cluster.get_secret(namespace=self._namespace, name=SECRET_NAME)
@@ -113,7 +113,7 @@ class CheckKey:
         raise Conflict(f"the Secret {SECRET_NAME} changed {_ROUNDS} times while its key was made")
 
     async def try_refresh(self) -> bool:
-        """`refresh`; a failure is logged, once until it works again."""
+        """Call `refresh`; a failure is logged, once until it works again."""
         try:
             await self.refresh()
         except KubeError as error:
@@ -129,14 +129,14 @@ class CheckKey:
         return True
 
     async def keep(self) -> NoReturn:
-        """Refresh for ever: for a key that was replaced, or could not be read at first."""
+        """Refresh for ever, because a key may be replaced, or may not have been readable at first."""
         while True:
             done = await self.try_refresh()
             await asyncio.sleep(REFRESH_SECONDS if done else RETRY_SECONDS)
 
 
 def _read(secret: Object) -> bytes | None:
-    """The key in the Secret; None where it is still to be made. Raises KubeError for one that somebody spoiled."""
+    """Return the key in the Secret; None if it is still to be made. Raises KubeError if the key is malformed."""
     text = (secret.get("data") or {}).get(SECRET_FIELD)
     if not text:
         return None

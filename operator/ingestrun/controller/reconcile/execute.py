@@ -1,9 +1,9 @@
-"""The last part of a pass: carry a plan out. The order of effects is what the promises hang on:
+"""The last part of a pass: carry a plan out. The guarantees depend on the order of effects:
 
 1. The status is written first, with the resourceVersion that was planned from. A batch is claimed by that
    write before its Job is created; a cancel that came in between makes the write conflict.
 2. Jobs are created only after such a write in the same pass, or after a GET that shows the planned version:
-   either way the API server, not the cache, has just said that this run is not cancelled.
+   in both cases the API server, not the cache, has just confirmed that this run is not cancelled.
 3. Between two creates the newest watched request to cancel is looked at, so a cancel never waits behind them.
 
 Passes for one run never overlap (`watch.workqueue`), and one replica acts (`kube.lease`). So when `phase=Cancelled` is
@@ -63,7 +63,7 @@ class Retry(enum.Enum):
 
 
 RETRY: Final = Retry.RETRY
-"""The pass has to start over at once, because what it planned from is no longer so."""
+"""The pass has to start over at once, because its snapshot is outdated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Done:
     """The plan is carried out."""
 
     requeue_after: float | None = None
-    """In how many seconds the run is to be looked at again; None: not before something happens to it."""
+    """Seconds after which the run is reconciled again; None: not before an event of it."""
 
 
 class Executor:
@@ -100,7 +100,7 @@ class Executor:
         """Carry the plan out, in the order that the module describes. Raises KubeError: the pass has failed."""
         run, ended = snapshot.run, snapshot.run.status.ended
         if snapshot.live is None and _lacks_a_job(run.status, plan.status):
-            self._cache.invalidate(run.metadata.uid)  # a watch may lag behind; what is missing in a live list is gone
+            self._cache.invalidate(run.metadata.uid)  # a watch may lag behind; a Job missing in a live list is gone
             return RETRY
         if plan.claim_predecessor is not None:
             await claim_predecessor(self._cluster, self._cache, plan.claim_predecessor)
@@ -113,7 +113,7 @@ class Executor:
         if stored is None:
             return RETRY
         if not ended:
-            self._recorder.log_skips(memory, plan, trigger=trigger)  # not before it is stored that it is cancelled
+            self._recorder.log_skips(memory, plan, trigger=trigger)  # not before the cancel is stored
         if not await self._create_all(key, stored, plan, memory):
             return RETRY
         await self._delete_all(stored, plan, memory)
@@ -147,9 +147,9 @@ class Executor:
     # ---- the status
 
     async def _store_status(self, key: RunKey, run: IngestRun, plan: Plan, memory: RunMemory) -> IngestRun | None:
-        """Write the status if it has changed, and report what has; else confirm the run if a Job is to be created.
+        """Write the status if it has changed, and report the changes; else confirm the run if a Job is to be created.
 
-        Returns the run as it is stored; None if it has changed meanwhile or gone. Then nothing was done.
+        Returns the run as it is stored; None if it has changed meanwhile or is gone. Then no effect has happened.
         """
         if _json(plan.status) == _json(run.status):
             return run if not plan.creates or await self._is_newest(key, run) else None
@@ -197,9 +197,9 @@ class Executor:
     async def _set_fence(
         self, key: RunKey, run: IngestRun, memory: RunMemory, *, armed: bool, asked_by: str | None = None
     ) -> bool:
-        """Put the label on that the fence selects by, or take it off. Returns whether the pass has to start over.
+        """Add or remove the label by which the fence selects the run. Returns whether the pass has to start over.
 
-        Before Cancelled is stored, the cancel hangs on this label should the request be taken back meanwhile. The name
+        Before Cancelled is stored, the cancel depends on this label if the request is taken back meanwhile. The name
         of the user would be gone with the request, so `asked_by` is stored along with the label. The fence is a second
         lock: a failure to set it never holds up a cancel.
         """
@@ -221,7 +221,7 @@ class Executor:
     # ---- the Jobs
 
     async def _create_all(self, key: RunKey, run: IngestRun, plan: Plan, memory: RunMemory) -> bool:
-        """Create the planned Jobs one after another; False when the pass has to start over."""
+        """Create the planned Jobs one after another; return False when the pass has to start over."""
         cancelled = run.status.phase is Phase.CANCELLED  # then the one create that is planned is the clean-up's
         for create in plan.creates:
             if not cancelled and self._is_stopped(key, run):
@@ -231,7 +231,7 @@ class Executor:
         return True
 
     def _is_stopped(self, key: RunKey, run: IngestRun) -> bool:
-        """Whether a cancel of the run, or of one above it, or a run that replaces it, was watched meanwhile."""
+        """Tell whether a cancel of the run or of a run above it, or a run that replaces it, was watched meanwhile."""
         return (
             self._cache.cancel_requested(key)
             or watched_cancelled_parent(self._cache, key) is not None
@@ -255,7 +255,7 @@ class Executor:
                     self._cache.remove_job(run_uid=meta.uid, job_uid=attempt.job.uid)
 
     async def _delete(self, run: IngestRun, delete: DeleteJob, memory: RunMemory) -> None:
-        """Delete a Job, its pod first: only while the server agrees that the pod is as it was when it was judged."""
+        """Delete a Job, its pod first: only while by the server the pod is unchanged since it was judged."""
         meta, job, pod = run.metadata, delete.job, delete.pod
         if pod is not None and not pod.ended and pod.deleting_until is None:
             try:
@@ -285,7 +285,7 @@ class Executor:
 
 
 class JobCreator:
-    """Creates Jobs one by one, and keeps in a run's memory what was refused or not answered."""
+    """Creates Jobs one by one, and keeps refused and unanswered creates in the run's memory."""
 
     def __init__(
         self,
@@ -382,7 +382,7 @@ def _describe(error: KubeError, run: IngestRun, create: CreateJob, *, job_name: 
 
 
 def _lacks_a_job(before: IngestRunStatus, after: IngestRunStatus) -> bool:
-    """Whether a batch is to fail for a Job that is not there, as far as is known."""
+    """Tell whether a batch is to fail because of a Job that is missing, as far as is known."""
     known = {failure.id for failure in before.failures}
     return any(failure.reason == JOB_MISSING and failure.id not in known for failure in after.failures)
 

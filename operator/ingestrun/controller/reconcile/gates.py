@@ -1,7 +1,7 @@
-"""Locks around [ask the server, decide, write], for what two runs must not both do.
+"""Locks around [ask the server, decide, write], for steps that two runs must not both take.
 
-Of two runs at one lock the second sees what the first has written. One replica acts, so a lock in this process is
-enough, and nothing has to outlive it, because a new process asks anew. One case is left: a write whose answer was
+Of two runs at one lock the second sees the write of the first. One replica acts, so a lock in this process is
+enough, and no lock has to outlive it, because a new process asks anew. One case is left: a write whose answer was
 lost. As long as it may still arrive at the server, no other run gets the lock. The run that sent it reads and writes
 anew; after that the lost write has arrived, or is refused for its old resourceVersion.
 """
@@ -30,7 +30,7 @@ from ingestrun.planner.run.resume import must_resume
 logger = structlog.get_logger("ingestrun")
 
 LockKey = tuple[str, str]
-"""A namespace, and what in it only one run may do at a time."""
+"""A namespace, and the name of a step in it that only one run may take at a time."""
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class KeyedLocks:
     async def hold(self, lock_key: LockKey, key: RunKey, ask: Callable[[], Awaitable[T]]) -> AsyncIterator[T]:
         """Hold the lock while a pass of this run asks, decides and writes.
 
-        Raises Unavailable while it is not known what another run has written, and what `ask` raises.
+        Raises Unavailable while another run's write under the lock is unconfirmed, and the errors that `ask` raises.
         """
         lock = self._locks.setdefault(lock_key, asyncio.Lock())
         async with lock:
@@ -57,14 +57,14 @@ class KeyedLocks:
             try:
                 yield answer
             except Unavailable:
-                raise  # nothing was done
+                raise  # no write was sent
             except KubeError:
                 self._unconfirmed[lock_key] = key
                 raise
             self._unconfirmed.pop(lock_key, None)
 
     def confirm(self, key: RunKey) -> None:
-        """Release what this run may have left unconfirmed: its newest stored version needs no lock any more."""
+        """Release the locks that this run may have left unconfirmed, once its newest stored version has been read."""
         for lock_key in [lock_key for lock_key, other in self._unconfirmed.items() if other == key]:
             del self._unconfirmed[lock_key]
 
@@ -109,7 +109,7 @@ class ConcurrencyGate:
             yield peers
 
     def is_replaced(self, key: RunKey, run: IngestRun) -> bool:
-        """Whether, as far as the watch has shown, another run waits for this one to make room."""
+        """Tell whether, as far as the watch has shown, another run waits for this one to make room."""
         return _lock_key_of(run) is not None and replacing_run(run, self._watched(key, run)) is not None
 
     async def _list_live(self, lock_key: LockKey, run: IngestRun) -> Sequence[ConcurrentRun]:
@@ -128,7 +128,7 @@ class ConcurrencyGate:
     ) -> Sequence[ConcurrentRun]:
         """Return the same peers, less each replacing run that the server does not show as waiting.
 
-        So no run is cancelled for a replacing run that is gone, or that only an old cache entry shows as waiting.
+        Therefore no run is cancelled for a replacing run that is gone, or that waits only by an old cache entry.
         """
         peers = watched
         newer = replacing_run(run, peers)
@@ -149,7 +149,7 @@ class ConcurrencyGate:
 
 
 def _may_start(run: IngestRun, peers: Sequence[ConcurrentRun]) -> bool:
-    """Whether this pass may claim the first batch, or end the run instead, going by what the watch has shown."""
+    """Tell whether this pass may claim the first batch, or end the run instead, going by what the watch has shown."""
     if run.spec.cancel or run.spec.suspend or run.metadata.deletion_timestamp is not None:
         return False
     if run.status.start_time is not None:
@@ -168,7 +168,7 @@ def _lock_key_of(run: IngestRun) -> LockKey | None:
 class ResumeGate:
     """Observes the runs from which a run may go on, and lets only one run go on from one state.
 
-    Where the ended run is still there, its `resumedBy` decides, by compare-and-set. A saved state may have no run any
+    If the ended run still exists, its `resumedBy` decides, by compare-and-set. A saved state may have no run any
     more. So a pass that may take over holds the lock of the first run's UID, and of two runs with one saved state the
     second finds the first in a live list. Runs without `resumeFrom` cost nothing, others a few calls in their life.
     """

@@ -1,4 +1,4 @@
-"""The first part of a pass: all that a plan is made from, except the capacity.
+"""The first part of a pass: the snapshot that a plan is made from, except the capacity.
 
 The capacity is missing because `observe` awaits answers of the API server, and other runs are planned meanwhile:
 `Reconciler` takes it in the same synchronous step that plans and reserves.
@@ -40,21 +40,21 @@ from ingestrun.planner.snapshot import Snapshot
 logger = structlog.get_logger("ingestrun")
 
 POD_GRACE_SECONDS: Final = 0.5
-"""How long an ended Job waits for the end of its pod to be watched, because the two watches race. Then the pods are
+"""Seconds that an ended Job waits for the watched end of its pod, because the two watches race. Then the pods are
 listed."""
 FRESH_QUOTA_REFUSAL: Final = timedelta(minutes=10)
-"""How long a run whose pod a quota refuses comes before those with more Jobs; its pod may be one that never fits."""
+"""Time for which a run whose pod a quota refuses has precedence over those with more Jobs; the pod may never fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """There is nothing to plan yet."""
+    """Result of an observation that gives nothing to plan yet."""
 
     seconds: float
 
 
 class Observer:
-    """Observes one run: from the cache, and live from the API server where the cache is not enough."""
+    """Observer of one run: from the cache, and live from the API server if the cache is not enough."""
 
     def __init__(
         self, cluster: Cluster, cache: RunCache, *, clock: Callable[[], datetime], drain_pause_seconds: float
@@ -106,7 +106,7 @@ class Observer:
         )
 
     def _drain_pause_left(self, run: IngestRun, memory: RunMemory) -> float:
-        """Return for how many seconds an ended run is left alone.
+        """Return the seconds for which an ended run is left alone.
 
         It is observed by two live lists, so not at every event of its pods. A change of its spec counts at once.
         """
@@ -117,7 +117,7 @@ class Observer:
         return (memory.drain_checked_at + self._drain_pause - self._clock()).total_seconds()
 
     async def _list_live(self, run: IngestRun, memory: RunMemory) -> LivePods:
-        """Take the run's Jobs and pods from the server, in place of what the watches have shown."""
+        """Take the run's Jobs and pods from the server, in place of those that the watches have shown."""
         meta = run.metadata
         jobs, pods = [], []
         for body in await self._cluster.list_jobs(namespace=meta.namespace, run_uid=meta.uid):
@@ -136,7 +136,7 @@ class Observer:
     async def _await_pod_results(self, run: IngestRun, memory: RunMemory) -> list[Attempt]:
         """Return the run's attempts; an ended Job whose pod's end has not arrived yet still counts as running.
 
-        Once the grace is over the pods are listed. What is not there then is missing for good.
+        Once the grace is over the pods are listed. A pod that is not in this list is missing for good.
         """
         uid = run.metadata.uid
         attempts = self._cache.attempts(uid)
@@ -170,7 +170,7 @@ class Observer:
         """Return a run above this one that is Cancelled with `cascade`, if there is one.
 
         With `ask`, the server is asked rather than the cache, because a run created after its parent's cancel must
-        not start anything while the watch has not shown that cancel. A parent that does not exist is none.
+        not start anything while the watch has not shown that cancel. A parent that does not exist does not count.
         """
         for parent in _parents_of(self._cache, key):
             if ask:
@@ -184,7 +184,7 @@ class Observer:
         return None
 
     def _pod_saw_cancel(self, key: RunKey, attempts: list[Attempt]) -> bool:
-        """Whether a pod of a run with parents has stopped for a cancel that is not known here.
+        """Tell whether a pod of a run with parents has stopped for a cancel that is not known here.
 
         The cancellation check has reported the parent's cancel to it, which the watch may not have shown here yet.
         """
@@ -202,7 +202,7 @@ class Observer:
 
 
 async def refresh(cluster: Cluster, cache: RunCache, key: RunKey) -> None:
-    """Read a run from the API server into the cache. One that is gone is forgotten."""
+    """Read a run from the API server into the cache. A run that is gone is forgotten."""
     try:
         cache.upsert_run(await cluster.get_run(key))
     except NotFound:
@@ -221,7 +221,7 @@ def _parents_of(cache: RunCache, key: RunKey) -> list[RunKey]:
 
 
 def _cancel_from(cache: RunCache, parent: RunKey) -> CancelledParent | None:
-    """Return what a parent's cancel means for the runs right below it; None if it has none, or keeps it to itself."""
+    """Return a parent's cancel for its direct children; None if it is not cancelled, or does not cascade."""
     body = cache.run(parent)
     if body is None or not cancelled_with_cascade(body):
         return None
@@ -237,7 +237,7 @@ def _cancel_from(cache: RunCache, parent: RunKey) -> CancelledParent | None:
 
 
 def _lacks_pod_result(attempt: Attempt) -> bool:
-    """Whether the Job has ended, and the end of its pod has not been seen."""
+    """Tell whether the Job has ended, and the end of its pod has not been seen."""
     if not attempt.state.finished or (attempt.pod is not None and attempt.pod.ended):
         return False
     return attempt.job.reason != "DeadlineExceeded"  # of the Job itself: its controller has deleted the pod
@@ -250,18 +250,18 @@ def _lacks_pod_result(attempt: Attempt) -> bool:
 class _FailedCreates:
     at: datetime
     messages: dict[str, str]
-    """By the Job's UID: the newest sentence of the Job controller."""
+    """The newest message of the Job controller, by the Job's UID."""
 
 
 class PodCreationFailures:
-    """Finds out why Jobs have no pod: the Job controller says so in an Event, and nowhere else.
+    """The reasons why Jobs have no pod, which the Job controller reports in an Event, and nowhere else.
 
     The Events are listed only for Jobs that should have a pod and have none, and once in a while for all Jobs of a
     namespace, so that the normal course costs no call.
     """
 
     def __init__(self, cluster: Cluster, usage: Usage) -> None:
-        """Remember in `usage` which runs wait for a pod that a quota refuses."""
+        """Use `usage` to remember the runs that wait for a pod that a quota refuses."""
         self._cluster = cluster
         self._usage = usage
         self._by_namespace: dict[str, _FailedCreates] = {}
@@ -269,7 +269,7 @@ class PodCreationFailures:
     async def explain_and_count(
         self, key: RunKey, run: IngestRun, attempts: Sequence[Attempt], *, now: datetime
     ) -> list[Attempt]:
-        """Do as `explain`, and let a run whose pod a quota refuses come before those with more Jobs."""
+        """Do as `explain`, and give a run whose pod a quota refuses precedence over those with more Jobs."""
         explained = await self.explain(key.namespace, attempts, now=now)
         refused = any(
             attempt.pod_creation is not None
@@ -281,7 +281,7 @@ class PodCreationFailures:
         return explained
 
     async def explain(self, namespace: str, attempts: Sequence[Attempt], *, now: datetime) -> list[Attempt]:
-        """Return the attempts; those that lack their pod with the reason, where the Job controller has given one."""
+        """Return the attempts; those that lack their pod with the reason, if the Job controller has given one."""
         lacking = {attempt.job.uid for attempt in attempts if attempt.lacks_pod(now)}
         if not lacking:
             return list(attempts)
@@ -310,6 +310,6 @@ class PodCreationFailures:
 
 
 def _last_repeated(event: Object) -> str:
-    """Return when an Event was last repeated. As text it sorts, because all times have one form but for fractions."""
+    """Return when an Event was last repeated, as text, which sorts because all times have one form save fractions."""
     series: dict[str, Any] = event.get("series") or {}
     return str(series.get("lastObservedTime") or event.get("deprecatedLastTimestamp") or event.get("eventTime") or "")

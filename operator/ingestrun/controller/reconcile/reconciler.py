@@ -1,4 +1,4 @@
-"""One pass for one run: observe, plan, execute. Whatever woke it, it decides from the state alone."""
+"""One pass for one run: observe, plan, execute. It decides from the state alone, independent of the trigger."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from ingestrun.planner.snapshot import Snapshot
 logger = structlog.get_logger("ingestrun")
 
 MAX_ROUNDS: Final = 8
-"""How often one pass starts over because the run changed under it, before the queue's backoff takes over."""
+"""Most times that a pass starts over because the run changed meanwhile, before the queue's backoff takes over."""
 DRAIN_PAUSE_SECONDS: Final = 1.0
-"""Between a cancel and the first look at its drain, and between two such looks."""
+"""Seconds between a cancel and the first look at its drain, and between two such looks."""
 
 
 class Reconciler:
-    """Brings runs forward through a `Cluster`. Keeps nothing that a restart may not lose."""
+    """Reconciler of runs through a `Cluster`. It keeps no state that a restart may not lose."""
 
     def __init__(
         self,
@@ -65,10 +65,10 @@ class Reconciler:
         )
 
     async def reconcile(self, key: RunKey, trigger: str) -> float | None:
-        """Look at one run and do what is due.
+        """Reconcile one run.
 
-        Returns in how many seconds to look again, or None. Raises KubeError when the API server could not be
-        asked or told: the queue comes back.
+        Returns the seconds until the next pass, or None. Raises KubeError when a call to the API server failed; then
+        the queue retries.
         """
         for _ in range(MAX_ROUNDS):
             body = await self._current(key)
@@ -82,7 +82,7 @@ class Reconciler:
         raise KubeError(f"the run changed {MAX_ROUNDS} times under one pass")
 
     async def _current(self, key: RunKey) -> Object | None:
-        """Return the newest body of the run, read from the API server where the cache is known to be outdated."""
+        """Return the newest body of the run, read from the API server if the cache is known to be outdated."""
         body = self._cache.run(key)
         memory = self._cache.memories.recall(body["metadata"]["uid"]) if body is not None else None
         if memory is None or memory.must_read:
@@ -102,7 +102,7 @@ class Reconciler:
         if self._cache.is_archived(uid):
             if run.metadata.generation == run.status.observed_generation:
                 return await self._executor.expire(key, run)
-            self._cache.unarchive(uid)  # what its Jobs may stay for may have changed
+            self._cache.unarchive(uid)  # the retention of its Jobs may have changed
         try:
             async with (
                 self._concurrency.peers(key, run) as peers,
@@ -131,9 +131,9 @@ class Reconciler:
         return await self._executor.execute(key, snapshot, planned, memory, trigger=trigger)
 
     def _plan(self, key: RunKey, observed: Snapshot) -> tuple[Snapshot, Plan]:
-        """Plan within the capacity that is left, and reserve what the plan starts.
+        """Plan within the capacity that is left, and reserve the Jobs that the plan starts.
 
-        Not a coroutine, so that no other run can be planned between the three: else both could be granted one slot.
+        Not a coroutine, so that no other run can be planned in between, because both could be granted one slot.
         """
         run, usage = observed.run, self._cache.usage
         capacity = usage.snapshot(run.metadata.uid, key.namespace, now=self._clock())

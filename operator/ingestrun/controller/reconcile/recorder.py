@@ -1,4 +1,4 @@
-"""What the operator says about runs: log lines, and Events. Nothing here decides, and nothing depends on it."""
+"""The recorder of a run's log lines and Events. It takes no decision, and no decision depends on it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ MAX_WAITING: Final = 10_000
 """The queue's limit. It is reached only when the API server has been unreachable for long; Events are dropped then,
 because they only inform people."""
 DELAY_SECONDS: Final = 0.5
-"""How long each piece of work waits, at least."""
+"""Least seconds that each piece of work waits."""
 PAUSE_RECHECK_SECONDS: Final = 0.05
 
 
 class EventRecorder:
-    """Posts the Events of runs and writes the log lines of a pass.
+    """Recorder that posts the Events of runs and writes the log lines of a pass.
 
     The lines name no run: the pass has bound it to the context (`logs.about_run`).
     """
@@ -54,7 +54,7 @@ class EventRecorder:
         self._defer = defer
 
     async def post(self, run: IngestRun, events: Sequence[Event]) -> None:
-        """Post Events. No pass waits for that where it can be deferred."""
+        """Post Events. No pass waits for the posting if it can be deferred."""
         if self._defer is not None and events:
             self._defer(self._post(run, events))
         else:
@@ -136,19 +136,20 @@ def event_body(run: IngestRun, event: Event, *, now: datetime, instance: str) ->
 
 
 class EventQueue:
-    """Awaits what it is given, one after another, in order. A failure is logged and stops nothing.
+    """Queue that awaits its work items one after another, in order. A failure is logged and does not stop the queue.
 
-    It gives way to what users wait for: when twenty runs are cancelled at once, their Events are posted afterwards.
+    It gives way to the work that users wait for: when twenty runs are cancelled at once, their Events are posted
+    afterwards.
     """
 
     def __init__(self, *, paused: Callable[[], bool] = lambda: False, delay_seconds: float = DELAY_SECONDS) -> None:
-        """Begin nothing while `paused` says so."""
+        """Begin no work item while `paused` returns True."""
         self._paused = paused
         self._delay = delay_seconds
         self._waiting: asyncio.Queue[tuple[float, Awaitable[None]]] = asyncio.Queue(MAX_WAITING)
 
     def put(self, work: Awaitable[None]) -> None:
-        """Have it awaited, later."""
+        """Add work to be awaited later."""
         try:
             self._waiting.put_nowait((asyncio.get_running_loop().time() + self._delay, work))
         except asyncio.QueueFull:
@@ -173,11 +174,11 @@ class EventQueue:
 
     async def _wait_until(self, due: float) -> None:
         await asyncio.sleep(due - asyncio.get_running_loop().time())
-        while self._paused():  # noqa: ASYNC110  (no event marks the end of a pause, and nobody waits for this work)
+        while self._paused():  # noqa: ASYNC110  (no event marks the end of a pause, and no pass waits for this work)
             await asyncio.sleep(PAUSE_RECHECK_SECONDS)
 
     async def finish(self, *, seconds: float) -> None:
-        """Give what waits this time to be done, and drop the rest."""
+        """Give the waiting work this many seconds to be done, and drop the rest."""
         try:
             async with asyncio.timeout(seconds):
                 await self._waiting.join()
