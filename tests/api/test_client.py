@@ -142,7 +142,7 @@ async def test_runs(kube: KubernetesCluster, namespace: str, crd: dict[str, Any]
     await kube.connection.request("POST", runs, body=body)
     key = RunKey(namespace=namespace, name="geo")
     run = await kube.get_run(key)
-    assert namespace in {one["metadata"]["namespace"] for one in await kube.list_runs()}
+    assert namespace in {one["metadata"]["namespace"] for one in await kube.list_runs(dict)}
     keyed = {**spec, "concurrency": {"key": "geo/tiles"}}
     await kube.connection.request("POST", runs, body={**body, "metadata": {"name": "keyed"}, "spec": keyed})
     sharing = await kube.list_runs_of(namespace=namespace, concurrency_key="geo/tiles")

@@ -139,8 +139,9 @@ class FakeCluster(Cluster):
     async def get_run(self, key: RunKey) -> Object:
         return await self._call("get", "ingestruns", key.namespace, key.name, None, lambda: self.run(key))
 
-    async def list_runs(self) -> Sequence[Object]:
-        return await self._call("list", "ingestruns", "", "", None, lambda: self._select("IngestRun"))
+    async def list_runs(self, read: Callable[[Object], T]) -> Sequence[T]:
+        found = await self._call("list", "ingestruns", "", "", None, lambda: self._select("IngestRun"))
+        return [read(body) for body in found]
 
     async def list_runs_in(self, *, namespace: str) -> Sequence[Object]:
         return await self._call("list", "ingestruns", namespace, "", None, lambda: self._select("IngestRun", namespace))
@@ -179,8 +180,15 @@ class FakeCluster(Cluster):
         selector = f"{self._run_uid_label}={run_uid}"
         return await self._call("list", "jobs", namespace, "", None, lambda: self._select("Job", namespace, selector))
 
-    async def list_all_jobs(self) -> Sequence[Object]:
-        return await self._call("list", "jobs", "", "", None, lambda: self._select("Job", None, self._run_uid_label))
+    async def list_all_jobs(self, read: Callable[[Object], T]) -> Sequence[T]:
+        label = self._run_uid_label
+        found = await self._call("list", "jobs", "", "", None, lambda: self._select("Job", None, label))
+        return [read(body) for body in found]
+
+    async def list_all_pods(self, read: Callable[[Object], T]) -> Sequence[T]:
+        label = self._run_uid_label
+        found = await self._call("list", "pods", "", "", None, lambda: self._select("Pod", None, label))
+        return [read(body) for body in found]
 
     async def list_failed_creates(self, *, namespace: str) -> Sequence[Object]:
         def commit() -> Sequence[Object]:

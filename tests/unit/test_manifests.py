@@ -41,12 +41,13 @@ JOB = {"metadata": {"namespace": "n", "name": "j"}}
 KEY = RunKey(namespace="n", name="r")
 CALLS: dict[str, Callable[[Cluster], Coroutine[Any, Any, object]]] = {
     "get_run": lambda c: c.get_run(KEY),
-    "list_runs": lambda c: c.list_runs(),
+    "list_runs": lambda c: c.list_runs(dict),
     "list_runs_in": lambda c: c.list_runs_in(namespace="n"),
     "list_runs_of": lambda c: c.list_runs_of(namespace="n", concurrency_key="k"),
     "write_status": lambda c: c.write_status(KEY, resource_version="1", status={}),
     "list_jobs": lambda c: c.list_jobs(namespace="n", run_uid="u"),
-    "list_all_jobs": lambda c: c.list_all_jobs(),
+    "list_all_jobs": lambda c: c.list_all_jobs(dict),
+    "list_all_pods": lambda c: c.list_all_pods(dict),
     "list_failed_creates": lambda c: c.list_failed_creates(namespace="n"),
     "list_pods": lambda c: c.list_pods(namespace="n", run_uid="u"),
     "create_job": lambda c: c.create_job(JOB),

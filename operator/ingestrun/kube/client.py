@@ -11,7 +11,7 @@ from urllib.parse import quote
 from ingestrun.kube.answers import Expired
 from ingestrun.kube.connection import REQUEST_TIMEOUT, Connection
 from ingestrun.kube.errors import Conflict, KubeError, NotFound, Unavailable
-from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.kube.protocol import Cluster, Object, RunKey, T
 
 GROUP: Final = "ingestrun.dev"
 VERSION: Final = "v1alpha1"
@@ -56,13 +56,8 @@ class KubernetesCluster(Cluster):
     async def get_run(self, key: RunKey) -> Object:
         return await self._call("get", PLURAL, "GET", _run_path(key))
 
-    async def list_runs(self) -> Sequence[Object]:
-        if self._namespaces is None:
-            return await self._list(PLURAL, f"/apis/{GROUP}/{VERSION}/{PLURAL}")
-        found: list[Object] = []
-        for namespace in self._namespaces:
-            found += await self.list_runs_in(namespace=namespace)
-        return found
+    async def list_runs(self, read: Callable[[Object], T]) -> Sequence[T]:
+        return await self._list_watched(f"apis/{GROUP}/{VERSION}", PLURAL, read)
 
     async def list_runs_in(self, *, namespace: str) -> Sequence[Object]:
         return await self._list(PLURAL, f"/apis/{GROUP}/{VERSION}/namespaces/{_part(namespace)}/{PLURAL}")
@@ -89,14 +84,11 @@ class KubernetesCluster(Cluster):
     async def list_jobs(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
         return await self._list("jobs", _jobs_path(namespace), selector=f"{self._run_uid_label}={run_uid}")
 
-    async def list_all_jobs(self) -> Sequence[Object]:
-        selector = self._run_uid_label
-        if self._namespaces is None:
-            return await self._list("jobs", "/apis/batch/v1/jobs", selector=selector)
-        found: list[Object] = []
-        for namespace in self._namespaces:
-            found += await self._list("jobs", _jobs_path(namespace), selector=selector)
-        return found
+    async def list_all_jobs(self, read: Callable[[Object], T]) -> Sequence[T]:
+        return await self._list_watched("apis/batch/v1", "jobs", read, selector=RUN_UID_LABEL)
+
+    async def list_all_pods(self, read: Callable[[Object], T]) -> Sequence[T]:
+        return await self._list_watched("api/v1", "pods", read, selector=RUN_UID_LABEL)
 
     async def list_failed_creates(self, *, namespace: str) -> Sequence[Object]:
         path = f"/apis/events.k8s.io/v1/namespaces/{_part(namespace)}/events"
@@ -181,31 +173,50 @@ class KubernetesCluster(Cluster):
         with suppress(NotFound):
             await self._call("delete", "pods", "DELETE", path, body=options)
 
+    async def _list_watched(
+        self, api: str, resource: str, read: Callable[[Object], T], *, selector: str | None = None
+    ) -> list[T]:
+        """List a resource in all namespaces that the operator watches."""
+        if self._namespaces is None:
+            return await self._list_as(read, resource, f"/{api}/{resource}", selector, None)
+        found: list[T] = []
+        for namespace in self._namespaces:
+            path = f"/{api}/namespaces/{_part(namespace)}/{resource}"
+            found += await self._list_as(read, resource, path, selector, None)
+        return found
+
     async def _list(
         self, resource: str, path: str, *, selector: str | None = None, fields: str | None = None
     ) -> list[Object]:
-        """All pages of one consistent list: the continue token pins the first page's resourceVersion."""
+        return await self._list_as(lambda item: item, resource, path, selector, fields)
+
+    async def _list_as(
+        self, read: Callable[[Object], T], resource: str, path: str, selector: str | None, fields: str | None
+    ) -> list[T]:
+        """List all pages of one consistent list: the continue token pins the first page's resourceVersion."""
         for _ in range(LIST_ATTEMPTS):
             try:
-                return await self._pages(resource, path, selector, fields)
+                return await self._pages(read, resource, path, selector, fields)
             except Expired:
                 continue
         raise Unavailable(f"the list of {resource} expired {LIST_ATTEMPTS} times before its last page")
 
-    async def _pages(self, resource: str, path: str, selector: str | None, fields: str | None) -> list[Object]:
+    async def _pages(
+        self, read: Callable[[Object], T], resource: str, path: str, selector: str | None, fields: str | None
+    ) -> list[T]:
         query = [("limit", str(PAGE))]
         if selector is not None:
             query.append(("labelSelector", selector))
         if fields is not None:
             query.append(("fieldSelector", fields))
-        found: list[Object] = []
+        found: list[T] = []
         token = ""
         while True:
             more = [("continue", token)] if token else []
             page = await self._call("list", resource, "GET", path, query=[*query, *more])
             # The server leaves kind and version off the items of its own types; other reads have them.
             common = {"apiVersion": page.get("apiVersion"), "kind": str(page.get("kind")).removesuffix("List")}
-            found += [{**common, **item} for item in page.get("items") or ()]
+            found += [read({**common, **item}) for item in page.get("items") or ()]
             token = (page.get("metadata") or {}).get("continue") or ""
             if not token:
                 return found

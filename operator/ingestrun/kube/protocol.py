@@ -6,9 +6,11 @@ is the list of its calls (and of the RBAC it needs), and a fake of it can be str
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 Object = Mapping[str, Any]
 """A Kubernetes object as JSON; never mutated by whoever receives it."""
@@ -36,8 +38,11 @@ class Cluster(Protocol):
     async def get_run(self, key: RunKey) -> Object:
         """Read a run, not from a cache. Raises NotFound."""
 
-    async def list_runs(self) -> Sequence[Object]:
-        """All runs that the operator watches, in pages."""
+    async def list_runs(self, read: Callable[[Object], T]) -> Sequence[T]:
+        """List all runs that the operator watches, each as `read` returns it, so that no more is kept of a page.
+
+        `read` may be called twice with one object, if the list has to begin anew.
+        """
 
     async def list_runs_of(self, *, namespace: str, concurrency_key: str) -> Sequence[Object]:
         """The namespace's runs of that `spec.concurrency.key`, not from a cache, without the Succeeded ones."""
@@ -56,8 +61,11 @@ class Cluster(Protocol):
     async def list_jobs(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
         """The run's Jobs by its UID label, not from a cache."""
 
-    async def list_all_jobs(self) -> Sequence[Object]:
-        """All Jobs of all runs that the operator watches, by the presence of the run's label, in pages."""
+    async def list_all_jobs(self, read: Callable[[Object], T]) -> Sequence[T]:
+        """List all Jobs of all runs that the operator watches, by the presence of the run's label; as `list_runs`."""
+
+    async def list_all_pods(self, read: Callable[[Object], T]) -> Sequence[T]:
+        """List all pods of all runs that the operator watches, by the presence of the run's label; as `list_runs`."""
 
     async def list_failed_creates(self, *, namespace: str) -> Sequence[Object]:
         """The namespace's Events by which the Job controller tells that it could not create a Job's pod."""

@@ -287,7 +287,7 @@ async def test_a_list_that_expires_midway_starts_again() -> None:
 async def test_runs_of_all_or_of_some_namespaces(namespaces: list[str] | None, paths: list[str]) -> None:
     async with loopback(answers(200, {"metadata": {}, "items": []})) as server:
         cluster = KubernetesCluster(await server.connection(), namespaces=namespaces)
-        assert await cluster.list_runs() == []
+        assert await cluster.list_runs(dict) == []
         await cluster.close()
     assert [urlsplit(path).path for _, path, _, _ in server.seen] == paths
 

@@ -176,6 +176,7 @@ class Executor:
             memory.must_read = True
             raise
         self._cache.upsert_run(body)
+        memory.version = body["metadata"]["resourceVersion"]
         newest = self._cache.parsed(key)
         same = newest.metadata.resource_version == body["metadata"]["resourceVersion"]
         return newest if same else IngestRun.read(body)

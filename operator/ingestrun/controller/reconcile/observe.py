@@ -76,7 +76,6 @@ class Observer:
     ) -> Snapshot | Wait:
         """Return a snapshot that lacks its capacity. Raises KubeError when the API server could not be asked."""
         ended = run.status.ended
-        listed_before = self._cache.has_synced(run.metadata.uid)
         if memory.unanswered_create is None:
             # A claim is stored before its first create is sent. So a run first seen without a claim can't have
             # creates by an earlier process.
@@ -85,20 +84,24 @@ class Observer:
         if pause > 0:
             return Wait(pause)
         live = None
-        if ended or not listed_before:
+        synced = self._cache.has_synced(run.metadata.uid)
+        if ended or not synced:
             live = await self._list_live(run, memory)
-            if not ended and not listed_before and memory.rejection is None:
-                memory.rejection = rejection_in_status(run, now=self._clock())
+        first_pass = not memory.observed
+        if first_pass and not ended and memory.rejection is None:
+            memory.rejection = rejection_in_status(run, now=self._clock())
         attempts = await self._await_pod_results(run, memory)
         attempts = await self._explain_missing_pods(key, run, attempts)
-        ask_parents = not listed_before or self._pod_saw_cancel(key, attempts)
+        ask_parents = first_pass or not synced or self._pod_saw_cancel(key, attempts)
+        parent = await self._cancelled_parent(key, ask=ask_parents)
+        memory.observed = True
         return Snapshot(
             run=run,
             attempts=attempts,
             now=self._clock(),
             rejection=memory.rejection,
             live=live,
-            parent=await self._cancelled_parent(key, ask=ask_parents),
+            parent=parent,
             children=self._children(key) if ended else (),
             peers=peers,
             predecessors=predecessors,

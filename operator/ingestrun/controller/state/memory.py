@@ -16,6 +16,11 @@ from ingestrun.planner.actions import CreateRejection
 class RunMemory:
     """The record of one run. A pass takes it once, at its beginning, and hands it on to all that it calls."""
 
+    version: str | None = None
+    """The newest resourceVersion that a pass has taken up: it has planned from it, or written it itself. So a watch
+    event that shows this version needs no look."""
+    observed: bool = False
+    """A pass of this process has observed the run as a whole."""
     must_read: bool = False
     """Whether the run has to be read from the API server before the next plan: the cached body is known to be old."""
     rejection: CreateRejection | None = None
@@ -46,6 +51,11 @@ class RunMemories:
     def recall(self, uid: str) -> RunMemory:
         """Return the record of a run that is in the cache; an empty one at first."""
         return self._by_uid.setdefault(uid, RunMemory())
+
+    def has_taken_up(self, uid: str, version: str) -> bool:
+        """Tell whether a pass of the run has taken up that version."""
+        memory = self._by_uid.get(uid)
+        return memory is not None and memory.version == version
 
     def forget(self, uid: str) -> None:
         """Drop the record of a run that is gone, or has ended and needs nothing more."""

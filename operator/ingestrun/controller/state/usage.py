@@ -43,9 +43,9 @@ class _Refused:
 class Usage:
     """One process's count of Jobs. Not thread-safe: everything happens on one event loop."""
 
-    def __init__(self, caps: JobLimits | None = None, *, wake: Callable[[RunKey], None] = lambda _: None) -> None:
-        """`wake` is told of each run that waits and may start something now."""
-        self.caps = caps or JobLimits()
+    def __init__(self, limits: JobLimits, *, wake: Callable[[RunKey], None]) -> None:
+        """Call `wake` with each run that waits and may start something now."""
+        self.limits = limits
         self._wake = wake
         self._known = True
         self._runs: dict[str, _Run] = {}
@@ -162,7 +162,7 @@ class Usage:
 
     def start_sync(self) -> None:
         """The Jobs that earlier processes have left are to be counted: until `complete` no cap lets anything start."""
-        self._known = not self.caps.any
+        self._known = not self.limits.any
 
     def finish_sync(self) -> None:
         """They are counted."""
@@ -208,7 +208,7 @@ class Usage:
                 run = self._runs.get(uid) or _Run(key.namespace)
                 others.append(Demand(uid=uid, namespace=key.namespace, active=run.load, wants=wants, turn=run.turn))
         return Capacity(
-            caps=self.caps,
+            caps=self.limits,
             run=Demand(uid="", namespace=""),
             others=tuple(others),
             in_namespace=self._places(exclude=exclude),
