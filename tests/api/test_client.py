@@ -15,7 +15,7 @@ import pytest
 from ingestrun.kube import errors
 from ingestrun.kube.client import KubernetesCluster, connect
 from ingestrun.kube.connection import Connection
-from ingestrun.kube.lease import run_as_leader
+from ingestrun.kube.leader_election import run_as_leader
 from ingestrun.kube.protocol import RunKey
 
 pytestmark = pytest.mark.api

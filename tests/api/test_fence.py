@@ -25,8 +25,7 @@ from ingestrun.engine.batches import Start
 from ingestrun.engine.decisions import Create
 from ingestrun.engine.jobs import WorkerImage, job_manifest
 from ingestrun.engine.steps import steps_of
-from ingestrun.kube.answers import error_for
-from ingestrun.kube.errors import Denied
+from ingestrun.kube.errors import Denied, error_for
 from ingestrun.model import names
 from ingestrun.model.run import IngestRun
 from tests.api.conftest import REPOSITORY, Cluster, Json, WaitFor, _wait_for, refusal

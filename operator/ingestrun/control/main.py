@@ -15,7 +15,7 @@ from ingestrun.control import logs
 from ingestrun.control.operator import Access, run
 from ingestrun.control.settings import Settings
 from ingestrun.kube.errors import KubeError
-from ingestrun.kube.lease import LeaseLost
+from ingestrun.kube.leader_election import LeaseLost
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 EXIT_LEASE_LOST = 70

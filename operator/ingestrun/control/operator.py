@@ -28,7 +28,7 @@ from ingestrun.control.watch import Watch
 from ingestrun.engine.jobs import CheckFor, WorkerImage
 from ingestrun.kube.client import KubernetesCluster
 from ingestrun.kube.connection import Connection, load_configuration
-from ingestrun.kube.lease import LeaseLost, run_as_leader
+from ingestrun.kube.leader_election import LeaseLost, run_as_leader
 from ingestrun.kube.protocol import RunKey
 
 logger = structlog.get_logger("ingestrun")

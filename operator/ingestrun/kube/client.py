@@ -8,9 +8,8 @@ from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import quote
 
-from ingestrun.kube.answers import Expired
 from ingestrun.kube.connection import REQUEST_TIMEOUT, Connection
-from ingestrun.kube.errors import Conflict, KubeError, NotFound, Unavailable
+from ingestrun.kube.errors import Conflict, Expired, KubeError, NotFound, Unavailable
 from ingestrun.kube.protocol import Cluster, Object, RunKey
 
 GROUP: Final = "ingestrun.dev"
@@ -32,7 +31,7 @@ class KubernetesCluster(Cluster):
     """The API server. No method repeats a write; whoever calls decides again from a fresh read.
 
     A request lasts `request_timeout` seconds at most. Together with the lease's renew deadline that must not
-    exceed the lease's duration: `lease.LeaseSettings` checks it.
+    exceed the lease's duration: `leader_election.LeaseSettings` checks it.
     """
 
     def __init__(

@@ -25,11 +25,10 @@ from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.client.rest import RESTClientObject
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
-from ingestrun.kube.answers import READS, error_for
-from ingestrun.kube.errors import Forbidden, KubeError, Unavailable, Unknown
+from ingestrun.kube.errors import READS, Forbidden, KubeError, Unavailable, Unknown, error_for
 
 REQUEST_TIMEOUT: Final = 5.0
-"""Seconds; see `lease.LeaseSettings` for the arithmetic that binds it to the lease."""
+"""Seconds; see `leader_election.LeaseSettings` for the arithmetic that binds it to the lease."""
 RELOAD_INTERVAL: Final = 10.0
 """Seconds between two reloads of the credentials: a revoked account must not run its exec plugin on every call."""
 LOAD_TIMEOUT: Final = 60.0

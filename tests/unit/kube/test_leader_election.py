@@ -18,7 +18,7 @@ from kubernetes.aio.leaderelection.resourcelock.baselock import BaseLock
 from tests.fakes.loopback import Loopback, loopback, status_body
 from tests.fakes.virtual_time import VirtualLoop, run
 
-from ingestrun.kube.lease import Election, LeaseLost, LeaseSettings, Lock, lead, run_as_leader
+from ingestrun.kube.leader_election import Election, LeaseLost, LeaseSettings, Lock, lead, run_as_leader
 
 # ---- settings --------------------------------------------------------------------------------------------
 
