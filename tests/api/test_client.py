@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from ingestrun.kube import errors
-from ingestrun.kube.client import KubernetesCluster, connect
+from ingestrun.kube.client import KubernetesCluster
 from ingestrun.kube.connection import Connection
 from ingestrun.kube.leader_election import run_as_leader
 from ingestrun.kube.protocol import RunKey
@@ -25,7 +25,7 @@ LABEL = "ingestrun.dev/run-uid"
 
 @pytest.fixture
 async def kube(kubeconfig: Path) -> AsyncIterator[KubernetesCluster]:
-    connected = await connect(kubeconfig=str(kubeconfig))
+    connected = KubernetesCluster(await Connection.open(kubeconfig=str(kubeconfig)))
     yield connected
     await connected.close()
 

@@ -75,7 +75,7 @@ class Resumptions:
         resumer = None
         by = old.status.resumed_by
         if by is not None and by.uid != run.metadata.uid:
-            resumer = await self._read(RunKey(namespace=run.metadata.namespace, name=by.name))
+            resumer = await self._read(run.metadata.key.sibling(by.name))
         return (Predecessor(run=old, resumer=resumer),)
 
     async def _row_of(self, run: IngestRun, origin: str) -> Sequence[Predecessor]:
@@ -115,10 +115,9 @@ class Resumptions:
 async def claim(cluster: Cluster, store: Store, taken: Take) -> None:
     """Claim the rest of a run; if it has changed meanwhile, that is seen at the next look."""
     meta = taken.of.metadata
-    key = RunKey(namespace=meta.namespace, name=meta.name)
     status = taken.status.model_dump(mode="json", by_alias=True, exclude_none=True)
     try:
-        body = await cluster.write_status(key, resource_version=meta.resource_version, status=status)
+        body = await cluster.write_status(meta.key, resource_version=meta.resource_version, status=status)
     except (Conflict, NotFound):
         return
     store.saw_run(body)
@@ -130,4 +129,4 @@ def _named_by(run: IngestRun) -> RunKey:
     wanted = run.spec.resume_from
     assert wanted is not None  # noqa: S101  (for the type checker)
     assert wanted.name is not None  # noqa: S101
-    return RunKey(namespace=run.metadata.namespace, name=wanted.name)
+    return run.metadata.key.sibling(wanted.name)

@@ -10,6 +10,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ingestrun.engine.fairness import Caps
+from ingestrun.model.names import OPERATOR_NAME
 
 LogFormat = Literal["json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -25,7 +26,7 @@ class Settings(BaseSettings):
     worker_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     namespaces: Annotated[str, NoDecode] = ""
     """The namespaces to watch, by commas; empty: all of the cluster."""
-    lease_name: str = "ingestrun-operator"
+    lease_name: str = OPERATOR_NAME
     lease_namespace: str = "ingestrun-system"
     health_port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """Where /healthz and /readyz answer; 0: nowhere."""

@@ -74,7 +74,7 @@ class Store:
     def saw_run(self, body: Object) -> RunKey:
         """Take a run's body, unless it is known already, or a newer one of the same run."""
         meta = body["metadata"]
-        key = RunKey(namespace=meta["namespace"], name=meta["name"])
+        key = RunKey.of(body)
         before = self._runs.get(key)
         if before is not None:
             if before["metadata"]["uid"] != meta["uid"]:
@@ -273,8 +273,9 @@ def parents_of(body: Object) -> list[RunKey]:
     meta = body["metadata"]
     named = [(body.get("spec") or {}).get("parentRef") or {}]
     named += [ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == names.KIND]
-    keys = [RunKey(namespace=meta["namespace"], name=ref["name"]) for ref in named if ref.get("name")]
-    return [key for key in dict.fromkeys(keys) if key.name != meta["name"]]
+    own = RunKey.of(body)
+    keys = [own.sibling(ref["name"]) for ref in named if ref.get("name")]
+    return [key for key in dict.fromkeys(keys) if key != own]
 
 
 def cancelled_with_cascade(body: Object) -> bool:
@@ -295,7 +296,7 @@ def _shared(body: Object) -> tuple[str, str] | None:
 def named_in_resume(body: Object) -> RunKey | None:
     """The run that `spec.resumeFrom` names."""
     name = ((body.get("spec") or {}).get("resumeFrom") or {}).get("name")
-    return RunKey(namespace=body["metadata"]["namespace"], name=name) if name else None
+    return RunKey.of(body).sibling(name) if name else None
 
 
 def resumed_of(body: Object) -> RunKey | None:

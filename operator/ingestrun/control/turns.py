@@ -64,7 +64,7 @@ class Turns:
         """The same, but nothing is cancelled for a run that the server does not say is waiting."""
         newer = replacer_of(run, seen)
         while newer is not None:
-            other = RunKey(namespace=key.namespace, name=newer.name)
+            other = key.sibling(newer.name)
             others = [rival for rival in seen if rival.uid != newer.uid]
             try:
                 body = await self._cluster.get_run(other)

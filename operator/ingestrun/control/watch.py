@@ -25,7 +25,7 @@ class Watch:
     def run(self, event_type: str | None, body: Object) -> None:
         """A run was added, changed or deleted."""
         meta = body["metadata"]
-        key = _key(body)
+        key = RunKey.of(body)
         if event_type != "DELETED":
             self._queue.add(self._store.saw_run(body), "run")
             self._look_around(key, body)
@@ -47,7 +47,7 @@ class Watch:
         changed = read_rival(body)
         for other in rivals:
             if other["metadata"]["uid"] != changed.uid and wakes(changed, read_rival(other), gone=gone):
-                self._queue.add(_key(other), "rival")
+                self._queue.add(RunKey.of(other), "rival")
 
     def _look_around(self, key: RunKey, body: Object) -> None:
         """A cancel goes on to the runs below, what became of them is told above, and one that waits may resume."""
@@ -56,7 +56,7 @@ class Watch:
         cancellation = (body.get("status") or {}).get("cancellation") or {}
         if cancellation.get("cascade"):
             for child in self._store.below(key):
-                self._queue.add(_key(child), "parent")
+                self._queue.add(RunKey.of(child), "parent")
         for parent in parents_of(body):
             above = self._store.run(parent)
             record = ((above or {}).get("status") or {}).get("cancellation") or {}
@@ -91,7 +91,3 @@ class Watch:
         key = self._store.key_of(run_uid)
         if key is not None and not self._store.closed(run_uid):
             self._queue.add(key, trigger)
-
-
-def _key(body: Object) -> RunKey:
-    return RunKey(namespace=body["metadata"]["namespace"], name=body["metadata"]["name"])

@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from ingestrun.engine import conditions as c
 from ingestrun.engine.announce import WAITS
-from ingestrun.engine.decisions import OPERATOR, Cause
+from ingestrun.engine.decisions import Cause
+from ingestrun.model.names import OPERATOR_NAME
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import ConcurrencyPolicy
 from ingestrun.model.status import Phase
@@ -130,7 +131,7 @@ def replaced(run: IngestRun, rivals: Sequence[Rival]) -> Cause | None:
     return Cause(
         kind="Replaced",
         reason=f"replaced by {newer.name}",
-        requested_by=f"{OPERATOR} on behalf of run {newer.name}",
+        requested_by=f"{OPERATOR_NAME} on behalf of run {newer.name}",
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final
 
 from ingestrun.engine.announce import Announcement
 from ingestrun.engine.batches import Start
@@ -13,9 +12,6 @@ from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import IngestRunStatus, Phase
-
-OPERATOR: Final = "ingestrun-operator"
-"""Who cancels a run when nobody has asked for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -126,7 +126,7 @@ def job_labels(run: IngestRun, create: Create) -> dict[str, str]:
         names.LABEL_STAGE: start.step.stage.value,
         names.LABEL_STEP: str(start.step.index),
         names.LABEL_ATTEMPT: str(start.attempt),
-        "app.kubernetes.io/managed-by": "ingestrun-operator",
+        "app.kubernetes.io/managed-by": names.OPERATOR_NAME,
     }
     if _LABEL_VALUE.fullmatch(run.metadata.name):
         labels[names.LABEL_RUN] = run.metadata.name

@@ -8,8 +8,9 @@ from typing import Final
 
 from ingestrun.engine import conditions as c
 from ingestrun.engine.batches import Batch
-from ingestrun.engine.decisions import OPERATOR, Cause
+from ingestrun.engine.decisions import Cause
 from ingestrun.engine.facts import JobState, JobView
+from ingestrun.model.names import OPERATOR_NAME
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus
 
@@ -50,7 +51,7 @@ def stale(run: IngestRun) -> Cause:
     return Cause(
         kind="Stale",
         reason=f"no progress for {run.spec.stale_after_seconds} s (staleAfterSeconds)",
-        requested_by=OPERATOR,
+        requested_by=OPERATOR_NAME,
     )
 
 

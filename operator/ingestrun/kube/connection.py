@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from kubernetes.aio.client.rest import RESTClientObject
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
 from ingestrun.kube.errors import READS, Forbidden, KubeError, Unavailable, Unknown, error_for
+from ingestrun.model.names import OPERATOR_NAME
 
 REQUEST_TIMEOUT: Final = 5.0
 """Seconds; see `leader_election.LeaseSettings` for the arithmetic that binds it to the lease."""
@@ -75,7 +76,7 @@ def user_agent() -> str:
         version = metadata.version("ingestrun")
     except metadata.PackageNotFoundError:
         version = "0+unknown"
-    return f"ingestrun-operator/{version}"
+    return f"{OPERATOR_NAME}/{version}"
 
 
 async def load_configuration(*, kubeconfig: str | None, context: str | None, in_cluster: bool) -> Configuration:
@@ -189,8 +190,8 @@ class Connection:
         query: Sequence[tuple[str, str]] = (),
         body: Any = None,
         content_type: str = "application/json",
-    ) -> Any:
-        """Send one request and return the JSON of its answer.
+    ) -> Mapping[str, Any]:
+        """Send one request and return the JSON object of its answer.
 
         Raises the KubeError that the answer means; when there is no answer: Unknown for a write of which a
         byte may have left, Unavailable otherwise.
@@ -202,11 +203,11 @@ class Connection:
                 status, answer = await self._send(method, path, query, body, content_type)
         if not 200 <= status < 300:
             raise error_for(status, answer, method=method)
-        try:
-            return json.loads(answer)
-        except ValueError as error:
-            said = f"HTTP {status} to {method} without JSON: is this a Kubernetes API server?"
-            raise (Unavailable if method in READS else Unknown)(said) from error
+        found = _object(answer)
+        if found is None:
+            message = f"HTTP {status} to {method} without a JSON object: is this a Kubernetes API server?"
+            raise (Unavailable if method in READS else Unknown)(message)
+        return found
 
     async def _send(
         self,
@@ -290,3 +291,12 @@ class Connection:
         # The lease's own time-out must not stop an exec plugin halfway, at every try anew.
         if not await asyncio.shield(task):
             raise Forbidden("the API server refuses our credentials, and no newer ones can be loaded")
+
+
+def _object(answer: bytes) -> Mapping[str, Any] | None:
+    """Decode an answer; None if it is not a JSON object."""
+    try:
+        found = json.loads(answer)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

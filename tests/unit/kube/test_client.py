@@ -14,7 +14,7 @@ from aiohttp import web
 from tests.fakes.loopback import Loopback, loopback, status_body
 
 from ingestrun.kube import errors
-from ingestrun.kube.client import KubernetesCluster, connect
+from ingestrun.kube.client import LIST_ATTEMPTS, KubernetesCluster
 from ingestrun.kube.connection import Connection, proxy_for
 from ingestrun.kube.protocol import RunKey
 
@@ -116,6 +116,7 @@ QUOTA_RACE = status_body(409, "Conflict", 'Operation cannot be fulfilled on reso
         (get_run, 503, "<html>upstream connect error</html>", errors.Unavailable),
         (get_run, 504, TIMEOUT, errors.Unavailable),
         (get_run, 200, "<html>a captive portal</html>", errors.Unavailable),
+        (get_run, 200, ["a list"], errors.Unavailable),
         (list_jobs, 410, status_body(410, "Expired", "The provided continue parameter is too old"), errors.Unavailable),
         (create_job, 404, NO_NAMESPACE, errors.NotFound),
         (create_job, 403, TERMINATING, errors.NamespaceTerminating),
@@ -139,6 +140,7 @@ QUOTA_RACE = status_body(409, "Conflict", 'Operation cannot be fulfilled on reso
         (create_job, 503, "", errors.Unknown),
         (create_job, 504, TIMEOUT, errors.Unknown),
         (create_job, 201, "<html>", errors.Unknown),
+        (create_job, 201, ["a list"], errors.Unknown),
         (write_status, 409, STALE, errors.Conflict),
         (write_status, 404, status_body(404, "NotFound", '"geo" not found'), errors.NotFound),
         (write_status, 422, RULE, errors.Invalid),
@@ -147,18 +149,16 @@ QUOTA_RACE = status_body(409, "Conflict", 'Operation cannot be fulfilled on reso
     ],
 )
 async def test_each_answer_is_one_error(ask: Ask, code: int, body: Any, error: type[errors.KubeError]) -> None:
-    calls: list[tuple[str, str, str]] = []
     async with loopback(answers(code, body)) as server:
-        cluster = KubernetesCluster(
-            await server.connection(), on_call=lambda verb, what, _, outcome: calls.append((verb, what, outcome))
-        )
+        cluster = KubernetesCluster(await server.connection())
         with pytest.raises(error) as raised:
             await ask(cluster)
         await cluster.close()
     assert type(raised.value) is error
     if isinstance(body, dict):
         assert error is errors.Unavailable or str(raised.value) == body["message"]
-    assert {outcome for _, _, outcome in calls} == {"Expired" if code == 410 else error.__name__}
+    # A list that has expired is begun anew, and a 401 is asked again with the credentials read anew.
+    assert len(server.seen) == {410: LIST_ATTEMPTS, 401: 2}.get(code, 1)
 
 
 async def test_a_status_write_is_a_merge_patch_with_the_precondition() -> None:
@@ -193,7 +193,7 @@ async def test_a_secret_is_replaced_only_as_it_was_read() -> None:
 
 
 async def test_deletes_carry_their_preconditions_and_gone_is_done() -> None:
-    codes = iter([200, 404, 409, 200, 409])
+    codes = iter([200, 404, 409, 200, 409, 200])
 
     async def handler(_: web.Request) -> web.StreamResponse:
         code = next(codes)
@@ -201,12 +201,13 @@ async def test_deletes_carry_their_preconditions_and_gone_is_done() -> None:
 
     async with loopback(handler) as server:
         cluster = KubernetesCluster(await server.connection())
-        await cluster.delete_job(namespace="default", name="j", uid="u", grace_seconds=3)
+        await cluster.delete_job(namespace="default", name="j", uid="u")
         await cluster.delete_job(namespace="default", name="j", uid="u")
         await cluster.delete_job(namespace="default", name="j", uid="u")
         await cluster.delete_jobs(namespace="default", selector="a=b,stage in (fetch,hook)")
         with pytest.raises(errors.Conflict):
             await cluster.delete_pod(namespace="default", name="p", uid="u", resource_version="3")
+        await cluster.delete_pod(namespace="default", name="p", uid="u", grace_seconds=3)
         with pytest.raises(ValueError, match="selector"):
             await cluster.delete_jobs(namespace="default", selector="")
         await cluster.close()
@@ -215,15 +216,14 @@ async def test_deletes_carry_their_preconditions_and_gone_is_done() -> None:
         "kind": "DeleteOptions",
         "propagationPolicy": "Background",
         "preconditions": {"uid": "u"},
-        "gracePeriodSeconds": 3,
     }
-    assert "gracePeriodSeconds" not in server.seen[1][3]
     many = server.seen[3]
     assert many[:1] == ("DELETE",)
     assert urlsplit(many[1]).path == "/apis/batch/v1/namespaces/default/jobs"
     assert parse_qs(urlsplit(many[1]).query)["labelSelector"] == ["a=b,stage in (fetch,hook)"]
     assert many[3]["propagationPolicy"] == "Background"
     assert server.seen[4][3]["preconditions"] == {"uid": "u", "resourceVersion": "3"}
+    assert server.seen[5][3] == {**server.seen[0][3], "gracePeriodSeconds": 3}
 
 
 async def test_lists_take_all_pages_and_name_their_items() -> None:
@@ -471,10 +471,10 @@ async def test_settled_waits_for_writes_that_were_cut_off() -> None:
 
 async def test_connecting_without_credentials_says_why(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(errors.KubeError, match="no usable credentials from kubeconfig"):
-        await connect(kubeconfig=str(tmp_path / "missing"))
+        await Connection.open(kubeconfig=str(tmp_path / "missing"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(errors.KubeError, match="no usable credentials from the service account"):
-        await connect(in_cluster=True)
+        await Connection.open(in_cluster=True)
 
 
 async def test_a_kubeconfig_with_an_exec_plugin(tmp_path: Any) -> None:
@@ -500,7 +500,7 @@ contexts:
 - {{name: two, context: {{cluster: c, user: u}}}}
 """
         )
-        cluster = await connect(kubeconfig=str(config), context="two")
+        cluster = KubernetesCluster(await Connection.open(kubeconfig=str(config), context="two"))
         await get_run(cluster)
         await cluster.close()
     assert server.seen[0][2]["authorization"] == "Bearer t1"
