@@ -25,7 +25,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.client.rest import RESTClientObject
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
-from ingestrun.kube.errors import READS, Forbidden, KubeError, Unavailable, Unknown, error_for
+from ingestrun.kube.errors import READS, KubeError, Unavailable, Unknown, error_for
 from ingestrun.model.names import OPERATOR_NAME
 
 REQUEST_TIMEOUT: Final = 5.0
@@ -136,7 +136,7 @@ class Connection:
         self._reload_lock = asyncio.Lock()
         self._reloaded_at = float("-inf")
         self._generation = 0
-        self._unsettled_until = float("-inf")
+        self._abandoned_until = float("-inf")
         self._tasks: set[asyncio.Task[Any]] = set()
         self.api = ApiClient(self._prepared(configuration))
         self.api.user_agent = user_agent()
@@ -174,13 +174,13 @@ class Connection:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.api.close()  # type: ignore[no-untyped-call]
 
-    async def settled(self) -> None:
-        """Wait until no write that was cut off (cancelled, timed out, disconnected) can still be under way.
+    async def wait_for_abandoned_writes(self) -> None:
+        """Wait until no write that was abandoned (cancelled, timed out, disconnected) can still be under way.
 
-        At most `request_timeout` seconds. Before the lease is given back: otherwise the next leader could
-        start while a request of ours, whose answer we no longer await, is still being served.
+        That takes `request_timeout` seconds at most. Call it before the lease is given back: otherwise the next
+        leader could start while the server still handles a request whose answer nobody here awaits.
         """
-        await asyncio.sleep(max(0.0, self._unsettled_until - time.monotonic()))
+        await asyncio.sleep(max(0.0, self._abandoned_until - time.monotonic()))
 
     async def request(
         self,
@@ -199,7 +199,7 @@ class Connection:
         async with self._slots:
             generation = self._generation
             status, answer = await self._send(method, path, query, body, content_type)
-            if status == 401 and await self._renewed(generation):
+            if status == 401 and await self._reloaded(generation):
                 status, answer = await self._send(method, path, query, body, content_type)
         if not 200 <= status < 300:
             raise error_for(status, answer, method=method)
@@ -249,10 +249,20 @@ class Connection:
         finally:
             _progress.reset(token)
             if write and progress.sent_at is not None and not answered:
-                self._unsettled_until = max(self._unsettled_until, progress.sent_at + self.request_timeout)
+                self._abandoned_until = max(self._abandoned_until, progress.sent_at + self.request_timeout)
 
-    async def _renewed(self, generation: int) -> bool:
-        """Whether there are newer credentials than those of `generation`; loads them if nobody else has."""
+    async def _reloaded(self, generation: int) -> bool:
+        """Load newer credentials than those of `generation`, unless another call has; return whether there are any.
+
+        The reload goes on when the caller gives up: an exec plugin may take longer than a try of the election, and
+        would otherwise be stopped halfway at every try.
+        """
+        task = asyncio.create_task(self._reload_once(generation), name="credentials")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _reload_once(self, generation: int) -> bool:
         async with self._reload_lock:
             if self._generation != generation:
                 return True
@@ -282,15 +292,6 @@ class Connection:
         task = asyncio.create_task(close_later())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def renew_credentials(self) -> None:
-        """After a 401 outside `request` (the lease's). Raises Forbidden when there are no newer ones."""
-        task = asyncio.create_task(self._renewed(self._generation))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        # The lease's own time-out must not stop an exec plugin halfway, at every try anew.
-        if not await asyncio.shield(task):
-            raise Forbidden("the API server refuses our credentials, and no newer ones can be loaded")
 
 
 def _object(answer: bytes) -> Mapping[str, Any] | None:
