@@ -6,10 +6,11 @@ answer with HTML or nothing; then the HTTP status alone decides.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, Final
+
+import orjson
 
 READS = frozenset({"GET", "HEAD"})
 
@@ -126,7 +127,7 @@ def _forbidden(causes: frozenset[str], message: str) -> type[KubeError]:
 
 def _status_body(body: bytes) -> Mapping[str, Any]:
     try:
-        answer = json.loads(body)
+        answer = orjson.loads(body)
     except ValueError:
         return {}
     return answer if isinstance(answer, dict) else {}
