@@ -5,7 +5,7 @@
 ARG BASE=python:3.13-slim
 
 FROM ${BASE} AS builder
-COPY images/install.py /install.py
+COPY dev/images/install.py /install.py
 RUN ["python3", "/install.py", "prepare"]
 
 # -- the operator ------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ RUN ["python3", "/install.py", "packages", "--check", "duckdb"]
 FROM ${BASE} AS demo-source
 COPY --from=demo-packages /venv /venv
 COPY --from=builder /stdlib /
-COPY demo/source_server.py demo/check_dataset.py /demo/
+COPY dev/demo/source_server.py dev/demo/check_dataset.py /demo/
 ENV PATH=/venv/bin:/usr/local/bin:/usr/bin:/bin HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 LABEL org.opencontainers.image.title="ingestrun-demo" org.opencontainers.image.licenses="Apache-2.0"
 USER 65532:65532

@@ -6,11 +6,11 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := operator tests devcluster images demo bench
+SOURCES := operator tests dev
 
 .DEFAULT_GOAL := help
 
-include mk/cluster.mk mk/images.mk mk/demo.mk mk/proof.mk
+include $(addprefix dev/mk/,cluster.mk images.mk demo.mk proof.mk)
 
 .PHONY: help test lint format types test-unit test-api test-e2e test-static test-ground clean
 
@@ -39,9 +39,10 @@ $(VENV)/.installed: requirements/dev.lock
 	@$(BIN)/python -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "ingestrun.pth").write_text(sys.argv[1] + "\n")' "$(CURDIR)/operator"
 	@touch $@
 
-lint: $(VENV)/.installed ## Style and lint
+lint: $(VENV)/.installed ## Style, lint, and who imports whom
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/ruff check $(SOURCES)
+	@PYTHONPATH=operator $(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.installed ## Put the style right
 	@$(BIN)/ruff format $(SOURCES)

@@ -22,7 +22,7 @@ ROOT: Final = Path(__file__).parents[2]
 START_SECONDS: Final = 180
 STOP_SECONDS: Final = 90
 FORKS: Final = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["ingestrun.control.main"])
+FORKS.set_forkserver_preload(["ingestrun.controller.main"])
 
 
 def _run(arguments: list[str], environment: dict[str, str], log: str) -> None:
@@ -32,7 +32,7 @@ def _run(arguments: list[str], environment: dict[str, str], log: str) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for standard in (1, 2):
         os.dup2(out, standard)
-    sys.exit(importlib.import_module("ingestrun.control.main").main(arguments))
+    sys.exit(importlib.import_module("ingestrun.controller.main").main(arguments))
 
 
 class OperatorProcess:

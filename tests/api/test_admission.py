@@ -21,7 +21,8 @@ from kubernetes.client import ApiException
 from pydantic import ValidationError
 
 from ingestrun.model.run import IngestRun
-from ingestrun.model.spec import MAX_FAILED_BATCHES, IngestRunSpec
+from ingestrun.model.size_budget import MAX_FAILED_BATCHES
+from ingestrun.model.spec import IngestRunSpec
 
 if TYPE_CHECKING:
     from tests.api.conftest import Cluster, Json
@@ -381,7 +382,7 @@ RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
             "batches": {"cursor": None, "size": None, "partitions": {"count": 9}},
             "resumeFrom": {"savedState": {"uid": "b", "cursor": "7"}},
         },
-        "take cursor and gaps out, because this run has partitions",
+        "take cursor and unpublished out, because this run has partitions",
     ),
     "backoff below its default": (OWN, {"backoff": {"maxSeconds": 5}}, "set maxSeconds to no less than initialSeconds"),
 }

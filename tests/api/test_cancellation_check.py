@@ -20,7 +20,7 @@ from typing import Protocol
 import pytest
 from kubernetes import client
 
-from ingestrun.control.tokens import SECRET_FIELD, SECRET_NAME
+from ingestrun.controller.http.tokens import SECRET_FIELD, SECRET_NAME
 from tests.api.conftest import Cluster, Json, WaitFor
 from tests.api.operator_process import ROOT, OperatorProcess
 from tests.api.test_runs import in_phase, spec

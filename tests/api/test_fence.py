@@ -21,13 +21,13 @@ import pytest
 import yaml
 from kubernetes import client, config
 
-from ingestrun.engine.batches import Start
-from ingestrun.engine.decisions import Create
-from ingestrun.engine.jobs import WorkerImage, job_manifest
-from ingestrun.engine.steps import steps_of
 from ingestrun.kube.errors import Denied, error_for
 from ingestrun.model import names
 from ingestrun.model.run import IngestRun
+from ingestrun.planner.actions import CreateJob
+from ingestrun.planner.batch.pipeline import steps_of
+from ingestrun.planner.batch.state import NextAttempt
+from ingestrun.planner.jobs.manifest import WorkerImage, job_manifest
 from tests.api.conftest import REPOSITORY, Cluster, Json, WaitFor, _wait_for, refusal
 from tests.api.operator_process import OperatorProcess
 from tests.api.test_runs import (
@@ -257,7 +257,9 @@ def operator(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[Opera
 def render(body: Json, batch: int = 1) -> Json:
     """The Job of a fetch, as the operator makes it."""
     run = IngestRun.read(body)
-    create = Create(start=Start(batch=batch, step=steps_of(run.spec)[0], attempt=0, input_attempt=None), cursor="x")
+    create = CreateJob(
+        attempt=NextAttempt(batch=batch, step=steps_of(run.spec)[0], number=0, input_attempt=None), cursor="x"
+    )
     return job_manifest(run, create, worker=WorkerImage(name="example/worker:1"))
 
 

@@ -292,7 +292,7 @@ def test_patch_survives_the_tools_next_syncs(
     body = held(cluster, namespace, tool, wait_for)
     kubectl_patch(cluster, namespace, cancel=True)
     cancelled = wait_for(in_phase(cluster, namespace, "run", "Cancelled"), 30, "Cancelled")
-    record = {key: cancelled["status"]["cancellation"][key] for key in ("requestedBy", "acceptedAt", "inFlight")}
+    record = {key: cancelled["status"]["cancellation"][key] for key in ("requestedBy", "acceptedAt", "activeBatches")}
 
     tool(body)
     reverts = isinstance(tool, Flux) or tool.mode == "replace"

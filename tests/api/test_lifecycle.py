@@ -94,7 +94,7 @@ def test_run_without_progress_cancels_itself_and_cleans_up(
     record = run["status"]["cancellation"]
     assert record["reason"] == "no progress for 5 s (staleAfterSeconds)"
     assert record["requestedBy"] == "ingestrun-operator"
-    assert record["inFlight"] == 3
+    assert record["activeBatches"] == 3
     assert condition(run, "Cancelled")["reason"] == "Stale"
     assert condition(run, "Drained")["status"] == "False"
     assert_nothing_started_after_cancelled(audit, namespace, "stuck")

@@ -65,14 +65,14 @@ def test_chain_with_a_gap(cluster: Cluster, namespace: str, operator: OperatorPr
     new = wait_for(in_phase(cluster, namespace, "new", "Succeeded"), 120, "Succeeded")
     assert new["status"]["batches"]["published"] == "0-15"
     assert new["status"]["records"] == {"fetched": 160, "rejected": 0, "published": 160}
-    assert new["status"]["batches"]["gaps"] == []
+    assert new["status"]["batches"]["unpublished"] == []
     told = jobs_of(cluster, namespace, new)
     done = {int(env["INGEST_BATCH"]) for env in told if env["INGEST_STAGE"] == "publish"}
     assert 4 in done
     assert done == set(range(16)) - published(old) - late
     assert {env["INGEST_IDEMPOTENCY_KEY"] for env in told} == {f"{old['metadata']['uid']}/{batch}" for batch in done}
     assert cluster.run(namespace, "old")["status"]["resumedBy"]["uid"] == new["metadata"]["uid"]
-    (told_so,) = cluster.told(namespace, "TookOver")
+    (told_so,) = cluster.told(namespace, "ResumedFrom")
     assert told_so.startswith("goes on from run old: ")
 
 
@@ -111,7 +111,7 @@ def test_one_saved_state_where_the_old_run_is_gone_is_gone_on_from_once(
 ) -> None:
     old = cut_chain(cluster, namespace, wait_for)
     status = old["status"]
-    kept = {name: status["batches"][name] for name in ("fetched", "published", "exhausted", "gaps")}
+    kept = {name: status["batches"][name] for name in ("fetched", "published", "exhausted", "unpublished")}
     saved = {"uid": old["metadata"]["uid"], "batches": kept, "cursor": status["cursor"], "records": status["records"]}
     if "afterEnd" in status:
         saved["afterEnd"] = status["afterEnd"]
@@ -174,7 +174,10 @@ def test_another_source_is_refused_before_anything_is_started(
         ({"name": "self"}, "name another run, because a run cannot resume itself"),
         ({}, "set exactly one of name"),
         ({"name": "a", "savedState": {"uid": "b"}}, "set exactly one of name"),
-        ({"savedState": {"uid": "b", "cursor": "7"}}, "take cursor and gaps out, because this run has partitions"),
+        (
+            {"savedState": {"uid": "b", "cursor": "7"}},
+            "take cursor and unpublished out, because this run has partitions",
+        ),
         ({"savedState": {"batches": {"published": "0-3"}}}, "spec.resumeFrom.savedState.uid: Required value"),
         ({"savedState": {"uid": "b", "batches": {"published": "x"}}}, "should match"),
         ({"savedState": {"uid": "b", "batches": {"active": 3}}}, "unknown field"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo.audit import first_cancelled, name_of, stored_creates
+from dev.demo.audit import first_cancelled, name_of, stored_creates
 from kubernetes import client
 
 from tests.api.conftest import Cluster, Json, WaitFor, _wait_for
@@ -204,7 +204,7 @@ def test_cancel_with_pods_running_pending_and_unborn(
     run = wait_for(in_phase(cluster, namespace, "held", "Cancelled"), 30, "Cancelled")
     assert run["status"]["completionTime"]
     assert run["status"]["cancellation"]["reason"] == "wrong source"
-    assert run["status"]["cancellation"]["inFlight"] == 3
+    assert run["status"]["cancellation"]["activeBatches"] == 3
     assert condition(run, "Drained")["status"] == "False"
     for pod in cluster.pods(namespace):
         release = {"metadata": {"annotations": {"simulate.ingestrun.dev/hold": None}}}

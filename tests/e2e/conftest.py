@@ -46,7 +46,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture(scope="session")
 def kubectl() -> Kubectl:
-    """The context that `python3 devcluster env` names: kind's, or with CLUSTER=current the user's, by name."""
+    """The context that `python3 dev/cluster env` names: kind's, or with CLUSTER=current the user's, by name."""
     context = os.environ.get("INGESTRUN_CONTEXT")
     if not context:
         pytest.fail("INGESTRUN_CONTEXT is not set: run `make test-e2e`", pytrace=False)

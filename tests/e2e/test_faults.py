@@ -1,7 +1,8 @@
 """Each fault of the worker in the demo's ingest, on a real kubelet: exact counts after retries, or the right reason.
 
-The stages are the worker's image as containers of one's own: what the operator gives the built-in worker
-(INGEST_CONFIG), and the fault, come from ConfigMaps by `envFrom`. So nothing in the product knows of faults.
+The stages are the worker's image as containers of one's own. What the operator gives the built-in worker
+(INGEST_CONFIG), and the fault, come from ConfigMaps by `envFrom`; the program that does the fault (fault_injection.py)
+is mounted from another. So nothing in the product knows of faults.
 All runs start together; each is waited for on its own.
 """
 
@@ -9,10 +10,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+from tests.e2e import fault_injection
 from tests.e2e.cluster import Json, Kubectl, condition, image, phase
 from tests.e2e.runs import ended, events, flights
 from tests.e2e.test_flights import check_dataset
@@ -20,6 +23,8 @@ from tests.e2e.test_flights import check_dataset
 SIZE: Final = 10_000
 ROWS: Final = 2 * SIZE
 FETCH, HOOK, PUBLISH = "fetch", "hook validate", "publish"
+PROGRAM: Final = Path(fault_injection.__file__)
+MOUNT: Final = "/fault-injection"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,13 @@ CASES: Final = {
 @pytest.fixture(scope="module")
 def started(kubectl: Kubectl, namespace: str) -> None:
     """All runs at once: they wait for one another's pods, not for one another's tests."""
+    program = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "fault-injection", "namespace": namespace},
+        "data": {PROGRAM.name: PROGRAM.read_text()},
+    }
+    kubectl.apply([program])
     for name, case in CASES.items():
         body, config = faulty(namespace, f"fault-{name}", case)
         kubectl.apply([*config, body])
@@ -83,19 +95,24 @@ def faulty(namespace: str, name: str, case: Case) -> tuple[Json, list[Json]]:
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {"name": f"{name}-{stage}", "namespace": namespace},
-            "data": {"INGEST_CONFIG": json.dumps(settings), "INGEST_FAULT": case.fault},
+            "data": {"INGEST_CONFIG": json.dumps(settings), fault_injection.ENV_FAULT: case.fault},
         }
         for stage, settings in stages.items()
     ]
 
     def container(stage: str, more: Json) -> Json:
-        told = [{"configMapRef": {"name": f"{name}-{stage}"}}]
-        return {"image": image("WORKER_IMAGE"), "envFrom": told, **more}
+        variables = [{"configMapRef": {"name": f"{name}-{stage}"}}]
+        command = ["python", f"{MOUNT}/{PROGRAM.name}"]
+        return {"image": image("WORKER_IMAGE"), "command": command, "envFrom": variables, **more}
 
     spec.update(
         fetch=container("fetch", {}),
         hooks=[{"name": "validate", "container": container("validate", case.hook)}],
         publish=container("publish", case.publish),
+        podTemplate={
+            "volumes": [{"name": "fault-injection", "configMap": {"name": "fault-injection"}}],
+            "volumeMounts": [{"name": "fault-injection", "mountPath": MOUNT, "readOnly": True}],
+        },
         backoff={"initialSeconds": 1, "maxSeconds": 2},
         **case.changes,
     )

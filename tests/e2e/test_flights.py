@@ -7,8 +7,8 @@ import os
 from functools import partial
 from pathlib import Path
 
-from demo.__main__ import check_job
-from demo.audit import read_trail
+from dev.demo.__main__ import check_job
+from dev.demo.audit import read_trail
 
 from tests.e2e.cluster import SYSTEM, Kubectl, condition, image, phase, wait_for
 from tests.e2e.runs import ROWS, ended, events, flights, published, run_of, said_by
@@ -26,7 +26,7 @@ def kill_operator(kubectl: Kubectl) -> None:
 
 
 def check_dataset(kubectl: Kubectl, namespace: str, dataset: str, *arguments: str) -> str:
-    """demo/check_dataset.py beside the dataset: DuckDB holds each row against the source's own file."""
+    """dev/demo/check_dataset.py beside the dataset: DuckDB holds each row against the source's own file."""
     job = check_job(f"check-{dataset}", dataset, arguments, image=image("DEMO_IMAGE"))
     return said_by(kubectl, namespace, job)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import pytest
-from demo.__main__ import check_job
+from dev.demo.__main__ import check_job
 
 from tests.e2e.cluster import Json, Kubectl, condition, image, phase
 from tests.e2e.runs import ended, events, flights, run_of, said_by

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
-from ingestrun.control.reconciler import Reconciler
-from ingestrun.control.store import Store
-from ingestrun.control.watch import Watch
-from ingestrun.engine.jobs import WorkerImage
+from ingestrun.controller.reconcile.reconciler import Reconciler
+from ingestrun.controller.state.cache import RunCache
+from ingestrun.controller.watch.handlers import EventHandlers
 from ingestrun.kube.errors import AlreadyExists, Conflict
 from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.planner.jobs.manifest import WorkerImage
 from tests.fakes import selectors
 from tests.fakes.shapes import Json, merge_patch
 from tests.fakes.world import KEY, environment, manifest
@@ -161,7 +161,7 @@ class Crowd:
 
     def __init__(self, *, clock: Callable[[], float] = lambda: 0.0) -> None:
         self.cluster = CrowdCluster()
-        self.store = Store()
+        self.store = RunCache()
         self.now = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
         self._clock = clock
         self._asked = False
@@ -176,7 +176,7 @@ class Crowd:
             clock=lambda: self.now,
             drain_pause_seconds=0,
         )
-        watch = Watch(self.store, self, self.reconciler)  # type: ignore[arg-type]
+        watch = EventHandlers(self.store, self)  # type: ignore[arg-type]
         takes = {"IngestRun": watch.run, "Job": watch.job, "Pod": watch.pod}
         self.cluster.tell = lambda kind, event, body: takes[kind](event, body)
 
@@ -201,7 +201,7 @@ class Crowd:
             passes += 1
             if delay is not None:
                 self._due = self.now + timedelta(seconds=delay)
-            self.most_facts = max(self.most_facts, len(self.store.views("u-1")))
+            self.most_facts = max(self.most_facts, len(self.store.attempts("u-1")))
         return passes
 
     async def play(

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from ingestrun.control.reconciler import Reconciler
-from ingestrun.control.store import Store
-from ingestrun.control.usage import Usage
-from ingestrun.control.watch import Watch
-from ingestrun.engine.fairness import Caps
-from ingestrun.engine.jobs import WorkerImage
+from ingestrun.controller.reconcile.reconciler import Reconciler
+from ingestrun.controller.state.cache import RunCache
+from ingestrun.controller.state.usage import Usage
+from ingestrun.controller.watch.handlers import EventHandlers
 from ingestrun.kube.errors import KubeError
 from ingestrun.kube.protocol import Object, RunKey
+from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage
+from ingestrun.planner.run.fair_sharing import JobLimits
 from tests.fakes.cluster import Call, FakeCluster
 
 KEY = RunKey(namespace="default", name="flights")
@@ -87,13 +87,14 @@ def environment(job: Object) -> dict[str, str]:
 class World:
     """One operator process (replaceable by `restart`) in front of one API server."""
 
-    def __init__(self, caps: Caps | None = None) -> None:
-        self.caps = caps or Caps()
+    def __init__(self, caps: JobLimits | None = None) -> None:
+        self.caps = caps or JobLimits()
         self.now = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
         self.cluster = FakeCluster(now=lambda: self.now)
         self.source = Source()
         self.worker = "example/worker:1"
         self.pull_policy = "IfNotPresent"
+        self.check: CheckEndpointFor | None = None
         self.due: dict[RunKey, datetime] = {}
         self.asked: dict[RunKey, str] = {}
         self.deaf: set[str] = set()
@@ -105,16 +106,17 @@ class World:
         """A new operator process: it knows nothing but what the server shows it."""
         self.asked.clear()
         self.due.clear()
-        self.store = Store(Usage(self.caps, wake=lambda key: self.add(key, "room")))
+        self.store = RunCache(Usage(self.caps, wake=lambda key: self.add(key, "room")))
         self.reconciler = Reconciler(
             self.cluster,
             self.store,
             worker=WorkerImage(name=self.worker, pull_policy=self.pull_policy),
             instance="test",
+            check=self.check,
             clock=lambda: self.now,
             drain_pause_seconds=0,
         )
-        self.watch = Watch(self.store, self, self.reconciler)  # type: ignore[arg-type]
+        self.watch = EventHandlers(self.store, self)  # type: ignore[arg-type]
 
     def restart(self) -> None:
         """The process dies and comes back: watches list everything anew."""

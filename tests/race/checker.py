@@ -117,7 +117,7 @@ def nothing_moves_after_the_end(run: RunHistory) -> Iterator[Finding]:
             yield "counters-moved", f"after {end.phase}: {end.counters} became {version.counters}"
         if version.completed != end.completed:
             yield "completion-moved", f"{end.completed} became {version.completed}"
-        frozen = ("reason", "requestedBy", "acceptedAt", "inFlight")
+        frozen = ("reason", "requestedBy", "acceptedAt", "activeBatches")
         old, new = end.cancellation or {}, version.cancellation or {}
         moved = [key for key in frozen if old.get(key) != new.get(key)]
         if moved:
@@ -206,8 +206,8 @@ def the_record_is_right(run: RunHistory) -> Iterator[Finding]:
     asked_reason = before[-1].reason if before else None
     if record.get("reason") != asked_reason:
         yield "record-wrong", f"the reason is {record.get('reason')!r}, {asked_reason!r} was given"
-    if record.get("inFlight", 0) != len(end.counters.in_flight):
-        yield "record-wrong", f"inFlight is {record.get('inFlight')}, of {sorted(end.counters.in_flight)}"
+    if record.get("activeBatches", 0) != len(end.counters.in_flight):
+        yield "record-wrong", f"activeBatches is {record.get('inFlight')}, of {sorted(end.counters.in_flight)}"
     if not record.get("acceptedAt"):
         yield "record-wrong", "no acceptedAt"
     if not record.get("requestedBy"):

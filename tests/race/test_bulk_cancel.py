@@ -45,7 +45,7 @@ def test_500_runs_at_once_each_with_its_own_record(bulk: Bulk, say: Callable[[st
     bulk.await_cancelled("bulk", RUNS)
     for name, run in bulk.runs("bulk").items():
         record = run["status"]["cancellation"]
-        assert (record["reason"], record["inFlight"]) == (f"bulk {name}", 1)
+        assert (record["reason"], record["activeBatches"]) == (f"bulk {name}", 1)
         assert record["requestedBy"]
         assert run["status"]["completionTime"]
     before = records(bulk)

@@ -10,17 +10,18 @@ from typing import Any, cast
 
 import pytest
 import yaml
-from demo.__main__ import check_job
+from dev.demo.__main__ import check_job
 
-from ingestrun.control import tokens
-from ingestrun.control.handlers import registry
-from ingestrun.control.settings import Settings
+from ingestrun.controller.http import tokens
+from ingestrun.controller.settings import Settings
+from ingestrun.controller.watch.handlers import registry
 from ingestrun.kube.client import KubernetesCluster
 from ingestrun.kube.connection import Connection
 from ingestrun.kube.protocol import Cluster, RunKey
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "manifests" / "base"
+DEMO = ROOT / "dev" / "demo" / "cluster"
 NAME, NAMESPACE = "ingestrun-operator", "ingestrun-system"
 GROUPS = {"ingestruns": "ingestrun.dev", "jobs": "batch", "pods": ""}
 """Of the resources that kopf watches."""
@@ -157,7 +158,7 @@ def test_the_bindings_are_of_the_operators_account(kind: str) -> None:
 
 
 def pod_specs() -> Iterator[tuple[str, dict[str, Any]]]:
-    workloads = [one(BASE, "Deployment"), one(ROOT / "demo" / "cluster", "Deployment", "flights")]
+    workloads = [one(BASE, "Deployment"), one(DEMO, "Deployment", "flights")]
     for workload in [*workloads, check_job("check", "flights", [], image="demo:1")]:
         yield workload["metadata"]["name"], workload["spec"]["template"]["spec"]
 
@@ -180,9 +181,7 @@ def test_the_pods_pass_restricted_with_a_read_only_root(name: str, pod: dict[str
         assert "memory" in container["resources"]["limits"]
 
 
-@pytest.mark.parametrize(
-    ("folder", "name"), [(BASE, NAMESPACE), (ROOT / "demo" / "cluster", "ingest-demo")], ids=["operator", "demo"]
-)
+@pytest.mark.parametrize(("folder", "name"), [(BASE, NAMESPACE), (DEMO, "ingest-demo")], ids=["operator", "demo"])
 def test_the_namespaces_enforce_restricted(folder: Path, name: str) -> None:
     labels = one(folder, "Namespace", name)["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
@@ -218,7 +217,7 @@ def test_the_checks_key_comes_without_data() -> None:
 
 
 def test_every_manifest_is_part_of_its_kustomization() -> None:
-    for folder in (BASE, ROOT / "demo" / "cluster", ROOT / "crds"):
+    for folder in (BASE, DEMO, ROOT / "crds"):
         listed = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
         assert {name for name in listed if "/" not in name} == {
             path.name for path in folder.glob("*.yaml") if path.name != "kustomization.yaml"

@@ -1,1 +1,1 @@
-"""The resource, the container contract and index ranges: plain values, no I/O. Imports nothing of ours."""
+"""The resource, the container contract and index ranges: plain values, no I/O. It imports nothing else of ours."""

@@ -1,6 +1,8 @@
-"""How our models read what Kubernetes holds."""
+"""The base of the models that read and write Kubernetes objects."""
 
 from __future__ import annotations
+
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
@@ -9,8 +11,19 @@ from pydantic.alias_generators import to_camel
 class KubeModel(BaseModel):
     """A part of a Kubernetes object: camelCase outside, immutable inside.
 
-    Unknown fields are ignored when reading, so that an older operator survives a newer CRD; it is the API
-    server that refuses or prunes what the CRD does not know.
+    Reading ignores unknown fields, so that an older operator works with a newer CRD. The API server refuses or prunes
+    the fields that the CRD does not know.
     """
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with these fields changed, as `dataclasses.replace` does; the values are not validated.
+
+        Raises:
+            TypeError: a name is no field of the model. `model_copy(update=...)` would take it, and lose it.
+        """
+        unknown = changes.keys() - type(self).model_fields.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(sorted(unknown))}")
+        return self.model_copy(update=changes)

@@ -1,7 +1,7 @@
-"""The container contract, version 1: what a stage's container is told, and what it says back.
+"""The container contract, version 1: the environment of a stage's container, and the result that it leaves.
 
-The one home of the names: the operator writes them, the built-in worker reads them, and docs/contract.md
-explains them to those who bring their own image.
+The names are defined here alone. The operator sets them, the built-in worker reads them, and docs/contract.md
+explains them to users who bring their own image.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic.alias_generators import to_camel
+
+from ingestrun.model.text import truncate_bytes
 
 VERSION: Final = "v1"
 
@@ -25,71 +27,72 @@ ENV_STAGE: Final = "INGEST_STAGE"
 ENV_HOOK: Final = "INGEST_HOOK"
 """The hook's name; set in hook stages only."""
 ENV_ATTEMPT: Final = "INGEST_ATTEMPT"
-"""From 0; a retry has the next number."""
+"""The attempt's number from 0; a retry has the next number."""
 ENV_CURSOR: Final = "INGEST_CURSOR"
-"""Fetch only. A cursor chain: what the batch before returned as `nextCursor`, empty for the first batch.
-Partitions: the partition's value, or its index where only a count is given."""
+"""Fetch only. In a cursor chain: the `nextCursor` of the batch before, empty for the first batch. With partitions: the
+partition's value, or its index if only a count is given."""
 ENV_PARTITIONS: Final = "INGEST_PARTITIONS"
 """Fetch only, in partition mode: how many partitions there are."""
 ENV_PARTITION_FILE: Final = "INGEST_PARTITION_FILE"
-"""Fetch only, with a list of partitions in a file: that file, one partition a line. The batch's own is the line with
-the number `INGEST_CURSOR`, from 0."""
+"""Fetch only, with a list of partitions in a file: the path of that file, one partition a line. The batch's own line is
+the one with the number `INGEST_CURSOR`, from 0."""
 PARTITION_MAX_BYTES: Final = 1024
-"""How long a line of that file may be for the built-in worker, without its end."""
+"""Most bytes in a line of that file that the built-in worker takes, without the line's end."""
 ENV_LIMIT: Final = "INGEST_LIMIT"
-"""Fetch only: read at most so many records. Unset: no bound."""
+"""Fetch only: the most records to read. Unset: no limit."""
 ENV_INPUT: Final = "INGEST_INPUT"
-"""A directory: what the stage before wrote. Unset for fetch."""
+"""The directory that the stage before wrote. Unset for fetch."""
 ENV_OUTPUT: Final = "INGEST_OUTPUT"
-"""A directory for what this stage hands on; of this attempt alone, not yet existing. Unset for publish."""
+"""The directory for what this stage hands on. It is this attempt's own, and does not exist yet. Unset for publish."""
 ENV_REJECTS: Final = "INGEST_REJECTS"
-"""A directory for rows put in quarantine, each with its reason; of this attempt alone. Set for hooks."""
+"""The directory for rejected rows, each with its reason. It is this attempt's own. Set for hooks."""
 ENV_CANCEL_REASON: Final = "INGEST_CANCEL_REASON"
-"""Clean-up only, as the next three: `spec.cancellation.reason`; empty where none was given."""
+"""Clean-up only, as the next three: `spec.cancellation.reason`; empty if there is none."""
 ENV_CANCEL_POLICY: Final = "INGEST_CANCEL_POLICY"
 """`Drain` or `Terminate`."""
 ENV_CANCEL_REQUESTED_BY: Final = "INGEST_CANCEL_REQUESTED_BY"
-"""Who asked for the cancel, as the status has it."""
+"""The requester of the cancel, as in the status."""
 ENV_PUBLISHED: Final = "INGEST_PUBLISHED"
-"""The batches that are published, as index ranges ("0-41,43"); those that landed after the cancel included."""
+"""The published batches as index ranges ("0-41,43"), including those that were published after the cancel."""
 ENV_WORKSPACE: Final = "INGEST_WORKSPACE"
-"""Where the workspace volume is mounted; unset where the run has none."""
+"""The path at which the workspace volume is mounted; unset if the run has none."""
 ENV_CONFIG: Final = "INGEST_CONFIG"
-"""JSON: the configuration of the built-in source, hook or sink. Unset for one's own images."""
+"""The configuration of the built-in source, hook or sink, as JSON. Unset for other images."""
 ENV_IDEMPOTENCY_KEY: Final = "INGEST_IDEMPOTENCY_KEY"
-"""`<run uid>/<batch>`: the same for every attempt. Publishing twice under one key leaves one result.
-A run that resumes another has that one's UID in it, so that a batch which is done again is still the same batch."""
+"""`<run uid>/<batch>`, the same for every attempt. Publishing twice under one key leaves one result. A run that resumes
+another uses the UID of that run, so that a batch which is done again is still the same batch."""
 ENV_CANCELLATION_URL: Final = "INGEST_CANCELLATION_URL"
-"""Where to ask whether this run is cancelled: GET, answered in JSON. Unset where the operator offers no check."""
+"""The URL that answers whether this run is cancelled (GET, JSON). Unset if the operator offers no check."""
 ENV_CANCELLATION_TOKEN: Final = "INGEST_CANCELLATION_TOKEN"  # noqa: S105  (the variable's name)
-"""The bearer token of that question; for its run alone, and for 30 days and the stage's deadline."""
+"""The bearer token for that URL. It is valid for its run alone, for 30 days and the stage's deadline."""
 
 EXIT_DONE: Final = 0
 EXIT_PERMANENT: Final = 65
-"""A failure that a retry can't mend (sysexits' EX_DATAERR). Any other code but 0 is retried."""
+"""The failure is permanent, so a retry can't help (sysexits' EX_DATAERR). Any other code but 0 is retried."""
 
 WORKSPACE_MOUNT: Final = "/workspace"
 TERMINATION_LOG: Final = "/dev/termination-log"
-"""Where a container writes its result: Kubernetes' default terminationMessagePath."""
+"""The file for a container's result: Kubernetes' default terminationMessagePath."""
 
 RESULT_MAX_BYTES: Final = 1024
 CURSOR_MAX_CHARS: Final = 512
 
 
 class Stage(StrEnum):
-    """The three kinds of stage that a batch passes, in order, hooks may be none or several; and the clean-up."""
+    """The kinds of stage that a batch passes, in order (there may be no hook, or several), and the clean-up."""
 
     FETCH = "fetch"
     HOOK = "hook"
     PUBLISH = "publish"
     ON_CANCEL = "on-cancel"
-    """No stage of a batch: the clean-up after a cancel."""
+    """The clean-up after a cancel, which is no stage of a batch."""
 
 
 class Outcome(StrEnum):
-    """What a container says of itself. Only `done` together with exit code 0 is a success.
+    """The outcome that a container reports. Only `done` together with exit code 0 is a success.
 
-    `cancelled` (exit code 0): it asked, was told that its run is cancelled, and stopped with nothing handed on.
+    With `cancelled` (exit code 0) the container has asked whether its run is cancelled, and has stopped without handing
+    anything on.
     """
 
     DONE = "done"
@@ -98,7 +101,7 @@ class Outcome(StrEnum):
 
 
 class ResultError(ValueError):
-    """A result that can't be taken; its text says why, fit to be shown to the user."""
+    """A result that is not valid; the text says why, and may be shown to the user."""
 
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -108,8 +111,8 @@ Cursor = Annotated[str, StringConstraints(max_length=CURSOR_MAX_CHARS, pattern=r
 class StageResult(BaseModel):
     """The JSON object that a container leaves in its termination message, at most 1 KiB.
 
-    `read` is what came in (from the source, or from the stage before), `written` what was handed on,
-    `rejected` what was put in quarantine.
+    `read` counts the rows that came in (from the source, or from the stage before), `written` the rows that were handed
+    on, `rejected` the rows that were put in quarantine.
     """
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True, strict=True)
@@ -126,10 +129,10 @@ class StageResult(BaseModel):
 
 
 def parse_result(text: str | None) -> StageResult:
-    """Read a termination message.
+    """Parse a termination message.
 
     Raises:
-        ResultError: nothing there, more than 1 KiB, no JSON, or not of this contract version.
+        ResultError: it is empty, larger than 1 KiB, no JSON, or not of this contract version.
     """
     if not text or not text.strip():
         raise ResultError("the container left no result in its termination message")
@@ -145,10 +148,10 @@ def parse_result(text: str | None) -> StageResult:
 
 
 def render_result(result: StageResult) -> str:
-    """Write a result as a container has to leave it; a message too long for 1 KiB is cut, never the counts."""
+    """Return a result as a container has to leave it. To fit into 1 KiB the message is cut, never the counts."""
     text = result.model_dump_json(by_alias=True, exclude_none=True)
     excess = len(text.encode()) - RESULT_MAX_BYTES
     if excess > 0 and result.message:
-        kept = result.message.encode()[: -(excess + 3)].decode(errors="ignore")
-        return render_result(result.model_copy(update={"message": kept + "…" if kept else None}))
+        shorter = truncate_bytes(result.message, len(result.message.encode()) - excess)
+        return render_result(result.model_copy(update={"message": shorter or None}))
     return text

@@ -17,19 +17,19 @@ OPERATOR_NAME: Final = "ingestrun-operator"
 `requestedBy` of a cancel that nobody asked for."""
 
 LABEL_RUN: Final = f"{GROUP}/run"
-"""The run's name, where it fits a label's 63 characters; for people. Code selects by the UID."""
+"""The run's name if it fits a label's 63 characters. It is for people; code selects by the UID."""
 LABEL_RUN_UID: Final = f"{GROUP}/run-uid"
 LABEL_BATCH: Final = f"{GROUP}/batch"
 LABEL_STAGE: Final = f"{GROUP}/stage"
 LABEL_STEP: Final = f"{GROUP}/step"
-"""The stage's place in the batch, from 0 (fetch): tells one hook from another."""
+"""The stage's place in the batch, from 0 (fetch), which distinguishes the hooks."""
 LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
 
 LABEL_CANCELLED: Final = f"{GROUP}/cancelled"
-"""On a run, `true`: from its cancel until its Jobs were listed for the last time. The fence selects by it."""
+"""`true` on a run from its cancel until its Jobs have been listed for the last time. The fence selects by it."""
 
 LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
-"""On a run: Kueue's local queue in which its Jobs wait to be admitted."""
+"""On a run: the local queue of Kueue in which its Jobs wait for admission."""
 QUEUE_LABELS: Final = (LABEL_QUEUE, "kueue.x-k8s.io/priority-class")
 """Kueue's labels that are passed on from a run to its Jobs."""
 
@@ -60,10 +60,10 @@ class RunKey:
 
 
 def job_name(*, run_name: str, run_uid: str, batch: int, step_name: str, attempt: int) -> str:
-    """The one name that a batch's stage and attempt can have: the same after any restart, at most 63 characters.
+    """Return the only name that the Job of an attempt can have: the same after any restart, at most 63 characters.
 
-    The run's UID is hashed into it, so a run that is deleted and created anew under its old name shares no
-    Job name with its predecessor.
+    It has a hash of the run's UID, so that a run which is deleted and created again under its name shares no Job name
+    with its predecessor.
     """
     tail = f"{batch}-{step_name}-{attempt}"
     digest = hashlib.sha256(f"{run_uid}/{tail}".encode()).hexdigest()[:_HASH_CHARS]

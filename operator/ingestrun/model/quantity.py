@@ -1,6 +1,6 @@
-"""Kubernetes quantities ("512Mi", "1.5G", "1e9") as exact numbers, and bytes as a quantity for people.
+"""Kubernetes quantities ("512Mi", "1.5G", "1e9") as exact numbers, and bytes as a quantity that people can read.
 
-Source of the form: k8s.io/apimachinery/pkg/api/resource. A suffix is of one of three kinds, never mixed: binary (Ki),
+Source of the syntax: k8s.io/apimachinery/pkg/api/resource. A suffix is of one of three kinds, never mixed: binary (Ki),
 decimal (k), or a power of ten (e3); "E" alone is exa, "E3" a power of ten.
 """
 
@@ -21,14 +21,14 @@ _SHOWN: Final = ("Ei", "Pi", "Ti", "Gi", "Mi", "Ki")
 
 
 class QuantityError(ValueError):
-    """A text that is no quantity."""
+    """The text is no quantity."""
 
 
 def parse_quantity(text: str | int) -> Decimal:
-    """The number that a quantity stands for.
+    """Return the number that a quantity stands for.
 
     Raises:
-        QuantityError: it has not the form of one.
+        QuantityError: the text is no quantity.
     """
     found = _FORM.fullmatch(str(text))
     if found is None:
@@ -38,16 +38,16 @@ def parse_quantity(text: str | int) -> Decimal:
 
 
 def read_bytes(text: str | int) -> int:
-    """A quantity as whole bytes; a part of one is rounded up, as Kubernetes does it.
+    """Return a quantity as whole bytes, rounded up as Kubernetes does it.
 
     Raises:
-        QuantityError: it has not the form of a quantity.
+        QuantityError: the text is no quantity.
     """
     return int(parse_quantity(text).to_integral_value(rounding=ROUND_CEILING))
 
 
 def render_bytes(number: int) -> str:
-    """Bytes as the quantity that people would write: in the largest binary unit that divides them."""
+    """Write bytes as a quantity in the largest binary unit that divides them."""
     for suffix in _SHOWN:
         whole, rest = divmod(number, int(_FACTORS[suffix]))
         if whole and not rest:

@@ -1,7 +1,7 @@
 """Sets of batch indexes as ranges ("0-41,43"), as an Indexed Job keeps its `completedIndexes`.
 
-The form keeps a run's status small however many batches it has: batches end nearly in order, so a set of
-published batches is one long range and a few short ones.
+Ranges keep a run's status small, because batches end nearly in order: the published batches are one long range and a
+few short ones, however many there are.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class IndexRanges:
 
     @classmethod
     def span(cls, first: int, last: int) -> IndexRanges:
-        """All indexes from `first` to `last`, both included; none where `last` is below `first`."""
+        """Make the set of all indexes from `first` to `last`, both included; it is empty if `last` is below `first`."""
         return cls._of(((first, last),) if last >= first else ())
 
     @classmethod
     def parse(cls, text: str) -> IndexRanges:
-        """Read "0-41,43".
+        """Parse a text such as "0-41,43".
 
         Raises:
-            ValueError: the text is of another form, or its ranges are not ascending.
+            ValueError: the text has another form, or its ranges are not ascending.
         """
         if not _TEXT.fullmatch(text):
             raise ValueError(f"{text[:40]!r} is not a list of index ranges such as '0-41,43'")
@@ -61,7 +61,7 @@ class IndexRanges:
 
     @property
     def end(self) -> int:
-        """One more than the highest index; 0 where there is none."""
+        """One more than the highest index; 0 if the set is empty."""
         return self._ranges[-1][1] + 1 if self._ranges else 0
 
     def __contains__(self, index: int) -> bool:

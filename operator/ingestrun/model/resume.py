@@ -1,4 +1,4 @@
-"""What it takes to go on where an ended run stopped: in `spec.resumeFrom`, and kept in the status while a run works."""
+"""The state from which an ended run can be resumed: `spec.resumeFrom`, and the part of the status that feeds it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MAX_SAVED_GAPS = 100
 
 Count = Annotated[int, Field(ge=0)]
 RangesText = Annotated[str, StringConstraints(max_length=3072)]
-"""Index ranges as a user gives them; read by the planner, so that what is wrong with them ends in a sentence."""
+"""Index ranges as a user gives them. The planner parses them, so that an error in them becomes a readable message."""
 
 
-class Gap(KubeModel):
-    """A batch of a chain that has been fetched and is not published: what it takes to fetch it again.
+class UnpublishedBatch(KubeModel):
+    """A batch of a cursor chain that is fetched and not published, with what is needed to fetch it again.
 
-    `next` is the digest of the cursor that the batch after it began with; None where the source said `exhausted`
-    and gave none.
+    `next` is the digest of the cursor with which the batch after it began. It is None if this batch was the last, so
+    that its fetch reported `exhausted` and no cursor.
     """
 
     batch: Count
@@ -32,7 +32,7 @@ class Gap(KubeModel):
 
 
 def cursor_digest(cursor: str) -> str:
-    """Enough of a cursor to see whether another one is the same."""
+    """Return a short digest of a cursor, by which two cursors can be compared."""
     return hashlib.sha256(cursor.encode()).hexdigest()[:8]
 
 
@@ -42,7 +42,7 @@ class SavedBatches(KubeModel):
     fetched: RangesText = ""
     published: RangesText = ""
     exhausted: bool = False
-    gaps: Annotated[list[Gap], Field(max_length=MAX_SAVED_GAPS)] = []
+    unpublished: Annotated[list[UnpublishedBatch], Field(max_length=MAX_SAVED_GAPS)] = []
 
 
 class SavedRecords(KubeModel):
@@ -54,7 +54,7 @@ class SavedRecords(KubeModel):
 
 
 class LandedRecords(KubeModel):
-    """Rows of batches that were published after their run had ended."""
+    """The rows of batches that were published after their run had ended."""
 
     rejected: Count = 0
     published: Count = 0
@@ -68,7 +68,7 @@ class SavedAfterEnd(KubeModel):
 
 
 class SavedState(KubeModel):
-    """What an ended run left, copied out of its status while it existed."""
+    """The state of an ended run, copied from its status while the run existed."""
 
     uid: Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
     batches: SavedBatches = SavedBatches()
@@ -78,7 +78,7 @@ class SavedState(KubeModel):
 
 
 class ResumeFrom(KubeModel):
-    """The ended run whose unpublished rest is to be done; exactly one of the two."""
+    """The ended run to resume, by name or by its saved state; exactly one of the two."""
 
     name: (
         Annotated[

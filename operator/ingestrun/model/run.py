@@ -1,4 +1,4 @@
-"""The run as a whole."""
+"""An IngestRun as a whole: metadata, spec and status."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ingestrun.model.status import IngestRunStatus
 
 
 def cancel_requested(body: Mapping[str, Any]) -> bool:
-    """Whether a run, as JSON, asks to be cancelled; see `IngestRun.cancel_requested`."""
+    """Return whether a run, as JSON, asks to be cancelled; see `IngestRun.cancel_requested`."""
     meta = body["metadata"]
     spec_asks = bool((body.get("spec") or {}).get("cancel"))
     return spec_asks or _latched(meta.get("labels") or {}, meta.get("managedFields") or ())
 
 
 def _latched(labels: Mapping[str, str], managed_fields: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the label of a cancel was put on by the API server's admission policy, or by the operator.
+    """Return whether the label of a cancel was set by the API server's admission policy, or by the operator.
 
-    What admission changes has no field manager. A label that somebody has sent has one: it may be copied from a
-    cancelled run, and asks for nothing.
+    A field that admission sets has no field manager. A label that a client has sent has one. It may be copied from a
+    cancelled run, so it does not count as a request.
     """
     if labels.get(LABEL_CANCELLED) != "true":
         return False
@@ -37,7 +37,7 @@ def _latched(labels: Mapping[str, str], managed_fields: Iterable[Mapping[str, An
 
 
 class Metadata(KubeModel):
-    """The part of an object's metadata that the planner looks at."""
+    """The part of an object's metadata that the planner uses."""
 
     name: str
     namespace: str
@@ -57,9 +57,9 @@ class Metadata(KubeModel):
 
     @property
     def cancel_requested_by(self) -> str | None:
-        """Who set `spec.cancel`: the user where admission has stamped one, else the field manager, said as such.
+        """The requester of the cancel: the user if admission has recorded one, else "field manager" and its name.
 
-        Source: a field manager is what the client calls itself (kubectl-patch, argocd-controller), no identity.
+        A field manager is the name that a client gives itself (kubectl-patch, argocd-controller), and no identity.
         """
         stamped = self.annotations.get(ANNOTATION_REQUESTED_BY)
         if stamped:
@@ -79,24 +79,24 @@ class IngestRun(KubeModel):
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether the run asks to be cancelled: by its spec, or by a mark that was left when `cancel` was taken back.
+        """Whether the run asks to be cancelled: by its spec, or by a label that stays if `cancel` is taken back.
 
-        The mark is the label that the request itself gets from the API server (docs/admission.md). So a request
-        holds that a GitOps tool reverts before the operator has seen it.
+        The API server puts the label on the run together with the request (docs/admission.md). Therefore a request
+        holds even if a GitOps tool reverts it before the operator has seen it.
         """
         return self.spec.cancel or _latched(self.metadata.labels, self.metadata.managed_fields)
 
     @property
     def origin_uid(self) -> str:
-        """The UID that this run publishes under: its own, or that of the run whose batches it goes on with."""
+        """The UID under which this run publishes: its own, or that of the first run in its chain of resumes."""
         resumed = self.status.resumed_from
         return resumed.origin_uid if resumed is not None else self.metadata.uid
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> IngestRun:
-        """Read a run's JSON.
+        """Parse a run's JSON.
 
         Raises:
-            ValueError: the spec is one that the CRD of this version would have refused.
+            ValueError: the CRD of this version would refuse the spec.
         """
         return cls.model_validate(body)

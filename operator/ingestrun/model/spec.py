@@ -1,4 +1,4 @@
-"""`spec` of an IngestRun. The CRD (crds/ingestruns.yaml) is handwritten and held to these models by a test."""
+"""`spec` of an IngestRun. The CRD (crds/ingestruns.yaml) is written by hand; a test compares it with these models."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from ingestrun.model.base import KubeModel
 from ingestrun.model.resume import ResumeFrom
+from ingestrun.model.size_budget import MAX_FAILED_BATCHES, MAX_PARALLELISM
 from ingestrun.model.stages import Seconds, StageSettings
 from ingestrun.model.worker import SecretKeySelector, Sink, Source, Validate, exactly_one
 
@@ -18,17 +19,12 @@ ObjectName = Annotated[
 ]
 
 MAX_PARTITIONS = 1_000_000
-MAX_PARALLELISM = 100
-"""Each batch in flight may cut the ranges of the status in two, as each failed one may."""
-MAX_FAILED_BATCHES = 80
-"""Every failed batch may cut three ranges of the status in two (35 bytes); this many keep the object below 16 KiB."""
-
 MAX_KEPT_BATCHES = 20
-"""Of how many failed batches the Jobs can be kept: each has up to a Job for every stage and attempt."""
+"""Most failed batches whose Jobs can be kept; each may have a Job for every stage and attempt."""
 
 
 class OnBatchFailure(StrEnum):
-    """What a batch that has failed for good does to its run."""
+    """The effect on the run when a batch has failed for good."""
 
     FAIL_RUN = "FailRun"
     CONTINUE = "Continue"
@@ -42,7 +38,7 @@ class ConfigMapKeySelector(KubeModel):
 
 
 class EnvVarSource(KubeModel):
-    """Where a variable's value comes from; exactly one."""
+    """The source of a variable's value; exactly one."""
 
     secret_key_ref: SecretKeySelector | None = None
     config_map_key_ref: ConfigMapKeySelector | None = None
@@ -80,7 +76,7 @@ class EnvFromSource(KubeModel):
 
 
 class Container(StageSettings):
-    """A stage by one's own image, under the container contract v1 (docs/contract.md)."""
+    """A stage that runs an image of the user, under the container contract v1 (docs/contract.md)."""
 
     image: Annotated[str, StringConstraints(min_length=1, max_length=512)]
     image_pull_policy: Annotated[str, StringConstraints(pattern=r"^(Always|IfNotPresent|Never)$")] | None = None
@@ -91,7 +87,7 @@ class Container(StageSettings):
 
 
 class Hook(StageSettings):
-    """A stage between fetch and publish: the built-in `validate`, or one's own `container`."""
+    """A stage between fetch and publish: the built-in `validate`, or a `container`."""
 
     name: DnsLabel
     validate_: Annotated[Validate | None, Field(alias="validate")] = None
@@ -104,7 +100,7 @@ class Hook(StageSettings):
 
 
 class PodTemplate(KubeModel):
-    """What the pods of all stages share."""
+    """Settings that the pods of all stages share."""
 
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
@@ -124,7 +120,7 @@ class PersistentVolumeClaimSource(KubeModel):
 
 
 class Workspace(KubeModel):
-    """Where stages hand data on."""
+    """The volume on which stages hand data on."""
 
     persistent_volume_claim: PersistentVolumeClaimSource
 
@@ -136,7 +132,7 @@ class CursorBatches(KubeModel):
 
 
 class Partitions(KubeModel):
-    """A list that is known beforehand, or only its length; exactly one. A long list is a file beside its length."""
+    """A list of partitions, or only their number; exactly one. A long list is in a file, and its number here."""
 
     count: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] | None = None
     values: (
@@ -157,12 +153,12 @@ class Partitions(KubeModel):
 
     @property
     def total(self) -> int:
-        """How many partitions there are."""
+        """The number of partitions."""
         return len(self.values) if self.values is not None else self.count or 0
 
 
 class Batches(KubeModel):
-    """How the source is cut into batches; exactly one of `cursor` and `partitions`."""
+    """How the source is divided into batches; exactly one of `cursor` and `partitions`."""
 
     cursor: CursorBatches | None = None
     partitions: Partitions | None = None
@@ -176,30 +172,30 @@ class Batches(KubeModel):
 
 
 class Backoff(KubeModel):
-    """Seconds before a retry: doubling from `initialSeconds`, at most `maxSeconds`, with jitter."""
+    """The seconds before a retry: they double from `initialSeconds` up to `maxSeconds`, with jitter."""
 
     initial_seconds: Annotated[int, Field(ge=0, le=86_400)] = 10
     max_seconds: Annotated[int, Field(ge=0, le=86_400)] = 600
 
 
 class Backpressure(KubeModel):
-    """What to do while the cluster has no room: ask again every `retrySeconds`, give up after `timeoutSeconds`."""
+    """The reaction to a cluster without room: try again every `retrySeconds`, fail after `timeoutSeconds`."""
 
     retry_seconds: Annotated[int, Field(ge=1, le=3600)] = 60
     timeout_seconds: Seconds | None = None
 
 
 class JobRetention(KubeModel):
-    """How long child Jobs and their pods stay, once their batch is accounted for."""
+    """How long child Jobs and their pods stay after their batch has been counted."""
 
     failed_batches: Annotated[int, Field(ge=0, le=MAX_KEPT_BATCHES)] = 3
     seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
 
 
 class OutOfMemory(KubeModel):
-    """What comes of a stage that is killed for memory: tried again with twice the limit, up to `maxMemory`.
+    """The retries of a stage that is killed for memory: each has twice the limit of the last, up to `maxMemory`.
 
-    `retries` 0: such an attempt is not tried again at all; then `maxMemory` is unset.
+    With `retries` 0 such a stage is not retried at all; then `maxMemory` is unset.
     """
 
     retries: Annotated[int, Field(ge=0, le=10)] = 3
@@ -207,14 +203,14 @@ class OutOfMemory(KubeModel):
 
 
 class CancellationPolicy(StrEnum):
-    """What becomes of pods that have started when their run is cancelled."""
+    """The effect of a cancel on pods that have started."""
 
     DRAIN = "Drain"
     TERMINATE = "Terminate"
 
 
 class Cancellation(KubeModel):
-    """How a cancel is to be done, and what it says. Unset is `Drain`: what has started may finish."""
+    """The reason and the policy of a cancel. If no policy is set it is `Drain`: pods that have started may finish."""
 
     reason: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
     policy: CancellationPolicy | None = None
@@ -223,7 +219,7 @@ class Cancellation(KubeModel):
 
 
 class ConcurrencyPolicy(StrEnum):
-    """What a run does about the active runs of the same key that were there before it; as a CronJob has it."""
+    """How a run treats older active runs of the same key, with the values of a CronJob's `concurrencyPolicy`."""
 
     ALLOW = "Allow"
     FORBID = "Forbid"
@@ -231,7 +227,7 @@ class ConcurrencyPolicy(StrEnum):
 
 
 class Concurrency(KubeModel):
-    """Which runs of the namespace this one gets on with: all, or none of the same `key`."""
+    """Whether this run may be active together with other runs of the namespace that have the same `key`."""
 
     key: Annotated[
         str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_./]*[A-Za-z0-9])?$")
@@ -246,7 +242,7 @@ class ParentReference(KubeModel):
 
 
 class IngestRunSpec(KubeModel):
-    """What is to be ingested, and how."""
+    """The desired ingestion: source, stages, and how they run."""
 
     cancel: bool = False
     cancellation: Cancellation = Cancellation()

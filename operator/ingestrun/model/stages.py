@@ -1,4 +1,4 @@
-"""What can be set for a stage, whoever runs it."""
+"""Settings of a stage, for the built-in worker and for other images alike."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ingestrun.model.base import KubeModel
 Seconds = Annotated[int, Field(ge=1, le=31_536_000)]
 
 STAGE_SETTINGS: Final = frozenset({"resources", "active_deadline_seconds", "retries"})
-"""The fields of StageSettings: the operator's concern, no part of what a worker is configured with."""
+"""The fields of StageSettings. They are for the operator, and no part of the worker's configuration."""
 
 
 class Resources(KubeModel):
-    """Requests and limits, as a container has them."""
+    """Requests and limits, as in a container."""
 
     requests: dict[str, str | int] = {}
     limits: dict[str, str | int] = {}
 
 
 class StageSettings(KubeModel):
-    """What can be set for any stage, the built-in worker's included."""
+    """Settings that every stage has, also one of the built-in worker."""
 
     resources: Resources | None = None
     active_deadline_seconds: Seconds | None = None

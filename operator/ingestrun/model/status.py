@@ -1,21 +1,21 @@
-"""`status` of an IngestRun: constant in size, however many batches there are."""
+"""`status` of an IngestRun. Its size is bounded, independent of the number of batches."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 from ingestrun.model.base import KubeModel
 from ingestrun.model.ranges import IndexRanges
-from ingestrun.model.resume import Gap, LandedRecords
+from ingestrun.model.resume import LandedRecords, UnpublishedBatch
 from ingestrun.model.spec import CancellationPolicy
 
 
 class Phase(StrEnum):
-    """Where a run stands; derived from the facts by the planner, kept because it is what people read."""
+    """The phase of a run. The planner derives it anew in each pass; it is stored for people and tools that read it."""
 
     PENDING = "Pending"
     RUNNING = "Running"
@@ -26,7 +26,7 @@ class Phase(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing leaves this phase any more."""
+        """Whether the phase is final."""
         return self in _ENDED
 
 
@@ -43,15 +43,12 @@ def _micro_free(value: datetime) -> str:
 
 Ranges = Annotated[IndexRanges, BeforeValidator(_ranges), PlainSerializer(str, return_type=str)]
 Time = Annotated[datetime, PlainSerializer(_micro_free, return_type=str)]
-"""UTC, in whole seconds: Kubernetes' metav1.Time."""
+"""A time in UTC and whole seconds, as Kubernetes' metav1.Time."""
 Count = Annotated[int, Field(ge=0)]
-
-MAX_IMAGE_PINS: Final = 5
-"""Of so many different images a digest is kept: 100 bytes each in a status that has other things to tell."""
 
 
 class Condition(KubeModel):
-    """metav1.Condition."""
+    """A condition, as Kubernetes' metav1.Condition."""
 
     type: str
     status: Literal["True", "False", "Unknown"]
@@ -61,18 +58,18 @@ class Condition(KubeModel):
     observed_generation: int | None = None
 
 
-class Parked(KubeModel):
-    """A batch in flight whose ended Jobs may go, or are gone, to make room: all that the next one needs of them.
+class Checkpoint(KubeModel):
+    """The state of a batch in flight that its next Job needs, so that its ended Jobs can be deleted to make room.
 
-    Its next Job is attempt `attempt` of stage `step`, counted from 0 as the Jobs' labels are. What is 0 or not there
-    is left out.
+    Its next Job is attempt `attempt` of stage `stage`, counted from 0 as in the Jobs' labels. Fields that are 0 or have
+    no value are left out.
     """
 
     batch: Count
-    step: Count | None = None
+    stage: Count | None = None
     attempt: Count | None = None
-    input: Count | None = None
-    """Which attempt of the stage before wrote its input, if it was not the first."""
+    input_attempt: Count | None = None
+    """The attempt of the stage before that wrote its input, if it was not the first."""
     written: Count | None = None
     """Rows that the stage before has handed on."""
     rejected: Count | None = None
@@ -80,13 +77,13 @@ class Parked(KubeModel):
     retries: Count | None = None
     memory_retries: Count | None = None
     disruptions: Count | None = None
-    """What the stage's attempts so far have taken from its budgets."""
+    """The share of the stage's three retry budgets that its attempts so far have used."""
     memory_limit: Count | None = None
-    """Bytes that its next attempt is to have, where that is not the spec's."""
+    """The memory limit of its next attempt in bytes, if it is not the spec's."""
 
 
 class BatchesStatus(KubeModel):
-    """Which batches have got how far, as index ranges ("0-41,43")."""
+    """The progress of all batches, as index ranges ("0-41,43")."""
 
     model_config = KubeModel.model_config | {"arbitrary_types_allowed": True}
 
@@ -94,24 +91,49 @@ class BatchesStatus(KubeModel):
     fetched: Ranges = IndexRanges()
     published: Ranges = IndexRanges()
     failed: Ranges = IndexRanges()
-    redo: Ranges = IndexRanges()
-    gaps: list[Gap] = []
-    parked: list[Parked] = []
+    replay: Ranges = IndexRanges()
+    unpublished: list[UnpublishedBatch] = []
+    checkpoints: list[Checkpoint] = []
     active: Count = 0
     exhausted: bool = False
     progress: str = ""
 
+    @property
+    def in_flight(self) -> IndexRanges:
+        """Return the batches that this run has claimed and not counted as ended yet."""
+        return self.claimed - self.published - self.failed - self.replay
+
+    @property
+    def pending_replays(self) -> dict[int, UnpublishedBatch]:
+        """Return by index what this run has still to fetch again; only a run that resumes another has any."""
+        return {batch.batch: batch for batch in self.unpublished if batch.batch not in self.fetched}
+
+    @property
+    def checkpoint_by_batch(self) -> dict[int, Checkpoint]:
+        """Return the checkpoints by batch; there are some only under a quota that counts ended Jobs."""
+        return {checkpoint.batch: checkpoint for checkpoint in self.checkpoints}
+
 
 class RecordsStatus(KubeModel):
-    """Rows, counted once a batch: `fetched` when its fetch has ended, the others when it is published."""
+    """Rows, counted once for each batch: `fetched` when its fetch ends, the others when it is published."""
 
     fetched: Count = 0
     rejected: Count = 0
     published: Count = 0
 
 
+class AttemptId(NamedTuple):
+    """The identity of an attempt among the attempts of one run."""
+
+    batch: int
+    stage: str
+    """As messages name it: `fetch`, `hook NAME` or `publish`."""
+    attempt: int
+    """From 0."""
+
+
 class StageFailure(KubeModel):
-    """One failed attempt: which batch, which stage, why."""
+    """One failed attempt of a stage, and why it failed."""
 
     batch: Count
     stage: str
@@ -123,13 +145,13 @@ class StageFailure(KubeModel):
     """The last lines of the container's log, for the newest failures."""
 
     @property
-    def key(self) -> tuple[int, str, int]:
-        """What tells one failed attempt from another."""
-        return (self.batch, self.stage, self.attempt)
+    def id(self) -> AttemptId:
+        """Return which attempt it was."""
+        return AttemptId(self.batch, self.stage, self.attempt)
 
 
 class ImagePin(KubeModel):
-    """Which image some steps run, from the run's first pods on."""
+    """The image that some stages of the run use since the run's first pods."""
 
     model_config = KubeModel.model_config | {"arbitrary_types_allowed": True}
 
@@ -139,7 +161,7 @@ class ImagePin(KubeModel):
 
 
 class RetryCount(KubeModel):
-    """How often a stage was tried again for one reason, in all batches that are published or given up."""
+    """The number of retries of a stage for one reason, in all batches that are published or failed."""
 
     stage: str
     reason: str
@@ -147,7 +169,7 @@ class RetryCount(KubeModel):
 
 
 class ChildrenStatus(KubeModel):
-    """What a cascading cancel found right below it."""
+    """The children of a run on which a cascading cancel has acted."""
 
     cancelled: Count = 0
     ended_before: Count = 0
@@ -156,14 +178,14 @@ class ChildrenStatus(KubeModel):
 
 
 class OnCancelStatus(KubeModel):
-    """The clean-up Job: `Claimed` before it is created, `Running` once it has been seen, then how it ended."""
+    """The clean-up Job: `Claimed` before it is created, `Running` once it has been observed, then its outcome."""
 
     state: Literal["Claimed", "Running", "Succeeded", "Failed"]
     message: str = ""
 
 
 class CancellationStatus(KubeModel):
-    """A cancel's own record: why, when, and what became of the batches that were in flight."""
+    """The record of a cancel: its reason, its time, and the outcome of the batches that were in flight."""
 
     model_config = KubeModel.model_config | {"arbitrary_types_allowed": True}
 
@@ -173,7 +195,7 @@ class CancellationStatus(KubeModel):
     cascade: bool = False
     parent: str | None = None
     accepted_at: Time
-    in_flight: Count = 0
+    active_batches: Count = 0
     drained_at: Time | None = None
     published: Ranges = IndexRanges()
     not_published: Ranges = IndexRanges()
@@ -183,7 +205,7 @@ class CancellationStatus(KubeModel):
 
 
 class AfterEndStatus(KubeModel):
-    """What was published after the run had ended: counted nowhere else."""
+    """The batches that were published after the run had ended; they are counted nowhere else."""
 
     model_config = KubeModel.model_config | {"arbitrary_types_allowed": True}
 
@@ -192,7 +214,7 @@ class AfterEndStatus(KubeModel):
 
 
 class ResumedFromStatus(KubeModel):
-    """Where this run went on from. `originUid` is the first run's in a row of resumes: the idempotency keys have it."""
+    """The run that this one resumes. `originUid` is that of the first run in the chain, for the idempotency keys."""
 
     name: str | None = None
     uid: str | None = None
@@ -200,14 +222,14 @@ class ResumedFromStatus(KubeModel):
 
 
 class ResumedByStatus(KubeModel):
-    """The one run that does this one's rest."""
+    """The only run that may resume this one."""
 
     name: str
     uid: str
 
 
 class IngestRunStatus(KubeModel):
-    """What the operator knows of a run."""
+    """The observed state of a run."""
 
     observed_generation: int = -1
     phase: Phase | None = None
@@ -228,9 +250,15 @@ class IngestRunStatus(KubeModel):
 
     @property
     def ended(self) -> bool:
-        """Whether the run is in a phase that nothing leaves any more."""
+        """Whether the run is in a final phase."""
         return self.phase is not None and self.phase.ended
 
+    @property
+    def drained(self) -> bool:
+        """Tell whether the run has ended and its last pod too, so that nothing of it can write any more."""
+        condition = self.condition("Drained")
+        return self.ended and condition is not None and condition.status == "True"
+
     def condition(self, kind: str) -> Condition | None:
-        """The condition of that type, if there is one."""
+        """Return the condition of that type, if there is one."""
         return next((condition for condition in self.conditions if condition.type == kind), None)

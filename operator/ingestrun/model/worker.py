@@ -1,6 +1,6 @@
 """The built-in worker's configuration: `spec.source`, `spec.hooks[].validate`, `spec.sink`.
 
-The operator hands each on as it stands, as JSON in `INGEST_CONFIG`; the worker reads it with the same models.
+The operator passes each to the worker unchanged, as JSON in `INGEST_CONFIG`; the worker parses it with the same models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 LongText = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 
 ENV_HTTP_AUTHORIZATION = "INGEST_HTTP_AUTHORIZATION"
-"""Where the worker finds the Authorization header; from a Secret, never part of `INGEST_CONFIG`."""
+"""The variable with the Authorization header. Its value comes from a Secret, and is never part of `INGEST_CONFIG`."""
 
 
 def exactly_one(model: KubeModel, *fields: str) -> None:
@@ -56,7 +56,7 @@ class OffsetPagination(KubeModel):
 
 
 class CursorPagination(KubeModel):
-    """The response says where to go on; the source ends where `path` is missing, null or empty."""
+    """The response carries the next cursor at `path`; the source ends where that is missing, null or empty."""
 
     param: ShortText = "cursor"
     size_param: ShortText | None = None
@@ -70,7 +70,7 @@ class LinkPagination(KubeModel):
 
 
 class Pagination(KubeModel):
-    """How the pages follow each other; exactly one way."""
+    """How one page leads to the next; exactly one kind."""
 
     page: PagePagination | None = None
     offset: OffsetPagination | None = None
@@ -84,7 +84,7 @@ class Pagination(KubeModel):
 
 
 class HttpSource(KubeModel):
-    """JSON records, page by page, over HTTP."""
+    """A source of JSON records, read page by page over HTTP."""
 
     url: Annotated[str, StringConstraints(min_length=1, max_length=2048, pattern=r"^https?://[^\s]+$")]
     params: dict[str, str] = {}
@@ -96,7 +96,7 @@ class HttpSource(KubeModel):
 
 
 class FileFormat(StrEnum):
-    """How a source file is read."""
+    """The format of a source file."""
 
     CSV = "csv"
     JSONL = "jsonl"
@@ -104,9 +104,9 @@ class FileFormat(StrEnum):
 
 
 class FilesSource(KubeModel):
-    """Files by a glob, read in the order of their names.
+    """Files that match a glob, read in the order of their names.
 
-    `nullValues` are the CSV values that mean "none"; "NA" is no default, as it is a country too.
+    `nullValues` are the CSV values that mean "no value"; "NA" is no default, because it is also a country's code.
     """
 
     path: LongText
@@ -116,7 +116,7 @@ class FilesSource(KubeModel):
 
 
 class Source(StageSettings):
-    """What the built-in worker reads; exactly one kind."""
+    """The source that the built-in worker reads; exactly one kind."""
 
     files: FilesSource | None = None
     http: HttpSource | None = None
@@ -128,7 +128,7 @@ class Source(StageSettings):
 
 
 class ColumnType(StrEnum):
-    """What a column's values must be readable as."""
+    """The type as which a column's values must be readable."""
 
     STRING = "string"
     INTEGER = "integer"
@@ -138,7 +138,7 @@ class ColumnType(StrEnum):
 
 
 class ColumnRule(KubeModel):
-    """What one column's values must be; a range is for numbers, also where no type is declared."""
+    """The rules for one column's values. A range is for numbers, also if no type is declared."""
 
     name: ShortText
     type: ColumnType | None = None
@@ -157,7 +157,7 @@ class ColumnRule(KubeModel):
 
 
 class Validate(KubeModel):
-    """The built-in hook: rows that break a rule go into quarantine with the reason; the others go on."""
+    """The built-in hook: rows that break a rule go into quarantine with the reason, the others are handed on."""
 
     columns: Annotated[list[ColumnRule], Field(min_length=1, max_length=256)]
     max_rejected: Annotated[int, Field(ge=0)] | None = None
@@ -171,12 +171,12 @@ class Validate(KubeModel):
 
 
 class ParquetSink(KubeModel):
-    """A directory of Parquet files in the workspace, one file a batch, each put there by one atomic step."""
+    """A directory of Parquet files in the workspace: one file for each batch, published in one atomic step."""
 
     path: ShortText
 
 
 class Sink(StageSettings):
-    """Where the built-in worker publishes."""
+    """The dataset to which the built-in worker publishes."""
 
     parquet: ParquetSink

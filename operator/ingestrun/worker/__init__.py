@@ -1,1 +1,1 @@
-"""The built-in worker: fetch from files or HTTP, validate, publish Parquet. Sees `ingestrun.model` alone."""
+"""The built-in worker: fetch from files or HTTP, validate, publish Parquet. It imports `ingestrun.model` alone."""

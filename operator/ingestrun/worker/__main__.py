@@ -1,4 +1,4 @@
-"""`python -m ingestrun.worker`."""
+"""Entry point of `python -m ingestrun.worker`."""
 
 from ingestrun.worker.main import main
 

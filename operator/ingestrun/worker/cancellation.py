@@ -1,4 +1,7 @@
-"""Asks the operator whether the run is cancelled. This pod's work was claimed before it was made: no answer is a no."""
+"""The client of the operator's cancellation check.
+
+A stage that gets no answer goes on, because its batch was claimed before its Job was created.
+"""
 
 from __future__ import annotations
 
@@ -12,72 +15,72 @@ from urllib.parse import urlsplit
 from ingestrun.model import contract
 
 INTERVAL: Final = 1.0
-"""Seconds between two questions, at least: the operator itself looks no oftener."""
+"""Least seconds between two requests: the operator's own state is no fresher."""
 TIMEOUT: Final = 2.0
 TRIES: Final = 2
 FIRST_PAUSE: Final = 5.0
-LONGEST_PAUSE: Final = 60.0
-"""How long the next question waits after one without an answer; it doubles, so that a dead operator costs little."""
+MAX_PAUSE: Final = 60.0
+"""The pause after a request without an answer doubles up to this, so that an operator that is down costs little."""
 _MAX_BYTES: Final = 65_536
 _OK: Final = 200
 _NOT_FOUND: Final = 404
 _SERVER_ERROR: Final = 500
 
-Tell = Callable[..., None]
+LogEvent = Callable[..., None]
 
 
 class UnreachableError(Exception):
-    """No answer that means anything; its text says why."""
+    """The check gave no valid answer; the text says why."""
 
 
-class CancellationCheck:
-    """The check of this pod's run.
+class CancellationClient:
+    """Asks the operator whether this pod's run is cancelled.
 
-    Not by httpx: two of three stages need it for nothing else, and a proxy that is set for the source
-    must not be asked for the operator.
+    It does not use httpx, because two of three stages would load it for nothing else, and because a proxy that is set
+    for the source must not be used for the operator.
     """
 
     def __init__(
-        self, url: str, token: str, uid: str, *, tell: Tell, clock: Callable[[], float] = time.monotonic
+        self, url: str, token: str, uid: str, *, log_event: LogEvent, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`tell` takes what is to be logged: an event and its fields."""
+        """Keep the address and the token; nothing is sent yet. `log_event` takes an event and its fields."""
         self._url = url
         self._token = token
         self._uid = uid
-        self._tell = tell
+        self._log_event = log_event
         self._clock = clock
         self._connection: http.client.HTTPConnection | None = None
-        self._next = float("-inf")
+        self._next_request = float("-inf")
         self._pause = FIRST_PAUSE
-        self._complained = False
+        self._logged_failure = False
 
     @classmethod
-    def of(cls, env: Mapping[str, str], tell: Tell) -> CancellationCheck | None:
-        """The check that the environment names, if it names one."""
+    def from_env(cls, env: Mapping[str, str], log_event: LogEvent) -> CancellationClient | None:
+        """Make a client of the check that the environment names; None if it names none."""
         url, token = env.get(contract.ENV_CANCELLATION_URL), env.get(contract.ENV_CANCELLATION_TOKEN)
-        return cls(url, token, env.get(contract.ENV_RUN_UID, ""), tell=tell) if url and token else None
+        return cls(url, token, env.get(contract.ENV_RUN_UID, ""), log_event=log_event) if url and token else None
 
-    def ask(self, *, now: bool = False) -> str | None:
-        """Why to stop, as a sentence; None to go on. Asks at most once a second, but with `now` in any case."""
-        if not now and self._clock() < self._next:
+    def stop_reason(self, *, ask_now: bool = False) -> str | None:
+        """Return why the stage has to stop, or None. Without `ask_now` it asks at most once a second."""
+        if not ask_now and self._clock() < self._next_request:
             return None
         try:
-            verdict = self._verdict()
+            reason = self._ask()
         except UnreachableError as error:
-            if not self._complained:
-                self._tell("the cancellation check gives no answer, going on", why=str(error))
-            self._complained = True
-            self._next = self._clock() + self._pause
-            self._pause = min(LONGEST_PAUSE, 2 * self._pause)
+            if not self._logged_failure:
+                self._log_event("the cancellation check gives no answer, going on", why=str(error))
+            self._logged_failure = True
+            self._next_request = self._clock() + self._pause
+            self._pause = min(MAX_PAUSE, 2 * self._pause)
             return None
-        self._next, self._pause = self._clock() + INTERVAL, FIRST_PAUSE
-        return verdict
+        self._next_request, self._pause = self._clock() + INTERVAL, FIRST_PAUSE
+        return reason
 
-    def _verdict(self) -> str | None:
+    def _ask(self) -> str | None:
         status, body = self._get()
         if status == _NOT_FOUND and body.get("error") == "gone":
             return "the run is gone"
-        # Any other 404 is not the operator's word: a wrong address must not look like a cancel.
+        # Any other 404 is not the operator's answer: a wrong address must not look like a cancel.
         if status != _OK:
             raise UnreachableError(f"HTTP {status}: {str(body.get('message', ''))[:200]}".rstrip(": "))
         if body.get("id") != self._uid or not isinstance(body.get("cancelled"), bool):
@@ -85,24 +88,24 @@ class CancellationCheck:
         return "the run is cancelled" if body["cancelled"] else None
 
     def _get(self) -> tuple[int, Mapping[str, Any]]:
-        """Ask, and once more if there was no answer: a kept connection may have been closed meanwhile."""
+        """Send the request, and once more if there was no answer: the server may have closed the kept connection."""
         why = ""
         for _ in range(TRIES):
             try:
-                status, text = self._try()
+                status, text = self._send()
             except (OSError, http.client.HTTPException) as error:
-                self._hang_up()
+                self._close()
                 why = f"{type(error).__name__}: {str(error)[:200]}"
                 continue
             except ValueError:
-                # Python's own words would have the token.
+                # Python's own message would contain the token.
                 raise UnreachableError("the address or the token is malformed") from None
             if status < _SERVER_ERROR:
-                return status, _object(text)
-            why = f"HTTP {status}: {str(_object(text).get('message', ''))[:200]}"
+                return status, _json_object(text)
+            why = f"HTTP {status}: {str(_json_object(text).get('message', ''))[:200]}"
         raise UnreachableError(why)
 
-    def _try(self) -> tuple[int, bytes]:
+    def _send(self) -> tuple[int, bytes]:
         url = urlsplit(self._url)
         if self._connection is None:
             kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
@@ -114,18 +117,18 @@ class CancellationCheck:
         self._connection.request("GET", url.path, headers=headers)
         response = self._connection.getresponse()
         text = response.read(_MAX_BYTES)
-        if response.length:  # more than that: not ours, and not to be read on
-            self._hang_up()
+        if response.length:  # the rest is not read, so the connection can't be used again
+            self._close()
         return response.status, text
 
-    def _hang_up(self) -> None:
+    def _close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
 
-def _object(text: bytes) -> Mapping[str, Any]:
-    """The JSON object in an answer; an empty one where there is none."""
+def _json_object(text: bytes) -> Mapping[str, Any]:
+    """Return the JSON object in a response, or an empty one if it holds none."""
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):

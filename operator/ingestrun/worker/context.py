@@ -1,4 +1,4 @@
-"""What the operator told this container: the contract's environment, read once and checked."""
+"""The contract's environment of this container, read once and checked."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from ingestrun.model import contract
 from ingestrun.model.contract import Stage
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
-from ingestrun.worker.failure import PermanentError
+from ingestrun.worker.errors import PermanentError
 
-_MAX_DIGITS = 18
-M = TypeVar("M", bound=BaseModel)
+PARTITION_PLACEHOLDER: Final = "{partition}"
+"""In a path, a URL or its parameters: stands for the partition's value."""
+_MAX_DIGITS: Final = 18
+Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Context:
-    """One attempt at one stage of one batch. `config` is the JSON of the built-in source, hook or sink."""
+    """One attempt at one stage of one batch; `config` is the JSON of the built-in source, hook or sink."""
 
     stage: Stage
     batch: int
@@ -39,11 +41,11 @@ class Context:
     workspace: Path
     authorization: str | None
 
-    def need(self, name: str, value: Path | None) -> Path:
-        """A directory that this stage can't do without.
+    def require(self, name: str, value: Path | None) -> Path:
+        """Return a directory that this stage can't do without; `name` is its variable.
 
         Raises:
-            PermanentError: the operator did not set it.
+            PermanentError: the variable is not set.
         """
         if value is None:
             raise PermanentError(f"{name} is not set, stage {self.stage} needs it")
@@ -54,7 +56,7 @@ def read_context(env: Mapping[str, str]) -> Context:
     """Read the environment.
 
     Raises:
-        PermanentError: a variable is missing or not of its form; the text names it.
+        PermanentError: a variable is missing or malformed; the text names it.
     """
     version = env.get(contract.ENV_CONTRACT, "")
     if version != contract.VERSION:
@@ -90,16 +92,16 @@ def read_context(env: Mapping[str, str]) -> Context:
         output=_path(env, contract.ENV_OUTPUT),
         rejects=_path(env, contract.ENV_REJECTS),
         workspace=Path(env.get(contract.ENV_WORKSPACE) or contract.WORKSPACE_MOUNT),
-        # A Secret made by `echo` ends in a newline.
+        # A Secret that was made with `echo` ends in a newline.
         authorization=env.get(ENV_HTTP_AUTHORIZATION, "").strip() or None,
     )
 
 
-def parse(model: type[M], text: str, what: str) -> M:
-    """Read JSON by a model.
+def parse_config(model: type[Model], text: str, what: str) -> Model:
+    """Parse the JSON of a source, hook or sink; `what` names it in messages.
 
     Raises:
-        PermanentError: it is not of the model; the text says where, without the value, which may be a secret.
+        PermanentError: the JSON does not fit the model; the text names the field, not its value, which may be a secret.
     """
     try:
         return model.model_validate_json(text)

@@ -1,4 +1,4 @@
-"""The fetch stage: one batch of the source into the output directory."""
+"""The fetch stage: reads one batch of the source into the output directory."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from typing import Protocol
 from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
 from ingestrun.model.worker import Source
-from ingestrun.worker.context import Context, parse
-from ingestrun.worker.failure import PermanentError
-from ingestrun.worker.handover import Spool, new_output
-from ingestrun.worker.partition_list import partition_of
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.context import Context, parse_config
+from ingestrun.worker.errors import PermanentError
+from ingestrun.worker.partition_list import read_partition
+from ingestrun.worker.shutdown import Stop
+from ingestrun.worker.stage_io import OutputWriter, open_output
 
 
 class BatchReader(Protocol):
-    """A source, ready to be read from where the batch before ended."""
+    """Reads a source from where the batch before ended."""
 
-    def read(self, limit: int | None, spool: Spool) -> str | None:
-        """Put at most `limit` records into the spool.
+    def read(self, limit: int | None, output: OutputWriter) -> str | None:
+        """Read at most `limit` records into the output.
 
         Returns:
-            The cursor to go on from, or None where the source itself said that there is no more.
+            The cursor of the next batch, or None if the source itself has reported its end.
         """
 
 
 def fetch(context: Context, stop: Stop) -> StageResult:
-    """Read one batch, or one partition to its end.
+    """Read one batch, or one whole partition.
 
     Raises:
         WorkerError: the source or the workspace failed; nothing was handed on.
     """
-    source = parse(Source, context.config, "the source")
-    output = context.need(contract.ENV_OUTPUT, context.output)
+    source = parse_config(Source, context.config, "the source")
+    directory = context.require(contract.ENV_OUTPUT, context.output)
     limit = None if context.partitions else context.limit
-    stop.progress(0, limit)
-    stop.check()
+    stop.set_progress(0, limit)
+    stop.raise_if_stopped()
     if context.partition_file is not None:
-        context = replace(context, cursor=partition_of(context, context.partition_file))
-    reader = _open(source, context, stop)
-    with new_output(output, stop, limit) as spool:
-        cursor = reader.read(limit, spool)
-        if limit is not None and spool.rows > limit:
-            raise AssertionError(f"{spool.rows} records read, {limit} allowed")
+        context = replace(context, cursor=read_partition(context, context.partition_file))
+    reader = _open_reader(source, context, stop)
+    with open_output(directory, stop, limit) as output:
+        cursor = reader.read(limit, output)
+        if limit is not None and output.rows > limit:
+            raise AssertionError(f"{output.rows} records read, {limit} allowed")
         if cursor is not None and len(cursor) > contract.CURSOR_MAX_CHARS:
             raise PermanentError(
                 f"the cursor to go on from has {len(cursor)} characters, at most {contract.CURSOR_MAX_CHARS} "
@@ -52,14 +52,14 @@ def fetch(context: Context, stop: Stop) -> StageResult:
     return StageResult(
         v=contract.VERSION,
         outcome=Outcome.DONE,
-        read=spool.rows,
-        written=spool.rows,
+        read=output.rows,
+        written=output.rows,
         next_cursor=cursor,
         exhausted=cursor is None,
     )
 
 
-def _open(source: Source, context: Context, stop: Stop) -> BatchReader:
+def _open_reader(source: Source, context: Context, stop: Stop) -> BatchReader:
     if source.http is not None:
         from ingestrun.worker.http_source import HttpReader
 

@@ -1,4 +1,4 @@
-"""The source `files`: CSV, JSON lines and Parquet by a glob, in the order of their names."""
+"""The source `files`: CSV, JSON lines and Parquet files that match a glob, in the order of their names."""
 
 from __future__ import annotations
 
@@ -8,46 +8,44 @@ import lzma
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import fsspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from ingestrun.model.worker import FileFormat, FilesSource
-from ingestrun.worker.context import Context
-from ingestrun.worker.failure import PermanentError
-from ingestrun.worker.file_formats import Mark, reader_of
-from ingestrun.worker.handover import Spool
+from ingestrun.worker.context import PARTITION_PLACEHOLDER, Context
+from ingestrun.worker.errors import PermanentError
+from ingestrun.worker.file_formats import FileOffset, reader_for
+from ingestrun.worker.stage_io import OutputWriter
 
-PARTITION: Final = "{partition}"
-_SUFFIXES: Final = {
+_FORMAT_BY_SUFFIX: Final = {
     ".csv": FileFormat.CSV,
     ".jsonl": FileFormat.JSONL,
     ".ndjson": FileFormat.JSONL,
     ".parquet": FileFormat.PARQUET,
 }
-_COMPRESSED: Final = (".gz", ".bz2", ".xz")
-_MAGIC: Final = "*?["
-_BUFFER: Final = 2**20
-
-Natural = Annotated[int, Field(ge=0)]
+_COMPRESSION_SUFFIXES: Final = (".gz", ".bz2", ".xz")
+_GLOB_CHARS: Final = "*?["
+_BUFFER_BYTES: Final = 2**20
 
 
 class FilePosition(BaseModel):
-    """Where in which file to go on. `index`, `name` and `size` (bytes) tell whether the files are still the same.
+    """The place where the next batch goes on; as JSON it is the cursor that is handed on.
 
-    `offset` (bytes, uncompressed) is where the next record begins, so that no batch reads again what others did;
-    `row` and `line` are counted for messages, and for Parquet, which is found by row.
+    `index`, `file` and `size` (bytes) show whether the files are still the same. The next record begins at `offset`
+    (bytes, uncompressed), so that no batch reads records of another again. `row` and `line` are for messages; in
+    Parquet files, which have no byte offset, the record is found by `row`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     file: str
-    index: Natural
-    size: Natural
-    offset: Natural = 0
-    row: Natural = 0
-    line: Natural = 0
+    index: NonNegativeInt
+    size: NonNegativeInt
+    offset: NonNegativeInt = 0
+    row: NonNegativeInt = 0
+    line: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
@@ -58,60 +56,62 @@ class _File:
 
 
 class FilesReader:
-    """The files of a glob, from where the batch before ended."""
+    """Reads the files of a glob from where the batch before ended."""
 
     def __init__(self, source: FilesSource, context: Context) -> None:
         """List the files.
 
         Raises:
-            PermanentError: none matches, the partition or the cursor does not go with them, or the path's protocol
-                is not in this image.
+            PermanentError: no file matches, the partition or the cursor does not fit the files, or this image can't
+                read the path's protocol.
         """
         self._source = source
-        path, share = source.path, None
+        path, partition = source.path, None
         cursor = context.cursor
         if context.partitions is not None:
-            if PARTITION in path:
-                path = path.replace(PARTITION, context.cursor)
+            if PARTITION_PLACEHOLDER in path:
+                path = path.replace(PARTITION_PLACEHOLDER, context.cursor)
             else:
-                share = _share(context.cursor, context.partitions)
+                partition = _partition_index(context.cursor, context.partitions)
             cursor = ""
-        self._shown = path
+        self._path = path
         self._fs, pattern = _open_fs(path, context.workspace)
         self._files = self._list(pattern)
-        if share is not None:
-            self._files = self._files[share :: context.partitions]
-        self._index, self._mark = self._start(cursor) if cursor else (0, Mark())
+        if partition is not None:
+            self._files = self._files[partition :: context.partitions]
+        self._index, self._start = self._resume(cursor) if cursor else (0, FileOffset())
 
-    def read(self, limit: int | None, spool: Spool) -> str | None:
-        """See `fetch.BatchReader`.
+    def read(self, limit: int | None, output: OutputWriter) -> str | None:
+        """Read a batch, as `fetch.BatchReader`.
 
         Raises:
             PermanentError: a file is empty, missing, broken, or not of its format; the text names it and the line.
         """
-        index, mark, left = self._index, self._mark, limit
-        while index < len(self._files) and (left is None or left > 0):
+        index, start, remaining = self._index, self._start, limit
+        while index < len(self._files) and (remaining is None or remaining > 0):
             file = self._files[index]
-            before = spool.rows
-            ended, mark = self._read_file(file, mark, left, spool)
-            left = None if left is None else left - (spool.rows - before)
+            before = output.rows
+            ended, start = self._read_file(file, start, remaining, output)
+            remaining = None if remaining is None else remaining - (output.rows - before)
             if ended:
-                index, mark = index + 1, Mark()
+                index, start = index + 1, FileOffset()
         if index == len(self._files):
             return None
         file = self._files[index]
         position = FilePosition(
-            file=file.name, index=index, size=file.size, offset=mark.offset, row=mark.row, line=mark.line
+            file=file.name, index=index, size=file.size, offset=start.offset, row=start.row, line=start.line
         )
         return position.model_dump_json(exclude_defaults=True)
 
-    def _read_file(self, file: _File, mark: Mark, left: int | None, spool: Spool) -> tuple[bool, Mark]:
-        read = reader_of(_format(self._source, file.name))
+    def _read_file(
+        self, file: _File, start: FileOffset, limit: int | None, output: OutputWriter
+    ) -> tuple[bool, FileOffset]:
+        read = reader_for(_format(self._source, file.name))
         if file.size == 0:
             raise PermanentError(f"{file.name} is empty (0 bytes): remove it, or have it written again")
         try:
             with self._open(file) as handle:
-                return read(handle, file.name, self._source, mark, left, spool.add)
+                return read(handle, file.name, self._source, start, limit, output.add)
         except FileNotFoundError:
             raise PermanentError(f"{file.name} was there when the files were listed, and is not any more") from None
         except PermissionError:
@@ -121,7 +121,7 @@ class FilesReader:
 
     def _open(self, file: _File) -> BinaryIO:
         raw = self._fs.open(file.path, "rb", compression="infer")
-        return io.BufferedReader(raw, _BUFFER)
+        return io.BufferedReader(raw, _BUFFER_BYTES)
 
     def _list(self, pattern: str) -> list[_File]:
         try:
@@ -130,11 +130,11 @@ class FilesReader:
             found = {}
         paths = sorted(path for path, info in found.items() if info["type"] != "directory")
         if not paths:
-            raise PermanentError(f"no file matches {self._shown!r}: check the path, and that the volume holds it")
-        root = _root(pattern)
+            raise PermanentError(f"no file matches {self._path!r}: check the path, and that the volume holds it")
+        root = _common_directory(pattern)
         return [_File(path, path.removeprefix(root), found[path].get("size") or 0) for path in paths]
 
-    def _start(self, cursor: str) -> tuple[int, Mark]:
+    def _resume(self, cursor: str) -> tuple[int, FileOffset]:
         try:
             position = FilePosition.model_validate_json(cursor)
         except ValidationError:
@@ -155,7 +155,7 @@ class FilesReader:
                 f"{position.file} had {position.size} bytes and has now {self._files[index].size}: "
                 "a file must not change while it is read"
             )
-        return index, Mark(position.offset, position.row, position.line)
+        return index, FileOffset(position.offset, position.row, position.line)
 
 
 def _open_fs(path: str, workspace: Path) -> tuple[Any, str]:
@@ -168,16 +168,16 @@ def _open_fs(path: str, workspace: Path) -> tuple[Any, str]:
     return fs, str(pattern)
 
 
-def _root(pattern: str) -> str:
-    """The directories that all matches have in common, for names as short as they can be."""
-    fixed = next((index for index, char in enumerate(pattern) if char in _MAGIC), len(pattern))
-    return pattern[: pattern.rfind("/", 0, fixed) + 1]
+def _common_directory(pattern: str) -> str:
+    """Return the leading directories that all matches share; messages and cursors leave them out of the names."""
+    glob_start = next((index for index, char in enumerate(pattern) if char in _GLOB_CHARS), len(pattern))
+    return pattern[: pattern.rfind("/", 0, glob_start) + 1]
 
 
-def _share(value: str, partitions: int) -> int:
+def _partition_index(value: str, partitions: int) -> int:
     if not value.isdecimal() or int(value) >= partitions:
         raise PermanentError(
-            f"the partition {value[:80]!r} is no index below {partitions}, and the path has no {PARTITION}"
+            f"the partition {value[:80]!r} is no index below {partitions}, and the path has no {PARTITION_PLACEHOLDER}"
         )
     return int(value)
 
@@ -186,8 +186,8 @@ def _format(source: FilesSource, name: str) -> FileFormat:
     if source.format is not None:
         return source.format
     path = Path(name)
-    if path.suffix in _COMPRESSED:
+    if path.suffix in _COMPRESSION_SUFFIXES:
         path = path.with_suffix("")
-    if path.suffix not in _SUFFIXES:
+    if path.suffix not in _FORMAT_BY_SUFFIX:
         raise PermanentError(f"{name}: its name says no format; set `format` to csv, jsonl or parquet")
-    return _SUFFIXES[path.suffix]
+    return _FORMAT_BY_SUFFIX[path.suffix]

@@ -1,4 +1,4 @@
-"""The hook stage: the built-in hooks by name. There is one, `validate`."""
+"""The hook stage: runs the built-in hook that the configuration names. There is one, `validate`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 
 from ingestrun.model.contract import StageResult
 from ingestrun.model.worker import Validate
-from ingestrun.worker.context import Context, parse
-from ingestrun.worker.failure import PermanentError
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.context import Context, parse_config
+from ingestrun.worker.errors import PermanentError
+from ingestrun.worker.shutdown import Stop
 
 
 def run_hook(context: Context, stop: Stop) -> StageResult:
     """Run the hook that the configuration names.
 
     Raises:
-        WorkerError: the configuration names none that is built in, or the hook failed.
+        WorkerError: the configuration names no built-in hook, or the hook failed.
     """
     try:
         config = json.loads(context.config)
@@ -25,4 +25,4 @@ def run_hook(context: Context, stop: Stop) -> StageResult:
         raise PermanentError('the built-in hook is {"validate": {...}}; the configuration has something else')
     from ingestrun.worker.validate import validate
 
-    return validate(parse(Validate, json.dumps(config["validate"]), "the hook validate"), context, stop)
+    return validate(parse_config(Validate, json.dumps(config["validate"]), "the hook validate"), context, stop)

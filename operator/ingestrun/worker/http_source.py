@@ -1,32 +1,30 @@
-"""The source `http`: JSON records, page by page."""
+"""The source `http`: reads JSON records page by page."""
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 import httpx
 
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION, HttpSource
-from ingestrun.worker.columns import table_of
-from ingestrun.worker.context import Context
-from ingestrun.worker.failure import PermanentError, RetryableError, WorkerError
-from ingestrun.worker.handover import Spool
-from ingestrun.worker.pagination import Page, find, is_absent, pager_of, same_origin
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.columns import parse_json, table_from_records
+from ingestrun.worker.context import PARTITION_PLACEHOLDER, Context
+from ingestrun.worker.errors import PermanentError, RetryableError, WorkerError
+from ingestrun.worker.pagination import Page, is_absent, pager_for, same_origin, value_at
+from ingestrun.worker.shutdown import Stop
+from ingestrun.worker.stage_io import OutputWriter
 
-PARTITION: Final = "{partition}"
 _OK: Final = 200
-_MAY_PASS: Final = frozenset({408, 425, 429})
+_RETRYABLE_STATUS: Final = frozenset({408, 425, 429})
 _SERVER_ERROR: Final = 500
 _TRIES: Final = 4
 WAIT_BUDGET: Final = 60.0
-"""Seconds that one page may take with all waits before another try; else it is left to the operator's retry."""
-_REDIRECTS: Final = 5
+"""Most seconds that one page may take with all its tries and waits; after that the operator retries the stage."""
+_MAX_REDIRECTS: Final = 5
 _HINTS: Final = {
     401: ": check the authorization Secret",
     403: ": check the authorization Secret",
@@ -35,59 +33,59 @@ _HINTS: Final = {
 
 
 class HttpReader:
-    """A paged HTTP source, from where the batch before ended."""
+    """Reads a paged HTTP source from where the batch before ended."""
 
     def __init__(self, source: HttpSource, context: Context, stop: Stop) -> None:
-        """Find the first page.
+        """Find the first page; nothing is sent yet.
 
         Raises:
-            PermanentError: the cursor, the partition or the authorization does not go with the source.
+            PermanentError: the cursor, the partition or the authorization does not fit the source.
         """
         url, params, cursor = source.url, dict(source.params), context.cursor
         if context.partitions is not None:
-            url, params = _in_partition(url, params, context.cursor)
+            url, params = _fill_in_partition(url, params, context.cursor)
             cursor = ""
         self._base = url
         self._records = source.records
-        self._pager = pager_of(source, url, params)
-        self._position = self._pager.start(cursor)
+        self._pager = pager_for(source, url, params)
+        self._position = self._pager.start_position(cursor)
         self._stop = stop
         self._client = PageClient(source, url, context.authorization, stop)
 
-    def read(self, limit: int | None, spool: Spool) -> str | None:
-        """See `fetch.BatchReader`.
+    def read(self, limit: int | None, output: OutputWriter) -> str | None:
+        """Read a batch, as `fetch.BatchReader`.
 
         Raises:
-            WorkerError: a page could not be had, or is not what it should be.
+            WorkerError: a page can't be got, or is not a page of records.
         """
-        position, left = self._position, limit
+        position, remaining = self._position, limit
         with self._client as client:
-            while left is None or left > 0:
-                self._stop.check()
+            while remaining is None or remaining > 0:
+                self._stop.raise_if_stopped()
                 url, params = self._pager.request(position)
-                page = client.page(url, params, self._records, self._pager.label(position))
+                page = client.page(url, params, self._records, self._pager.describe(position))
                 fresh = page.records[position.taken :]
-                kept = fresh if left is None else fresh[:left]
+                kept = fresh if remaining is None else fresh[:remaining]
                 try:
-                    following = self._pager.after(position, page, len(kept))
-                    spool.add(table_of(kept))
+                    following = self._pager.next_position(position, page, len(kept))
+                    output.add(table_from_records(kept))
                 except WorkerError as error:
-                    raise type(error)(f"{error} ({shown(self._base)})") from None
+                    raise type(error)(f"{error} ({without_secrets(self._base)})") from None
                 if following is None:
                     return None
-                left = None if left is None else left - len(kept)
+                remaining = None if remaining is None else remaining - len(kept)
                 position = following
         return position.cursor()
 
 
 class PageClient:
-    """Gets pages, with a few retries of its own: most of a source's hiccups are over sooner than a new pod runs."""
+    """Gets pages, and retries a few times itself, because most failures of a source pass before a new pod would run."""
 
     def __init__(self, source: HttpSource, base: str, authorization: str | None, stop: Stop) -> None:
-        """Make the client; nothing is sent yet. `stop` is asked while a wait before another try goes on.
+        """Make the client; nothing is sent yet. Waits between tries are interrupted by `stop`.
 
         Raises:
-            PermanentError: an authorization is configured but not there, or is no header value.
+            PermanentError: an authorization is configured but missing, or is no header value.
         """
         if source.authorization is not None and authorization is None:
             raise PermanentError(
@@ -101,7 +99,7 @@ class PageClient:
         self._client = httpx.Client(
             timeout=source.timeout_seconds,
             follow_redirects=True,
-            max_redirects=_REDIRECTS,
+            max_redirects=_MAX_REDIRECTS,
             headers={"accept": "application/json", "user-agent": "ingestrun-worker"},
         )
 
@@ -115,21 +113,23 @@ class PageClient:
         """Get one page.
 
         Raises:
-            PermanentError: the source says that it never will (404, say), or a record is no object.
-            RetryableError: it may do so later.
+            PermanentError: a retry can't help (404, say), or a record is no object.
+            RetryableError: the source failed in a way that may pass, or the page is not a page of records.
         """
-        where = f"{label} of {shown(url)}"
+        where = f"{label} of {without_secrets(url)}"
         response = self._get(url, params, where)
         try:
-            body = json.loads(response.content, parse_constant=_no_constant)
+            body = parse_json(response.content)
         except (ValueError, RecursionError):
-            # Retried although it came with 200: it is mostly a proxy's or a login's page in between, and a
-            # source that truly talks no JSON costs but a few attempts.
-            kind = response.headers.get("content-type", "no content-type")[:60]
-            raise RetryableError(f"{where}: the page is not JSON ({len(response.content)} bytes, {kind})") from None
-        found = find(body, records)
+            # Retried in spite of the status 200, because it is mostly the page of a proxy or a login in between. If the
+            # source really sends no JSON, it only costs a few attempts.
+            content_type = response.headers.get("content-type", "no content-type")[:60]
+            raise RetryableError(
+                f"{where}: the page is not JSON ({len(response.content)} bytes, {content_type})"
+            ) from None
+        found = value_at(body, records)
         if is_absent(found) or not isinstance(found, list):
-            # With 200 as well: an error object in the place of a page, mostly.
+            # Retried as well: it is mostly an error object that was sent with the status 200.
             place = f"at {records!r}" if records else "as the page itself"
             raise RetryableError(f"{where}: there is no list of records {place}")
         for index, record in enumerate(found):
@@ -138,36 +138,38 @@ class PageClient:
         return Page(found, body, _next_link(response))
 
     def _get(self, url: str, params: dict[str, str], where: str) -> httpx.Response:
-        waited = 0.0
-        for left in reversed(range(_TRIES)):
+        elapsed = 0.0
+        for tries_left in reversed(range(_TRIES)):
             started = time.monotonic()
-            failure, asked = self._try(url, params, where)
+            failure, asked_wait = self._try(url, params, where)
             if isinstance(failure, httpx.Response):
                 return failure
-            waited += time.monotonic() - started
-            wait = asked if asked is not None else 0.5 * 2 ** (_TRIES - 1 - left)
-            if asked is not None and waited + asked > WAIT_BUDGET:
+            elapsed += time.monotonic() - started
+            wait = asked_wait if asked_wait is not None else 0.5 * 2 ** (_TRIES - 1 - tries_left)
+            if asked_wait is not None and elapsed + asked_wait > WAIT_BUDGET:
                 raise RetryableError(
-                    f"{failure}; it asks to wait {asked:.0f} s (Retry-After), more than the "
+                    f"{failure}; it asks to wait {asked_wait:.0f} s (Retry-After), more than the "
                     f"{WAIT_BUDGET:.0f} s that are waited here: the next attempt goes on"
                 )
-            if left == 0 or waited + wait > WAIT_BUDGET:
+            if tries_left == 0 or elapsed + wait > WAIT_BUDGET:
                 raise failure
             self._stop.wait(wait)
-            waited += wait
+            elapsed += wait
         raise AssertionError("unreachable")
 
     def _try(
         self, url: str, params: dict[str, str], where: str
     ) -> tuple[httpx.Response, None] | tuple[RetryableError, float | None]:
-        """One request: the response, or what went wrong and how long the source asks to wait, if it does."""
-        # Only to the source itself: a next link may lead to another host.
-        send = self._authorization is not None and same_origin(self._base, url)
+        """Send one request; return the response, or the error and the seconds that the source asks to wait, if any."""
+        # Sent to the source's own origin alone, because a next link may lead to another host.
+        authorized = self._authorization is not None and same_origin(self._base, url)
         try:
             target = httpx.URL(url).copy_merge_params(params) if params else httpx.URL(url)
-            response = self._client.get(target, headers={"authorization": self._authorization or ""} if send else None)
+            response = self._client.get(
+                target, headers={"authorization": self._authorization or ""} if authorized else None
+            )
         except httpx.TooManyRedirects:
-            raise PermanentError(f"{where}: more than {_REDIRECTS} redirects") from None
+            raise PermanentError(f"{where}: more than {_MAX_REDIRECTS} redirects") from None
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError):
             raise PermanentError(f"{where}: not a URL that can be asked for") from None
         except httpx.TimeoutException as error:
@@ -178,13 +180,13 @@ class PageClient:
         if status == _OK:
             return response, None
         text = f"{where}: HTTP {status} {response.reason_phrase}".rstrip()
-        if status in _MAY_PASS or status >= _SERVER_ERROR:
+        if status in _RETRYABLE_STATUS or status >= _SERVER_ERROR:
             return RetryableError(text), retry_after(response.headers.get("retry-after"))
         raise PermanentError(text + _HINTS.get(status, ""))
 
 
 def retry_after(value: str | None, now: datetime | None = None) -> float | None:
-    """Seconds to wait by a Retry-After header, which has seconds or a date; None where it has neither."""
+    """Return the seconds to wait by a Retry-After header, which holds seconds or a date; None if it holds neither."""
     text = (value or "").strip()
     if text.isdecimal():
         return float(text[:9])
@@ -197,28 +199,24 @@ def retry_after(value: str | None, now: datetime | None = None) -> float | None:
     return max(0.0, (date - (now or datetime.now(UTC))).total_seconds())
 
 
-def shown(url: str) -> str:
-    """A URL as it may be shown: without credentials, and without the query, which may hold a token."""
+def without_secrets(url: str) -> str:
+    """Return a URL fit for a message: without credentials, and without the query, which may hold a token."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _in_partition(url: str, params: dict[str, str], value: str) -> tuple[str, dict[str, str]]:
-    if PARTITION not in url and not any(PARTITION in text for text in params.values()):
+def _fill_in_partition(url: str, params: dict[str, str], value: str) -> tuple[str, dict[str, str]]:
+    if PARTITION_PLACEHOLDER not in url and not any(PARTITION_PLACEHOLDER in text for text in params.values()):
         raise PermanentError(
             "the run has partitions, but neither url nor params has {partition}: each would read all the data again"
         )
-    filled = {name: text.replace(PARTITION, value) for name, text in params.items()}
-    return url.replace(PARTITION, quote(value, safe="")), filled
+    filled = {name: text.replace(PARTITION_PLACEHOLDER, value) for name, text in params.items()}
+    return url.replace(PARTITION_PLACEHOLDER, quote(value, safe="")), filled
 
 
 def _next_link(response: httpx.Response) -> str | None:
     url = response.links.get("next", {}).get("url")
     return None if not url else str(response.url.join(url))
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _json_kind(value: Any) -> str:

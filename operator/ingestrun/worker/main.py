@@ -1,4 +1,4 @@
-"""The worker's entry point: one stage of one batch, told by the environment, answered by result and exit code."""
+"""The worker's entry point: run the stage that the environment describes, leave a result and an exit code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ingestrun.worker.stopping import EXIT_STOPPED, Cancelled, Stop, Stopped
+from ingestrun.worker.shutdown import EXIT_STOPPED, Cancelled, Stop, Stopped
 
 if TYPE_CHECKING:
     from ingestrun.model.contract import StageResult
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Do the stage and end the process."""
+    """Run the stage and exit."""
     stop = Stop()
-    # First of all: as process 1 of a container we would not even be killed by a SIGTERM without a handler.
+    # Before all else, because process 1 of a container ignores a SIGTERM for which it has no handler.
     stop.install()
     try:
         code = run(os.environ, stop)
@@ -29,57 +29,48 @@ def main() -> None:
 
 
 def run(env: Mapping[str, str], stop: Stop) -> int:
-    """Do the stage, leave its result, and return the exit code: 0, 65 for permanent, 143 for SIGTERM, else 1.
+    """Run the stage, write its result, and return the exit code: 0, 65 if permanent, 143 on SIGTERM, else 1.
 
-    A cancelled run is 0 as well: the Job is complete, and its result says that it is nobody's failure.
+    The stage of a cancelled run ends with 0 too, so that its Job completes; the outcome in the result is `cancelled`.
     """
     from ingestrun.model import contract
-    from ingestrun.worker import faults, report
-    from ingestrun.worker.failure import explain
+    from ingestrun.worker.errors import to_worker_error
+    from ingestrun.worker.logs import log_event
+    from ingestrun.worker.result import cancelled_result, failed_result, write_result
 
-    fault = None
     try:
-        fault = faults.find_fault(env)
-        if fault is not None:
-            report.log(env, "fault on purpose", kind=fault.kind)
-        if (code := faults.at_start(fault)) is not None:
-            return code
-        result, code = _do_stage(env, stop), contract.EXIT_DONE
+        result, code = _run_stage(env, stop), contract.EXIT_DONE
     except Stopped:
-        result, code = report.failed("stopped by SIGTERM, nothing published"), EXIT_STOPPED
+        result, code = failed_result("stopped by SIGTERM, nothing published"), EXIT_STOPPED
     except Cancelled as cancelled:
-        stop.ignore()
-        result, code = report.cancelled(str(cancelled), read=cancelled.rows), contract.EXIT_DONE
+        stop.ignore_signals()
+        result, code = cancelled_result(str(cancelled), read=cancelled.rows), contract.EXIT_DONE
     except Exception as error:
-        stop.ignore()
-        failure = explain(error)
+        stop.ignore_signals()
+        failure = to_worker_error(error)
         if failure is not error:
             traceback.print_exc()
-        result = report.failed(str(failure), read=failure.read, rejected=failure.rejected)
+        result = failed_result(str(failure), read=failure.read, rejected=failure.rejected)
         code = contract.EXIT_PERMANENT if failure.permanent else 1
-    stop.ignore()
-    text: str | None = contract.render_result(result)
-    if result.outcome is contract.Outcome.DONE and (swapped := faults.at_end(fault)) is not None:
-        code, text = swapped
-    if text is not None:
-        report.leave(env, text)
-    report.log(env, "stage ended", exit_code=code, **result.model_dump(mode="json", by_alias=True, exclude_none=True))
+    stop.ignore_signals()
+    write_result(env, result)
+    log_event(env, "stage ended", exit_code=code, **result.model_dump(mode="json", by_alias=True, exclude_none=True))
     return code
 
 
-def _do_stage(env: Mapping[str, str], stop: Stop) -> StageResult:
+def _run_stage(env: Mapping[str, str], stop: Stop) -> StageResult:
     from ingestrun.model import contract
     from ingestrun.model.contract import RESULT_MAX_BYTES, Stage, render_result
-    from ingestrun.worker import report
     from ingestrun.worker.context import read_context
-    from ingestrun.worker.failure import PermanentError
+    from ingestrun.worker.errors import PermanentError
+    from ingestrun.worker.logs import log_event
 
     context = read_context(env)
     if env.get(contract.ENV_CANCELLATION_URL):
-        from ingestrun.worker.cancellation import CancellationCheck
+        from ingestrun.worker.cancellation import CancellationClient
 
-        stop.ask(CancellationCheck.of(env, partial(report.log, env)))
-    report.log(env, "stage starts")
+        stop.set_cancellation_client(CancellationClient.from_env(env, partial(log_event, env)))
+    log_event(env, "stage starts")
     if not context.config:
         raise PermanentError("INGEST_CONFIG is not set: the built-in worker needs a source, a hook or a sink")
     stages = {Stage.FETCH: _fetch, Stage.HOOK: _hook, Stage.PUBLISH: _publish}
@@ -89,7 +80,7 @@ def _do_stage(env: Mapping[str, str], stop: Stop) -> StageResult:
     return result
 
 
-# Each stage imports what it alone needs: httpx for an HTTP source, pyarrow's compute for validate, and so on.
+# A stage imports only what it needs (httpx for an HTTP source, pyarrow.compute for `validate`), so that it starts fast.
 
 
 def _fetch(context: Context, stop: Stop) -> StageResult:

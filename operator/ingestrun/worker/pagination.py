@@ -1,7 +1,7 @@
-"""Where a paged source is read next, for each way of paging: pure, so that exactness can be tested alone.
+"""Where a paged source is read next, for each kind of pagination. It does no I/O, so exactness can be tested alone.
 
-A position says which page, and how many of its records were taken already: a batch may end within a page. The
-next batch asks for the same page again and skips these. As JSON the position is the cursor that is handed on.
+A position names a page, and how many of its records are taken already, because a batch may end within a page. The
+next batch asks for the same page again and skips these. The position as JSON is the cursor that is handed on.
 """
 
 from __future__ import annotations
@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from ingestrun.model.worker import HttpSource
-from ingestrun.worker.failure import PermanentError, RetryableError
+from ingestrun.model.worker import CursorPagination, HttpSource, LinkPagination, OffsetPagination, PagePagination
+from ingestrun.worker.errors import PermanentError, RetryableError
 
-Natural = Annotated[int, Field(ge=0)]
 _ABSENT: Final = object()
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page as the source gave it. `body` is the whole JSON, `next_link` the Link header's rel="next"."""
+    """A page as the source sent it; `body` is the whole JSON, `next_link` the Link header's rel="next"."""
 
     records: list[dict[str, Any]]
     body: Any
@@ -31,29 +30,29 @@ class Page:
 
 
 class Position(BaseModel):
-    """Where to go on. `taken`: so many records of the page were taken by the batch before."""
+    """Where to go on; `taken` is how many records of the page the batch before has taken."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    taken: Natural = 0
+    taken: NonNegativeInt = 0
 
     def cursor(self) -> str:
-        """The position as it is handed on: JSON in ASCII."""
+        """Return the position as JSON in ASCII."""
         return json.dumps(self.model_dump(exclude_defaults=True), separators=(",", ":"))
 
 
 class PagePosition(Position):
-    """`seen`: records taken from the source in all. `size`: the page size that the numbers go by."""
+    """A page's number; `size` is the page size that it counts by, `seen` how many records were taken in all."""
 
-    page: Natural
-    size: Natural
-    seen: Natural = 0
+    page: NonNegativeInt
+    size: NonNegativeInt
+    seen: NonNegativeInt = 0
 
 
 class OffsetPosition(Position):
-    """The offset moves by the records that were taken, so that it needs no `taken`."""
+    """An offset, which moves by the records that were taken, so that it needs no `taken`."""
 
-    offset: Natural
+    offset: NonNegativeInt
 
 
 class CursorPosition(Position):
@@ -63,48 +62,48 @@ class CursorPosition(Position):
 
 
 class LinkPosition(Position):
-    """The next page's URL, without scheme and host where these are the source's; null for the first page."""
+    """The next page's URL, without scheme and host if they are the source's; null for the first page."""
 
     next: str | None = None
 
 
-P = TypeVar("P", bound=Position)
-
-
 class Pager(Protocol):
-    """One way of paging."""
+    """One kind of pagination."""
 
-    def label(self, position: Any) -> str:
-        """What the page is called in messages."""
+    def describe(self, position: Any) -> str:
+        """Return the page's name for messages."""
 
-    def start(self, cursor: str) -> Position:
-        """The position that a cursor stands for; an empty one for the beginning.
+    def start_position(self, cursor: str) -> Position:
+        """Parse a cursor; an empty one is the beginning.
 
         Raises:
             PermanentError: it is not a cursor of this source.
         """
 
     def request(self, position: Any) -> tuple[str, dict[str, str]]:
-        """The URL of the page, and the parameters to add."""
+        """Return the page's URL, and the parameters to add."""
 
-    def after(self, position: Any, page: Page, kept: int) -> Position | None:
-        """Where to go on when `kept` more records of the page were taken; None: the source said it has no more."""
-
-
-def pager_of(source: HttpSource, url: str, params: Mapping[str, str]) -> Pager:
-    """The pager that the source's `pagination` asks for."""
-    way = source.pagination
-    if way.page is not None:
-        return PagePager(source, url, dict(params))
-    if way.offset is not None:
-        return OffsetPager(source, url, dict(params))
-    if way.cursor is not None:
-        return CursorPager(source, url, dict(params))
-    return LinkPager(source, url, dict(params))
+    def next_position(self, position: Any, page: Page, kept: int) -> Position | None:
+        """Return where to go on after taking `kept` more records; None if the source has reported its end."""
 
 
-def find(body: Any, path: str | None) -> Any:
-    """The value at a dotted path, or a sentinel that `is_absent` knows."""
+def pager_for(source: HttpSource, url: str, params: Mapping[str, str]) -> Pager:
+    """Return the pager that the source's `pagination` names."""
+    requests = _Requests(url, dict(params), source.page_size)
+    kind = source.pagination
+    if kind.page is not None:
+        return PagePager(kind.page, requests)
+    if kind.offset is not None:
+        return OffsetPager(kind.offset, requests)
+    if kind.cursor is not None:
+        return CursorPager(kind.cursor, requests)
+    if kind.link is not None:
+        return LinkPager(kind.link, requests)
+    raise PermanentError("the pagination has none of page, offset, cursor and link")
+
+
+def value_at(body: Any, path: str | None) -> Any:
+    """Return the value at a dotted path, or a sentinel that `is_absent` recognizes."""
     for part in path.split(".") if path else ():
         if not isinstance(body, dict) or part not in body:
             return _ABSENT
@@ -113,22 +112,33 @@ def find(body: Any, path: str | None) -> Any:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether `find` found nothing."""
+    """Return whether `value_at` found nothing."""
     return value is _ABSENT
 
 
-class _Base:
-    def __init__(self, source: HttpSource, url: str, params: dict[str, str]) -> None:
-        self._way = source.pagination
-        self._size = source.page_size
-        self._url = url
-        self._params = params
+@dataclass(frozen=True)
+class _Requests:
+    """What the requests of all pages share."""
 
-    def _sized(self, name: str | None) -> dict[str, str]:
-        return {**self._params, name: str(self._size)} if name else dict(self._params)
+    url: str
+    params: dict[str, str]
+    page_size: int
+
+    def params_with_size(self, size_param: str | None) -> dict[str, str]:
+        return {**self.params, size_param: str(self.page_size)} if size_param else dict(self.params)
 
 
-def _parse(kind: type[P], cursor: str) -> P:
+_Pagination = TypeVar("_Pagination", PagePagination, OffsetPagination, CursorPagination, LinkPagination)
+_Position = TypeVar("_Position", bound=Position)
+
+
+class _Pager(Generic[_Pagination]):
+    def __init__(self, pagination: _Pagination, requests: _Requests) -> None:
+        self._pagination: _Pagination = pagination
+        self._requests = requests
+
+
+def _parse_cursor(kind: type[_Position], cursor: str) -> _Position:
     try:
         return kind.model_validate_json(cursor)
     except ValidationError:
@@ -137,181 +147,157 @@ def _parse(kind: type[P], cursor: str) -> P:
         ) from None
 
 
-def _shrunk(what: str, taken: int, now: int) -> RetryableError:
+def _page_shrank(where: str, taken: int, now: int) -> RetryableError:
     return RetryableError(
-        f"{what}: the batch before took {taken} records of this page, now it has {now}: "
+        f"{where}: the batch before took {taken} records of this page, now it has {now}: "
         "the source changed under the run"
     )
 
 
-def _check_total(body: Any, path: str | None, seen: int, *, empty: bool, what: str) -> bool:
-    """Whether the source's own total says that all was read."""
+def _total_reached(body: Any, path: str | None, seen: int, *, empty: bool, where: str) -> bool:
+    """Return whether all records were read, by the total that the source states; False if it states none.
+
+    Raises:
+        RetryableError: the page has no total, or is empty before the total is reached.
+    """
     if path is None:
         return False
-    total = find(body, path)
+    total = value_at(body, path)
     if isinstance(total, str) and total.isdecimal():
         total = int(total)
     if not isinstance(total, int) or isinstance(total, bool):
-        raise RetryableError(f"{what}: the page has no number at totalPath {path!r}")
+        raise RetryableError(f"{where}: the page has no number at totalPath {path!r}")
     if empty and seen < total:
         # An empty page before the total is a missing page, and that is never the end of the data.
-        raise RetryableError(f"{what}: no records on this page, but {path!r} says {total} and only {seen} were read")
+        raise RetryableError(f"{where}: no records on this page, but {path!r} says {total} and only {seen} were read")
     return seen >= total
 
 
-class PagePager(_Base):
-    """Numbered pages. A short page is no end: a source may give fewer records a page than it was asked for."""
+class PagePager(_Pager[PagePagination]):
+    """Numbered pages. A short page is not the end, because a source may send fewer records than it was asked for."""
 
-    def start(self, cursor: str) -> PagePosition:
-        """See `Pager`."""
-        way = self._way.page
-        assert way is not None  # noqa: S101 - for mypy
+    def start_position(self, cursor: str) -> PagePosition:
+        size = self._requests.page_size
         if not cursor:
-            return PagePosition(page=way.first, size=self._size)
-        position = _parse(PagePosition, cursor)
-        if position.size != self._size:
+            return PagePosition(page=self._pagination.first, size=size)
+        position = _parse_cursor(PagePosition, cursor)
+        if position.size != size:
             raise PermanentError(
-                f"the cursor counts pages of {position.size} records, pageSize is {self._size}: "
+                f"the cursor counts pages of {position.size} records, pageSize is {size}: "
                 "a page number means nothing under another size"
             )
         return position
 
-    def label(self, position: PagePosition) -> str:
-        """See `Pager`."""
+    def describe(self, position: PagePosition) -> str:
         return f"page {position.page}"
 
     def request(self, position: PagePosition) -> tuple[str, dict[str, str]]:
-        """See `Pager`."""
-        way = self._way.page
-        assert way is not None  # noqa: S101 - for mypy
-        return self._url, {**self._sized(way.size_param), way.param: str(position.page)}
+        params = self._requests.params_with_size(self._pagination.size_param)
+        return self._requests.url, {**params, self._pagination.param: str(position.page)}
 
-    def after(self, position: PagePosition, page: Page, kept: int) -> PagePosition | None:
-        """See `Pager`."""
-        way = self._way.page
-        assert way is not None  # noqa: S101 - for mypy
-        what = self.label(position)
-        used, count = position.taken + kept, len(page.records)
+    def next_position(self, position: PagePosition, page: Page, kept: int) -> PagePosition | None:
+        where = self.describe(position)
+        taken, count = position.taken + kept, len(page.records)
         if position.taken > count:
-            raise _shrunk(what, position.taken, count)
+            raise _page_shrank(where, position.taken, count)
         seen = position.seen + kept
-        over = _check_total(page.body, way.total_path, seen, empty=not count, what=what)
-        if used < count:
-            return PagePosition(page=position.page, size=self._size, seen=seen, taken=used)
-        if over or not count:
+        complete = _total_reached(page.body, self._pagination.total_path, seen, empty=not count, where=where)
+        if taken < count:
+            return PagePosition(page=position.page, size=position.size, seen=seen, taken=taken)
+        if complete or not count:
             return None
-        return PagePosition(page=position.page + 1, size=self._size, seen=seen)
+        return PagePosition(page=position.page + 1, size=position.size, seen=seen)
 
 
-class OffsetPager(_Base):
-    """Offsets, which can begin anywhere: no page is asked for twice."""
+class OffsetPager(_Pager[OffsetPagination]):
+    """Offsets. A page may begin at any record, so no page is asked for twice."""
 
-    def start(self, cursor: str) -> OffsetPosition:
-        """See `Pager`."""
-        return _parse(OffsetPosition, cursor) if cursor else OffsetPosition(offset=0)
+    def start_position(self, cursor: str) -> OffsetPosition:
+        return _parse_cursor(OffsetPosition, cursor) if cursor else OffsetPosition(offset=0)
 
-    def label(self, position: OffsetPosition) -> str:
-        """See `Pager`."""
+    def describe(self, position: OffsetPosition) -> str:
         return f"offset {position.offset}"
 
     def request(self, position: OffsetPosition) -> tuple[str, dict[str, str]]:
-        """See `Pager`."""
-        way = self._way.offset
-        assert way is not None  # noqa: S101 - for mypy
-        return self._url, {**self._sized(way.size_param), way.param: str(position.offset)}
+        params = self._requests.params_with_size(self._pagination.size_param)
+        return self._requests.url, {**params, self._pagination.param: str(position.offset)}
 
-    def after(self, position: OffsetPosition, page: Page, kept: int) -> OffsetPosition | None:
-        """See `Pager`."""
-        way = self._way.offset
-        assert way is not None  # noqa: S101 - for mypy
+    def next_position(self, position: OffsetPosition, page: Page, kept: int) -> OffsetPosition | None:
         count, offset = len(page.records), position.offset + kept
-        what = self.label(position)
-        over = _check_total(page.body, way.total_path, offset, empty=not count, what=what)
-        if not count or (over and kept == count):
+        where = self.describe(position)
+        complete = _total_reached(page.body, self._pagination.total_path, offset, empty=not count, where=where)
+        if not count or (complete and kept == count):
             return None
         return OffsetPosition(offset=offset)
 
 
-class CursorPager(_Base):
-    """The response carries the next cursor; the end is where it carries none."""
+class CursorPager(_Pager[CursorPagination]):
+    """Cursors. Each response carries the next one; the source ends with a response that carries none."""
 
-    def start(self, cursor: str) -> CursorPosition:
-        """See `Pager`."""
-        return _parse(CursorPosition, cursor) if cursor else CursorPosition()
+    def start_position(self, cursor: str) -> CursorPosition:
+        return _parse_cursor(CursorPosition, cursor) if cursor else CursorPosition()
 
-    def label(self, position: CursorPosition) -> str:
-        """See `Pager`."""
+    def describe(self, position: CursorPosition) -> str:
         return "the first page" if position.at is None else f"the page at cursor {str(position.at)[:40]!r}"
 
     def request(self, position: CursorPosition) -> tuple[str, dict[str, str]]:
-        """See `Pager`."""
-        way = self._way.cursor
-        assert way is not None  # noqa: S101 - for mypy
-        params = self._sized(way.size_param)
-        return self._url, params if position.at is None else {**params, way.param: str(position.at)}
+        params = self._requests.params_with_size(self._pagination.size_param)
+        if position.at is not None:
+            params[self._pagination.param] = str(position.at)
+        return self._requests.url, params
 
-    def after(self, position: CursorPosition, page: Page, kept: int) -> CursorPosition | None:
-        """See `Pager`."""
-        way = self._way.cursor
-        assert way is not None  # noqa: S101 - for mypy
-        used, count = position.taken + kept, len(page.records)
+    def next_position(self, position: CursorPosition, page: Page, kept: int) -> CursorPosition | None:
+        taken, count = position.taken + kept, len(page.records)
         if position.taken > count:
-            raise _shrunk(self.label(position), position.taken, count)
-        if used < count:
-            return CursorPosition(at=position.at, taken=used)
-        following = find(page.body, way.path)
+            raise _page_shrank(self.describe(position), position.taken, count)
+        if taken < count:
+            return CursorPosition(at=position.at, taken=taken)
+        path = self._pagination.path
+        following = value_at(page.body, path)
         if is_absent(following) or following is None or following == "":
             return None
         if isinstance(following, bool) or not isinstance(following, str | int):
-            raise PermanentError(
-                f"the cursor at {way.path!r} is a {type(following).__name__}, not a string or a number"
-            )
+            raise PermanentError(f"the cursor at {path!r} is a {type(following).__name__}, not a string or a number")
         if following == position.at:
-            raise PermanentError(f"the cursor at {way.path!r} is the one that was sent: the source would never end")
+            raise PermanentError(f"the cursor at {path!r} is the one that was sent: the source would never end")
         return CursorPosition(at=following)
 
 
-class LinkPager(_Base):
-    """The Link header carries the next URL; the end is where there is none."""
+class LinkPager(_Pager[LinkPagination]):
+    """Links. The Link header carries the next page's URL; the source ends with a response that has none."""
 
-    def start(self, cursor: str) -> LinkPosition:
-        """See `Pager`."""
-        return _parse(LinkPosition, cursor) if cursor else LinkPosition()
+    def start_position(self, cursor: str) -> LinkPosition:
+        return _parse_cursor(LinkPosition, cursor) if cursor else LinkPosition()
 
-    def label(self, position: LinkPosition) -> str:
-        """See `Pager`."""
+    def describe(self, position: LinkPosition) -> str:
         return "the first page" if position.next is None else "a linked page"
 
     def request(self, position: LinkPosition) -> tuple[str, dict[str, str]]:
-        """See `Pager`."""
-        way = self._way.link
-        assert way is not None  # noqa: S101 - for mypy
         if position.next is None:
-            return self._url, self._sized(way.size_param)
-        return urljoin(self._url, position.next), {}
+            return self._requests.url, self._requests.params_with_size(self._pagination.size_param)
+        return urljoin(self._requests.url, position.next), {}
 
-    def after(self, position: LinkPosition, page: Page, kept: int) -> LinkPosition | None:
-        """See `Pager`."""
-        used, count = position.taken + kept, len(page.records)
+    def next_position(self, position: LinkPosition, page: Page, kept: int) -> LinkPosition | None:
+        taken, count = position.taken + kept, len(page.records)
         if position.taken > count:
-            raise _shrunk(self.label(position), position.taken, count)
-        if used < count:
-            return LinkPosition(next=position.next, taken=used)
+            raise _page_shrank(self.describe(position), position.taken, count)
+        if taken < count:
+            return LinkPosition(next=position.next, taken=taken)
         if page.next_link is None:
             return None
-        following = shorten(self._url, page.next_link)
+        following = relative_url(self._requests.url, page.next_link)
         if following == position.next:
             raise PermanentError('the Link header\'s rel="next" is the page itself: the source would never end')
         return LinkPosition(next=following)
 
 
 def same_origin(one: str, other: str) -> bool:
-    """Whether two URLs have scheme, host and port in common."""
+    """Return whether two URLs share scheme, host and port."""
     return _origin(one) == _origin(other)
 
 
-def shorten(base: str, url: str) -> str:
-    """A URL as short as the base allows: path and query where the origin is the base's. Credentials are dropped."""
+def relative_url(base: str, url: str) -> str:
+    """Return a URL as path and query if it has the base's origin, else in full; credentials are dropped."""
     parts = urlsplit(url)
     if same_origin(base, url) and not parts.path.startswith("//"):
         return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")

@@ -1,4 +1,4 @@
-"""A list of partitions in a file of the workspace: one a line, for lists that are too long for the run itself."""
+"""A list of partitions in a file of the workspace, one a line, for lists that are too long for the run itself."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Final
 
 from ingestrun.model.contract import ENV_CURSOR, PARTITION_MAX_BYTES
 from ingestrun.worker.context import Context
-from ingestrun.worker.failure import PermanentError
+from ingestrun.worker.errors import PermanentError
 
-_BLOCK: Final = 2**20
-_BOM: Final = b"\xef\xbb\xbf"
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_BLOCK_BYTES: Final = 2**20
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_CONTROL_CHARACTER: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def partition_of(context: Context, path: Path) -> str:
-    """The partition of this batch: the line with its number, from 0.
+def read_partition(context: Context, path: Path) -> str:
+    """Return the partition of this batch: the line whose number, from 0, is the cursor.
 
-    Each fetch reads the whole list, and the part before its line twice, in constant memory: below 0.1 s for a
-    million lines. So a list whose length changed amid the run is noticed, and no partition is read under two numbers.
+    Each fetch reads the whole list, and the part before its own line twice. It needs constant memory, and less than
+    0.1 s for a million lines. Thereby a list that gets longer or shorter during the run is noticed, and no partition
+    is read under two numbers.
 
     Raises:
-        PermanentError: the list is missing, is not as long as the run says, or has no line fit for this batch.
+        PermanentError: the list is missing, its length is not the run's count, or this batch's line is not usable.
     """
     if not context.cursor.isdecimal():
         raise PermanentError(f"{ENV_CURSOR} is {context.cursor[:40]!r}, not the number of a line")
     shown = str(path.relative_to(context.workspace)) if path.is_relative_to(context.workspace) else str(path)
     try:
-        return _partition(path, shown, int(context.cursor), context.partitions)
+        return read_line(path, shown, int(context.cursor), context.partitions)
     except FileNotFoundError:
         raise PermanentError(f"{shown}, the list of partitions, is not in the workspace: put it there first") from None
     except (IsADirectoryError, NotADirectoryError):
@@ -38,25 +39,31 @@ def partition_of(context: Context, path: Path) -> str:
         raise PermanentError(f"{shown} may not be read: check its mode and the pod's fsGroup") from None
 
 
-def _partition(path: Path, shown: str, index: int, count: int | None) -> str:
+def read_line(path: Path, shown: str, index: int, count: int | None) -> str:
+    """Return the line with that index of a list that must have `count` different lines; `shown` is its name in errors.
+
+    Raises:
+        PermanentError: the list has another length, or the line is not usable.
+        OSError: the file can't be read.
+    """
     own, total = None, 0
-    for number, block in _blocks(path, shown):
+    for number, block in _read_blocks(path, shown):
         total = number + block.count(b"\n") + 1
         if number <= index < total:
-            own = _line(block.split(b"\n")[index - number])
+            own = _without_carriage_return(block.split(b"\n")[index - number])
     if own is None or total != count:
         raise PermanentError(
             f"{shown} has {total} lines, and batches.partitions.count is {count}: they must agree, and the list must "
             "not change while the run goes on"
         )
-    value = _text(own, shown, index)
-    first = _first(path, shown, own)
+    value = _decode_line(own, shown, index)
+    first = _first_occurrence(path, shown, own)
     if first != index:
         raise PermanentError(f"{shown}: line {index + 1} is the same as line {first + 1} ({value[:80]!r}): remove one")
     return value
 
 
-def _text(line: bytes, shown: str, index: int) -> str:
+def _decode_line(line: bytes, shown: str, index: int) -> str:
     if len(line) > PARTITION_MAX_BYTES:
         raise _too_long(shown, index)
     try:
@@ -65,39 +72,39 @@ def _text(line: bytes, shown: str, index: int) -> str:
         raise PermanentError(f"{shown}: line {index + 1} is not UTF-8") from None
     if not value.strip():
         raise PermanentError(f"{shown}: line {index + 1} is empty")
-    if _CONTROL.search(value):
+    if _CONTROL_CHARACTER.search(value):
         raise PermanentError(f"{shown}: line {index + 1} has a control character in it")
     return value
 
 
-def _first(path: Path, shown: str, own: bytes) -> int:
-    """The number of the first line that says the same as `own`, which is one of them."""
-    for number, block in _blocks(path, shown):
+def _first_occurrence(path: Path, shown: str, own: bytes) -> int:
+    """Return the number of the first line that equals `own`, which is one of the list's lines."""
+    for number, block in _read_blocks(path, shown):
         if own in block:
             for at, line in enumerate(block.split(b"\n")):
-                if _line(line) == own:
+                if _without_carriage_return(line) == own:
                     return number + at
     raise PermanentError(f"{shown} changed while it was read: it must stay as it is while the run goes on")
 
 
-def _line(line: bytes) -> bytes:
-    """A line that ends in CR LF is one that ends in LF."""
+def _without_carriage_return(line: bytes) -> bytes:
+    """Return a line that ends in CR LF as if it ended in LF."""
     return line.removesuffix(b"\r")
 
 
-def _blocks(path: Path, shown: str) -> Iterator[tuple[int, bytes]]:
-    """Whole lines, a MiB or so at a time: the number of the first, and all without the last one's end."""
+def _read_blocks(path: Path, shown: str) -> Iterator[tuple[int, bytes]]:
+    """Yield blocks of whole lines, about a MiB each: the first line's number, and the block without its last LF."""
     with path.open("rb", buffering=0) as handle:
         number, rest = 0, b""
-        while chunk := handle.read(_BLOCK):
+        while chunk := handle.read(_BLOCK_BYTES):
             whole, end, rest = (rest + chunk).rpartition(b"\n")
-            if not end and len(rest) > PARTITION_MAX_BYTES + len(_BOM):
+            if not end and len(rest) > PARTITION_MAX_BYTES + len(_BYTE_ORDER_MARK):
                 raise _too_long(shown, number)
             if end:
-                yield number, whole if number else whole.removeprefix(_BOM)
+                yield number, whole if number else whole.removeprefix(_BYTE_ORDER_MARK)
                 number += whole.count(b"\n") + 1
         if rest:
-            yield number, rest if number else rest.removeprefix(_BOM)
+            yield number, rest if number else rest.removeprefix(_BYTE_ORDER_MARK)
 
 
 def _too_long(shown: str, number: int) -> PermanentError:

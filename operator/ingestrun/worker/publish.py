@@ -1,4 +1,4 @@
-"""The publish stage: write, audit, publish. One batch becomes one file, by one atomic step, however often it runs."""
+"""The publish stage: write, audit, commit. A batch becomes one file in one atomic step, however often it is tried."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ import pyarrow.parquet as pq
 from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
 from ingestrun.model.worker import Sink
-from ingestrun.worker.context import Context, parse
-from ingestrun.worker.failure import PermanentError, RetryableError
-from ingestrun.worker.handover import Input, ParquetFile, sync_directory
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.context import Context, parse_config
+from ingestrun.worker.errors import PermanentError, RetryableError
+from ingestrun.worker.shutdown import Stop
+from ingestrun.worker.stage_io import InputReader, ParquetFileWriter, sync_directory
 
-META_KEY: Final = "ingestrun.key"
-META_ROWS: Final = "ingestrun.rows"
-TEMPORARY: Final = "_tmp"
-"""Readers of a dataset pass over names that begin with an underscore."""
-_MANIFEST_CHARS: Final = 256
+FOOTER_KEY: Final = "ingestrun.key"
+FOOTER_ROWS: Final = "ingestrun.rows"
+TEMPORARY_DIRECTORY: Final = "_tmp"
+"""Readers of a dataset skip names that begin with an underscore."""
+_MAX_MANIFEST_CHARS: Final = 256
 _KEY: Final = re.compile(r"(?P<uid>[A-Za-z0-9][A-Za-z0-9.-]{0,62})/(?P<batch>[0-9]{1,18})")
-_NO_LINKS: Final = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NO_HARD_LINKS: Final = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 def publish(context: Context, stop: Stop) -> StageResult:
-    """Publish the batch, or find that an earlier attempt did.
+    """Publish the batch, unless an earlier attempt has published it.
 
-    A batch without rows publishes no file: there would be nothing to read in it, and some readers refuse it.
+    A batch without rows publishes no file, because some readers refuse a file without rows.
 
     Raises:
-        PermanentError: the sink or the key is not usable, or other rows stand published under this key.
+        PermanentError: the sink or the key is not usable, or other rows are published under this key.
         WorkerError: the input or the workspace failed; then nothing is published.
     """
-    sink = parse(Sink, context.config, "the sink").parquet
-    target = _directory(context.workspace, sink.path) / _file_name(context.key)
+    sink = parse_config(Sink, context.config, "the sink").parquet
+    target = _dataset_directory(context.workspace, sink.path) / _file_name(context.key)
     manifest = target.relative_to(context.workspace).as_posix()
-    if not target.exists():  # what an earlier attempt has published is published, cancelled or not
-        stop.check()
-    source = Input(context.need(contract.ENV_INPUT, context.input))
-    if len(manifest) > _MANIFEST_CHARS:
+    if not target.exists():  # else the batch is published, also if its run is cancelled by now
+        stop.raise_if_stopped()
+    source = InputReader(context.require(contract.ENV_INPUT, context.input))
+    if len(manifest) > _MAX_MANIFEST_CHARS:
         raise PermanentError(f"the sink's path is too long: {len(manifest)} characters with the file's name")
     if not target.exists() and source.rows:
-        with _temporary(target) as temporary:
+        with _temporary_file(target) as temporary:
             _write(source, temporary, context.key, stop)
             _audit(temporary, source.rows, context.key)
-            stop.progress(source.rows, source.rows)
-            stop.last_call()
+            stop.set_progress(source.rows, source.rows)
+            stop.commit_point()
             _commit(temporary, target)
     if source.rows or target.exists():
-        _confirm(target, source.rows, context.key)
-    _clean(target)
+        _verify_published(target, source.rows, context.key)
+    _remove_temporary_files(target)
     return StageResult(
         v=contract.VERSION,
         outcome=Outcome.DONE,
@@ -68,7 +68,7 @@ def publish(context: Context, stop: Stop) -> StageResult:
     )
 
 
-def _directory(workspace: Path, path: str) -> Path:
+def _dataset_directory(workspace: Path, path: str) -> Path:
     pure = PurePosixPath(path)
     names = pure.parts
     if pure.is_absolute() or "://" in path or ".." in names or not names or "\0" in path:
@@ -89,15 +89,16 @@ def _file_name(key: str) -> str:
 
 
 @contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """A name to write to, on the file system of the target. What earlier attempts left of the batch is removed.
+def _temporary_file(target: Path) -> Iterator[Path]:
+    """Yield a path to write to, on the file system of the target, after removing what earlier attempts left.
 
-    Should one of them still run, on a node that was given up, it fails for want of its file: two can't collide.
+    An earlier attempt may still run on a node that was given up. It then fails because its file is gone, so two
+    attempts can't disturb each other.
     """
-    directory = target.parent / TEMPORARY / target.stem
+    directory = target.parent / TEMPORARY_DIRECTORY / target.stem
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
-    # Not *.parquet: a recursive glob must not find it.
+    # The name does not end in .parquet, so that a recursive glob does not find it.
     path = directory / uuid.uuid4().hex
     try:
         yield path
@@ -105,24 +106,24 @@ def _temporary(target: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _write(source: Input, path: Path, key: str, stop: Stop) -> None:
-    with ParquetFile(path, source.schema, {META_KEY: key, META_ROWS: str(source.rows)}) as out:
+def _write(source: InputReader, path: Path, key: str, stop: Stop) -> None:
+    with ParquetFileWriter(path, source.schema, {FOOTER_KEY: key, FOOTER_ROWS: str(source.rows)}) as out:
         rows = 0
         for table in source.tables():
-            stop.progress(rows, source.rows)
-            stop.check()
+            stop.set_progress(rows, source.rows)
+            stop.raise_if_stopped()
             out.write(table)
             rows += table.num_rows
 
 
 def _audit(path: Path, rows: int, key: str) -> None:
-    """Read back what was written, before anyone can see it.
+    """Read the file back before readers can see it.
 
     Raises:
-        RetryableError: it is not what it should be; nothing was published.
+        RetryableError: it can't be read, or has other rows than were written; nothing was published.
     """
     try:
-        found = _stamp(path)
+        found = _read_footer(path)
         read = sum(batch.num_rows for batch in pq.ParquetFile(path).iter_batches())
     except (pa.ArrowException, OSError) as error:
         name = type(error).__name__
@@ -132,26 +133,26 @@ def _audit(path: Path, rows: int, key: str) -> None:
 
 
 def _commit(temporary: Path, target: Path) -> None:
-    """Make the file seen under its name: in one step, and never over another."""
+    """Give the file its name in one step that never replaces another file."""
     try:
         os.link(temporary, target)
     except FileExistsError:
-        return  # an earlier attempt that still ran; the caller looks at what it published
+        return  # an earlier attempt that still ran has published; the caller verifies what
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in _NO_HARD_LINKS:
             raise
-        # A file system without hard links: this step could replace, but only by the same rows of the same key.
+        # The file system has no hard links. A rename could replace a file, but only one of the same key and rows.
         temporary.rename(target)
     sync_directory(target.parent)
 
 
-def _confirm(target: Path, rows: int, key: str) -> None:
-    """See that what stands published is this batch.
+def _verify_published(target: Path, rows: int, key: str) -> None:
+    """Check that the published file is this batch.
 
     Raises:
-        PermanentError: it is another, or has other rows.
+        PermanentError: the file has another key or other rows.
     """
-    found = _stamp(target)
+    found = _read_footer(target)
     if found != (key, rows):
         raise PermanentError(
             f"{target.name} stands published with {found[1]} rows of key {found[0]!r}, this attempt has {rows} "
@@ -159,15 +160,15 @@ def _confirm(target: Path, rows: int, key: str) -> None:
         )
 
 
-def _stamp(path: Path) -> tuple[str | None, int]:
+def _read_footer(path: Path) -> tuple[str | None, int]:
+    """Return the key and the number of rows in a file's footer; -1 rows if the footer contradicts the file."""
     metadata = pq.read_metadata(path)
-    stamps = metadata.metadata or {}
-    key, rows = stamps.get(META_KEY.encode()), stamps.get(META_ROWS.encode(), b"")
-    # The stamp and the rows must agree with each other too.
-    agreed = metadata.num_rows if rows == str(metadata.num_rows).encode() else -1
-    return (key.decode() if key else None), agreed
+    footer = metadata.metadata or {}
+    key, rows = footer.get(FOOTER_KEY.encode()), footer.get(FOOTER_ROWS.encode(), b"")
+    consistent = rows == str(metadata.num_rows).encode()
+    return (key.decode() if key else None), metadata.num_rows if consistent else -1
 
 
-def _clean(target: Path) -> None:
-    # `_tmp` itself stays: another batch may be about to write into it.
-    shutil.rmtree(target.parent / TEMPORARY / target.stem, ignore_errors=True)
+def _remove_temporary_files(target: Path) -> None:
+    # `_tmp` itself stays, because another batch may be about to write into it.
+    shutil.rmtree(target.parent / TEMPORARY_DIRECTORY / target.stem, ignore_errors=True)

@@ -24,7 +24,8 @@ from pydantic_core import core_schema
 from ingestrun.model import names
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
-from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARTITIONS
+from ingestrun.model.size_budget import MAX_FAILED_BATCHES
+from ingestrun.model.spec import MAX_PARTITIONS
 
 CRD: Final = Path(__file__).parents[3] / "crds" / "ingestruns.yaml"
 
@@ -78,7 +79,7 @@ CRD_ALONE: Final[tuple[tuple[str, str], ...]] = (
     ("status.batches.published", "pattern"),
     ("status.batches.failed", "pattern"),
     ("status.images.*.steps", "pattern"),
-    ("status.batches.redo", "pattern"),
+    ("status.batches.replay", "pattern"),
     ("status.afterEnd.published", "pattern"),
     # What is wrong with these is told by the run, in a sentence, rather than by a spec that can't be read.
     ("spec.resumeFrom.savedState.batches.fetched", "pattern"),

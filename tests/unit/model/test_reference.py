@@ -1,4 +1,4 @@
-"""docs/reference.md is what hack/reference.py makes of the CRD."""
+"""docs/reference.md is what dev/hack/reference.py makes of the CRD."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 def test_the_reference_is_up_to_date() -> None:
-    render = runpy.run_path(str(REPOSITORY / "hack" / "reference.py"))["render"]
+    render = runpy.run_path(str(REPOSITORY / "dev" / "hack" / "reference.py"))["render"]
     crd = yaml.safe_load((REPOSITORY / "crds" / "ingestruns.yaml").read_text())
 
     page = (REPOSITORY / "docs" / "reference.md").read_text()
 
-    assert page == render(crd), "run `python hack/reference.py`"
+    assert page == render(crd), "run `python dev/hack/reference.py`"
 
 
 def test_the_reference_has_every_field() -> None:

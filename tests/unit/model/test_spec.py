@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from ingestrun.model.run import IngestRun
-from ingestrun.model.spec import MAX_FAILED_BATCHES, ConcurrencyPolicy, IngestRunSpec, OnBatchFailure, Partitions
+from ingestrun.model.size_budget import MAX_FAILED_BATCHES
+from ingestrun.model.spec import ConcurrencyPolicy, IngestRunSpec, OnBatchFailure, Partitions
 
 OWN: dict[str, Any] = {
     "fetch": {"image": "registry.example/fetch:1"},

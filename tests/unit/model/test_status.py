@@ -12,34 +12,44 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tests.fakes.world import manifest
 
-from ingestrun.engine.accounting import KEPT_FAILURES, KEPT_LOGS
-from ingestrun.engine.fitting import SAVED_BYTES, STATUS_BYTES, copied, fitted
-from ingestrun.engine.gaps import FREE_BYTES
-from ingestrun.engine.history import counted_retries
-from ingestrun.engine.lastwords import LOG_BYTES
-from ingestrun.engine.parking import MAX_PARKED
-from ingestrun.engine.saying import said
 from ingestrun.model.base import KubeModel
 from ingestrun.model.contract import CURSOR_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
-from ingestrun.model.resume import Gap, LandedRecords
+from ingestrun.model.resume import LandedRecords, UnpublishedBatch
 from ingestrun.model.run import IngestRun
-from ingestrun.model.spec import MAX_FAILED_BATCHES, MAX_PARALLELISM, MAX_PARTITIONS
-from ingestrun.model.status import (
+from ingestrun.model.size_budget import (
+    KEPT_FAILURES,
+    KEPT_LOGS,
+    LOG_BYTES,
+    MAX_CHECKPOINTS,
+    MAX_FAILED_BATCHES,
     MAX_IMAGE_PINS,
+    MAX_PARALLELISM,
+    MESSAGE_CHARS,
+    NAMED_CHILDREN,
+    SAVED_STATE_BYTES,
+    STATUS_BYTES,
+    UNPUBLISHED_FREE_BYTES,
+)
+from ingestrun.model.spec import MAX_PARTITIONS, CancellationPolicy
+from ingestrun.model.status import (
     AfterEndStatus,
     BatchesStatus,
     CancellationStatus,
+    Checkpoint,
+    ChildrenStatus,
     Condition,
     ImagePin,
     IngestRunStatus,
-    Parked,
+    OnCancelStatus,
     Phase,
     RecordsStatus,
     ResumedByStatus,
     ResumedFromStatus,
     StageFailure,
 )
+from ingestrun.planner.batch.ledger import add_retries
+from ingestrun.planner.status.writer import finish_status, fit_status, saved_state_bytes
 
 Model = TypeVar("Model", bound=KubeModel)
 
@@ -79,12 +89,20 @@ STATUSES = made(
         fetched=RANGES,
         published=RANGES,
         failed=RANGES,
-        redo=RANGES,
-        gaps=st.lists(
-            made(Gap, batch=COUNTS, cursor=TEXT, read=COUNTS, next=st.none() | TEXT.map(lambda text: text[:16])),
+        replay=RANGES,
+        unpublished=st.lists(
+            made(
+                UnpublishedBatch,
+                batch=COUNTS,
+                cursor=TEXT,
+                read=COUNTS,
+                next=st.none() | TEXT.map(lambda text: text[:16]),
+            ),
             max_size=3,
         ),
-        parked=st.lists(made(Parked, batch=COUNTS, step=st.none() | COUNTS, written=st.none() | COUNTS), max_size=3),
+        checkpoints=st.lists(
+            made(Checkpoint, batch=COUNTS, stage=st.none() | COUNTS, written=st.none() | COUNTS), max_size=3
+        ),
         active=COUNTS,
         exhausted=st.booleans(),
         progress=TEXT,
@@ -192,6 +210,32 @@ def test_condition_by_type() -> None:
     assert status.condition("Finished") is None
 
 
+def test_in_flight_is_what_was_claimed_and_has_neither_ended_nor_is_to_be_claimed_again() -> None:
+    batches = BatchesStatus(
+        claimed=IndexRanges.span(0, 9),
+        fetched=IndexRanges.span(0, 7),
+        published=IndexRanges([0, 1, 4]),
+        failed=IndexRanges([2]),
+        replay=IndexRanges([3, 9]),
+    )
+
+    assert batches.in_flight == IndexRanges.parse("5-8")
+    assert BatchesStatus().in_flight == IndexRanges()
+
+
+def test_pending_replays_are_the_unpublished_batches_that_are_not_fetched() -> None:
+    first, second, third = (UnpublishedBatch(batch=n, cursor=f"c{n}", read=10) for n in (3, 5, 8))
+    batches = BatchesStatus(fetched=IndexRanges([0, 1, 5]), unpublished=[first, second, third])
+
+    assert batches.pending_replays == {3: first, 8: third}
+
+
+def test_checkpoints_by_batch() -> None:
+    first, second = Checkpoint(batch=4, stage=1), Checkpoint(batch=7)
+
+    assert BatchesStatus(checkpoints=[first, second]).checkpoint_by_batch == {4: first, 7: second}
+
+
 def worst_status(
     *, failed: int, in_flight: int, drained: bool = True, batches: int = MAX_PARTITIONS
 ) -> IngestRunStatus:
@@ -207,7 +251,7 @@ def worst_status(
                 type=kind,
                 status="Unknown",
                 reason="CompletedWithFailedBatches",
-                message="m" * 256,
+                message="m" * MESSAGE_CHARS,
                 last_transition_time=NOW,
                 observed_generation=100,
             )
@@ -226,13 +270,15 @@ def worst_status(
             failed=lost,
             active=in_flight,
             progress=f"{batches}/{batches}",
-            gaps=[Gap(batch=batches, cursor="c" * (FREE_BYTES - 60), read=2**53, next="d" * 8)],
-            parked=[
-                Parked(
+            unpublished=[
+                UnpublishedBatch(batch=batches, cursor="c" * (UNPUBLISHED_FREE_BYTES - 72), read=2**53, next="d" * 8)
+            ],
+            checkpoints=[
+                Checkpoint(
                     batch=batches,
-                    step=19,
+                    stage=19,
                     attempt=100,
-                    input=100,
+                    input_attempt=100,
                     written=2**53,
                     rejected=2**53,
                     retries=100,
@@ -240,7 +286,7 @@ def worst_status(
                     disruptions=10,
                     memory_limit=2**43,
                 )
-                for _ in range(min(MAX_PARKED, in_flight))
+                for _ in range(min(MAX_CHECKPOINTS, in_flight))
                 if not drained
             ],
         ),
@@ -252,7 +298,7 @@ def worst_status(
                 stage=f"hook {'h' * 63}",
                 attempt=100,
                 reason="R" * 32,
-                message="m" * 256,
+                message="m" * MESSAGE_CHARS,
                 time=NOW,
                 log="l" * LOG_BYTES if n < KEPT_LOGS else None,
             )
@@ -260,7 +306,7 @@ def worst_status(
         ],
         retries=[
             entry.model_copy(update={"count": 10**9})
-            for entry in counted_retries([], [("fetch", f"R{n}") for n in range(99)])
+            for entry in add_retries([], [("fetch", f"R{n}") for n in range(99)])
         ],
         images=[
             ImagePin(
@@ -274,8 +320,9 @@ def worst_status(
         cancellation=CancellationStatus(
             reason="r" * 512,
             requested_by="u" * 128,
+            policy=CancellationPolicy.TERMINATE,
             accepted_at=NOW,
-            in_flight=in_flight,
+            active_batches=in_flight,
             drained_at=NOW if drained else None,
             published=IndexRanges(list(flying)[::2] if drained else ()),
             not_published=IndexRanges(list(flying)[1::2] if drained else ()),
@@ -290,21 +337,73 @@ def worst_status(
     )
 
 
+def by_cascade(status: IngestRunStatus, *, children: bool = False) -> IngestRunStatus:
+    """The same of a run that was cancelled with its parent, has a clean-up, and children of the longest names."""
+    record = status.cancellation
+    assert record is not None
+    clean_up = OnCancelStatus(state="Running", message="m" * (MESSAGE_CHARS + 16))
+    below = ChildrenStatus(
+        cancelled=999, ended_before=999, ended_before_names=["n" * 253] * NAMED_CHILDREN, waiting=999
+    )
+    return status.replace(
+        cancellation=record.replace(
+            parent="n" * 253,
+            cascade=True,
+            children=below if children else None,
+            on_cancel=clean_up if record.drained_at is not None else None,
+        )
+    )
+
+
 @pytest.mark.parametrize("drained", [True, False])
 @pytest.mark.parametrize("failed", [0, 40, MAX_FAILED_BATCHES])
 @pytest.mark.parametrize("in_flight", [0, 4, 16, 50, MAX_PARALLELISM])
 def test_the_worst_status_leaves_room_in_16_kib(failed: int, in_flight: int, drained: bool) -> None:
     """3 KiB for the spec, the metadata and the managed fields; tests/api measures a whole object."""
     status = worst_status(failed=failed, in_flight=in_flight, drained=drained)
-    fit = fitted(status)
+    fit = fit_status(status)
 
     assert len(dumped(fit).encode()) <= STATUS_BYTES
-    assert fitted(fit) == fit
+    assert fit_status(fit) == fit
     assert fit.batches == status.batches
     assert fit.cancellation == status.cancellation
     assert fit.failures[-1].message == status.failures[-1].message
     if len(dumped(status).encode()) <= STATUS_BYTES:
         assert fit == status
+
+
+@pytest.mark.parametrize("children", [True, False])
+@pytest.mark.parametrize("drained", [True, False])
+@pytest.mark.parametrize("failed", [0, MAX_FAILED_BATCHES])
+@pytest.mark.parametrize("in_flight", [0, 50, MAX_PARALLELISM])
+def test_the_record_of_a_cascading_cancel_fits_too(failed: int, in_flight: int, drained: bool, children: bool) -> None:
+    status = by_cascade(worst_status(failed=failed, in_flight=in_flight, drained=drained), children=children)
+    fit = fit_status(status)
+
+    assert len(dumped(fit).encode()) <= STATUS_BYTES
+    assert fit_status(fit) == fit
+    assert fit.batches == status.batches
+    before, after = status.cancellation, fit.cancellation
+    assert before is not None
+    assert after is not None
+    assert after.replace(children=None, on_cancel=None) == before.replace(children=None, on_cancel=None)
+    if before.children is not None:
+        assert after.children is not None
+        assert after.children.replace(ended_before_names=[]) == before.children.replace(ended_before_names=[])
+    if before.on_cancel is not None:
+        assert after.on_cancel is not None
+        assert after.on_cancel.state == before.on_cancel.state
+
+
+def test_the_names_of_children_stay_where_there_is_room() -> None:
+    status = by_cascade(worst_status(failed=0, in_flight=4), children=True)
+    record = status.cancellation
+    assert record is not None
+    assert record.children is not None
+    children = record.children.replace(ended_before_names=["geo-2026-11-23-0304"] * NAMED_CHILDREN)
+    status = status.replace(cancellation=record.replace(children=children))
+
+    assert fit_status(status) == status
 
 
 def test_beside_the_copy_of_a_saved_state_what_is_said_makes_room() -> None:
@@ -314,8 +413,8 @@ def test_beside_the_copy_of_a_saved_state_what_is_said_makes_room() -> None:
 
     def told(**spec: Any) -> IngestRunStatus:
         run = IngestRun.read({"metadata": meta, "spec": {**manifest(**spec)["spec"]}})
-        assert copied(run.spec) <= SAVED_BYTES
-        return said(run, status, phase=None, claims=(), now=NOW)
+        assert saved_state_bytes(run.spec) <= SAVED_STATE_BYTES
+        return finish_status(run, status, phase=None, conditions=(), now=NOW)
 
     assert told().failures == status.failures
     fit = told(resumeFrom={"savedState": state})

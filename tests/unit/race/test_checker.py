@@ -53,7 +53,7 @@ CANCELLED = {
     "Drained": ("False", "Draining"),
 }
 DRAINED = {**CANCELLED, "Reconciling": ("False", "Finished"), "Drained": ("True", "Drained")}
-RECORD = {"reason": "why", "requestedBy": "alice", "acceptedAt": "2026-11-23T04:00:00Z", "inFlight": 2}
+RECORD = {"reason": "why", "requestedBy": "alice", "acceptedAt": "2026-11-23T04:00:00Z", "activeBatches": 2}
 COUNTED = Counters(claimed="0-2", fetched="0-1", published="0", records=(20, 0, 10), cursor="2")
 
 
@@ -203,7 +203,7 @@ FORGED: dict[str, tuple[str, Break]] = {
     "Reconciling for ever": ("condition-wrong", condition(70, "Reconciling", "True")),
     "no completionTime": ("record-wrong", edit(50, completed=None)),
     "another reason than was given": ("record-wrong", edit(45, reason="because")),
-    "a wrong inFlight": ("record-wrong", record(50, inFlight=1)),
+    "a wrong activeBatches": ("record-wrong", record(50, activeBatches=1)),
     "nobody asked, by the record": ("record-wrong", record(50, requestedBy=None)),
     "Drained without its time": ("record-wrong", record(70, drainedAt=None)),
     "never drained": ("not-drained", drop_versions(70)),

@@ -74,5 +74,5 @@ def site(sites: Callable[[], Site], monkeypatch: pytest.MonkeyPatch) -> Site:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits of the HTTP client, which are then none."""
     waits: list[float] = []
-    monkeypatch.setattr("ingestrun.worker.stopping.Stop.wait", lambda _stop, seconds: waits.append(seconds))
+    monkeypatch.setattr("ingestrun.worker.shutdown.Stop.wait", lambda _stop, seconds: waits.append(seconds))
     return waits

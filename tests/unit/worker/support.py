@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ingestrun.model.contract import StageResult, parse_result
 from ingestrun.worker.main import run
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.shutdown import Stop
 
 UID = "6f0c1e1a-2b6d-4c7e-9a55-0d3f6b1c2d4e"
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from ingestrun.worker import cancellation
-from ingestrun.worker.cancellation import CancellationCheck
-from ingestrun.worker.stopping import Stop
+from ingestrun.worker.cancellation import CancellationClient
+from ingestrun.worker.shutdown import Stop
 
 from .support import UID, Answer, Bench, Reply, Request, Site, page
 from .test_main import spawn
@@ -106,7 +106,7 @@ def test_cancelled_while_the_source_asks_to_wait(
 ) -> None:
     """A minute's Retry-After holds no cancelled pod: it asks every two seconds."""
     slept: list[float] = []
-    monkeypatch.setattr("ingestrun.worker.stopping.sleep", slept.append)
+    monkeypatch.setattr("ingestrun.worker.shutdown.sleep", slept.append)
     site.answer = lambda _request: Reply(429, b"", {"retry-after": "55"})
     check.answer = lambda _request: says(len(slept) >= 3)
     answer = bench.run("fetch", http(site), limit=45, **told(check))
@@ -117,7 +117,7 @@ def test_cancelled_while_the_source_asks_to_wait(
 
 def test_wait_is_as_long_as_it_was_asked_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("ingestrun.worker.stopping.sleep", slept.append)
+    monkeypatch.setattr("ingestrun.worker.shutdown.sleep", slept.append)
     for seconds in (0.5, 4, 5.5, 0):
         Stop().wait(seconds)
     assert slept == [0.5, 2, 2, 2, 2, 1.5]
@@ -142,7 +142,7 @@ def test_cancelled_between_files(bench: Bench, check: Site) -> None:
 
 
 def test_cancelled_between_row_groups_of_a_hook(bench: Bench, check: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ingestrun.worker.handover.BATCH_ROWS", 400)
+    monkeypatch.setattr("ingestrun.worker.stage_io.ROW_GROUP_ROWS", 400)
     bench.hand_on(ROWS)
     check.answer = lambda _request: says(len(check.requests) == 3)
     answer = bench.run("hook", HOOK, **told(check))
@@ -241,34 +241,34 @@ def test_an_operator_that_never_answers_costs_little(
 
 def test_an_operator_that_is_back_is_heard_again(check: Site) -> None:
     now = 0.0
-    asker = CancellationCheck(check.url + PATH, "hunter2", UID, tell=lambda *_, **__: None, clock=lambda: now)
+    client = CancellationClient(check.url + PATH, "hunter2", UID, log_event=lambda *_, **__: None, clock=lambda: now)
     check.answer = lambda _request: Reply(503)
     pauses = []
     for _ in range(6):
-        assert asker.ask() is None
-        pauses.append(asker._next - now)
+        assert client.stop_reason() is None
+        pauses.append(client._next_request - now)
         seen = len(check.requests)
-        assert asker.ask() is None
+        assert client.stop_reason() is None
         assert len(check.requests) == seen
-        now = asker._next
+        now = client._next_request
     assert pauses == [5, 10, 20, 40, 60, 60]
     check.answer = lambda _request: says(True)
-    assert asker.ask() == "the run is cancelled"
+    assert client.stop_reason() == "the run is cancelled"
     check.answer = lambda _request: Reply(503)
-    asker.ask()
-    assert asker._next - now == 5
+    client.stop_reason()
+    assert client._next_request - now == 5
 
 
 def test_it_asks_once_a_second_at_most(check: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cancellation, "INTERVAL", 1.0)
     now = 0.0
-    asker = CancellationCheck(check.url + PATH, "hunter2", UID, tell=lambda *_, **__: None, clock=lambda: now)
+    client = CancellationClient(check.url + PATH, "hunter2", UID, log_event=lambda *_, **__: None, clock=lambda: now)
     for _ in range(30):
-        asker.ask()
+        client.stop_reason()
         now += 0.1
     assert len(check.requests) == 3
-    asker.ask(now=True)
-    asker.ask(now=True)
+    client.stop_reason(ask_now=True)
+    client.stop_reason(ask_now=True)
     assert len(check.requests) == 5
 
 
@@ -293,9 +293,9 @@ def test_a_kept_connection_that_was_closed_is_no_missing_answer() -> None:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}{PATH}"
-        asker = CancellationCheck(url, "t", UID, tell=lambda *_, **more: told_of.append(str(more)))
-        assert asker.ask() is None
-        assert asker.ask(now=True) == "the run is cancelled"
+        client = CancellationClient(url, "t", UID, log_event=lambda *_, **more: told_of.append(str(more)))
+        assert client.stop_reason() is None
+        assert client.stop_reason(ask_now=True) == "the run is cancelled"
         thread.join(5)
     assert told_of == []
 

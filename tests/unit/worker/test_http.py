@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestrun.model.worker import HttpSource
-from ingestrun.worker.failure import WorkerError
-from ingestrun.worker.http_source import retry_after, shown
-from ingestrun.worker.pagination import Page, pager_of, shorten
+from ingestrun.worker.errors import WorkerError
+from ingestrun.worker.http_source import retry_after, without_secrets
+from ingestrun.worker.pagination import Page, pager_for, relative_url
 
 from .support import Bench, Reply, Request, Site, page
 
@@ -91,8 +91,8 @@ def test_any_size_and_limit(name: str, total: int, size: int, cap: int, limit: i
     cursor: str | None = ""
     batches = 0
     while cursor is not None:
-        pager = pager_of(config, "http://h/items", {})
-        position = pager.start(cursor)
+        pager = pager_for(config, "http://h/items", {})
+        position = pager.start_position(cursor)
         left = limit
         batches += 1
         while True:
@@ -103,7 +103,7 @@ def test_any_size_and_limit(name: str, total: int, size: int, cap: int, limit: i
             link = reply.headers.get("link", "")
             got = Page(body["data"], body, "http://h" + link[1 : link.index(">")] if link else None)
             kept = got.records[position.taken :][:left]
-            following = pager.after(position, got, len(kept))
+            following = pager.next_position(position, got, len(kept))
             taken += kept
             left -= len(kept)
             if following is None or left == 0:
@@ -283,9 +283,9 @@ def test_a_cursor_that_fits_but_not_in_the_result(bench: Bench, site: Site) -> N
 
 
 def test_urls_in_short() -> None:
-    assert shorten("https://h:443/a", "https://u:p@h/b?c=1#d") == "/b?c=1"
-    assert shorten("https://h/a", "https://u:p@other/b?c=1") == "https://other/b?c=1"
-    assert shown("https://u:p@h:8/b?token=1") == "https://h:8/b"
+    assert relative_url("https://h:443/a", "https://u:p@h/b?c=1#d") == "/b?c=1"
+    assert relative_url("https://h/a", "https://u:p@other/b?c=1") == "https://other/b?c=1"
+    assert without_secrets("https://u:p@h:8/b?token=1") == "https://h:8/b"
 
 
 def test_types_over_several_pages(bench: Bench, site: Site) -> None:
@@ -306,7 +306,7 @@ def test_types_over_several_pages(bench: Bench, site: Site) -> None:
 
 def test_parts_of_several_schemas_become_one_file(bench: Bench, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the types change after a row group is on the disk."""
-    monkeypatch.setattr("ingestrun.worker.handover.BATCH_ROWS", 2)
+    monkeypatch.setattr("ingestrun.worker.stage_io.ROW_GROUP_ROWS", 2)
     values: list[Any] = [None, 1, 2**60 + 1, 1, 2.5, "x", None, True]
     site.answer = lambda request: page([{"v": v} for v in values[int(request.params["offset"]) :][:1]])
     config = {"http": {"url": site.url, "pageSize": 1, "pagination": {"offset": {}}}}

@@ -1,4 +1,4 @@
-"""The whole process: environment in, result and exit code out; SIGTERM, a full disk, and faults on purpose."""
+"""The whole process: environment in, result and exit code out; SIGTERM and a full disk."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from ingestrun.model.contract import ResultError, parse_result
-from ingestrun.worker import faults
-from ingestrun.worker.stopping import Stop, Stopped
+from ingestrun.model.contract import parse_result
+from ingestrun.worker.shutdown import Stop, Stopped
 
 from .support import Bench, Reply, Request, Site, page
 
@@ -26,11 +25,11 @@ SOURCE = Path(__file__).parents[3] / "operator"
 ROWS = pa.table({"id": list(range(1000))})
 
 
-def spawn(env: dict[str, str]) -> subprocess.Popen[str]:
+def spawn(env: dict[str, str], *command: str) -> subprocess.Popen[str]:
+    """The worker as a process, or another program of Python."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    command = [sys.executable, "-m", "ingestrun.worker"]
     return subprocess.Popen(
-        command,
+        [sys.executable, *(command or ("-m", "ingestrun.worker"))],
         env=kept | {"PYTHONPATH": str(SOURCE)} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -95,9 +94,9 @@ def test_sigterm_is_heard_at_the_next_step_if_the_exception_was_swallowed() -> N
         stop._on_signal(signal.SIGTERM, None)
     stop._on_signal(signal.SIGTERM, None)
     with pytest.raises(Stopped):
-        stop.check()
+        stop.raise_if_stopped()
     with pytest.raises(Stopped):
-        stop.last_call()
+        stop.commit_point()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,6 @@ def test_sigterm_is_heard_at_the_next_step_if_the_exception_was_swallowed() -> N
         ({"INGEST_CONFIG": ""}, "INGEST_CONFIG is not set"),
         ({"INGEST_CONFIG": "{}"}, "exactly one of files, http"),
         ({"INGEST_CONFIG": '{"http": {"url": "ftp://hunter2"}}'}, "the source is not valid: http.url"),
-        ({"INGEST_FAULT": "explode"}, "not a fault"),
     ],
 )
 def test_an_environment_that_makes_no_sense(bench: Bench, site: Site, change: dict[str, str], text: str) -> None:
@@ -132,7 +130,7 @@ def test_an_unforeseen_error_is_retried_and_its_text_kept_back(
     def broken(*_: object) -> None:
         raise RuntimeError("token=hunter2")
 
-    monkeypatch.setattr("ingestrun.worker.http_source.table_of", broken)
+    monkeypatch.setattr("ingestrun.worker.http_source.table_from_records", broken)
     site.answer = lambda _request: page([{}])
     answer = bench.run("fetch", http(site))
     assert (answer.code, answer.message) == (1, "unexpected RuntimeError: the pod's log has the traceback")
@@ -183,9 +181,9 @@ def test_a_disk_that_fills_up(bench: Bench, site: Site, monkeypatch: pytest.Monk
         bench.hand_on(ROWS)
     with monkeypatch.context() as patch:
         if step == "fsync":
-            patch.setattr("ingestrun.worker.handover.os.fsync", full)
+            patch.setattr("ingestrun.worker.stage_io.os.fsync", full)
         else:
-            patch.setattr("ingestrun.worker.handover.ParquetFile.write", full)
+            patch.setattr("ingestrun.worker.stage_io.ParquetFileWriter.write", full)
         answer = bench.run(stage, configs[stage])
     assert answer.code == 1
     assert "no space left on the workspace volume: nothing of this batch was handed on" in answer.message
@@ -207,68 +205,7 @@ def test_a_pod_that_runs_the_same_attempt_again_replaces_its_output(bench: Bench
     assert [path.name for path in bench.dir("fetch").parent.iterdir()] == ["0"]
 
 
-# --- faults
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "limited"),
-    [
-        ("memory.max", "268435456", True),
-        ("memory.max", "max", False),
-        ("memory/memory.limit_in_bytes", "268435456", True),
-        ("memory/memory.limit_in_bytes", "9223372036854771712", False),
-        ("cgroup.procs", "1", False),
-    ],
-)
-def test_oom_takes_memory_only_where_there_is_a_limit(tmp_path: Path, name: str, text: str, limited: bool) -> None:
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text + "\n")
-    assert faults._memory_is_limited(tmp_path) is limited
-
-
-@pytest.mark.parametrize(
-    ("fault", "attempt", "code"),
-    [
-        ("exit:3", 0, 3),
-        ("exit:1,attempts:2", 1, 1),
-        ("exit:1,attempts:2", 2, 0),
-        ("exit:1,stage:publish;permanent,batch:0", 0, 65),
-        ("exit:1,batch:7", 0, 0),
-        ("exit:1,hook:check", 0, 0),
-    ],
-)
-def test_faults(bench: Bench, site: Site, fault: str, attempt: int, code: int) -> None:
-    site.answer = lambda _request: page([])
-    answer = bench.run("fetch", http(site), fault=fault, attempt=attempt)
-    assert answer.code == code
-    assert (answer.result is None) == (code in (1, 3))
-
-
-def test_a_result_that_is_lost_or_garbage(bench: Bench) -> None:
-    bench.hand_on(ROWS)
-    sink = {"parquet": {"path": "data"}}
-    with pytest.raises(ResultError):
-        bench.run("publish", sink, fault="garbage")
-    answer = bench.run("publish", sink, fault="missing", attempt=1)
-    assert (answer.code, answer.result) == (0, None)
-    answer = bench.run("publish", sink, fault="exit-after:9", attempt=2)
-    assert (answer.code, answer.result) == (9, None)
-    answer = bench.run("publish", sink, attempt=3)
-    assert answer.result is not None
-    assert answer.result.written == 1000
-    assert len(list((bench.workspace / "data").glob("*.parquet"))) == 1
-
-
-def test_a_hang_ends_with_sigterm_unless_it_is_deaf(bench: Bench, site: Site) -> None:
-    for fault, signals, code in [("hang", [signal.SIGTERM], 143), ("hang:deaf", [signal.SIGTERM, signal.SIGKILL], -9)]:
-        process = spawn(bench.env("fetch", http(site), fault=fault))
-        assert process.stdout is not None
-        assert "fault on purpose" in process.stdout.readline()
-        assert process.stdout.readline() == "hanging\n"
-        for number in signals:
-            process.send_signal(number)
-        assert process.wait(20) == code
+# --- start-up
 
 
 @pytest.mark.parametrize("module", ["main", "http_source", "file_source", "validate", "publish"])

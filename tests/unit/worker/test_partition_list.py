@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ingestrun.model.contract import ENV_PARTITION_FILE
-from ingestrun.worker.failure import PermanentError
+from ingestrun.worker.errors import PermanentError
 
 from .support import Answer, Bench, Site, page
 
@@ -102,14 +102,14 @@ def test_the_list_must_be_a_file(bench: Bench) -> None:
 def test_a_long_list_is_read_in_constant_memory(bench: Bench, tmp_path: Path) -> None:
     import tracemalloc
 
-    from ingestrun.worker.partition_list import _partition
+    from ingestrun.worker.partition_list import read_line
 
     path = tmp_path / "long.txt"
     with path.open("w") as out:
         out.writelines(f"station-{number:011d}\n" for number in range(500_000))
     tracemalloc.start()
     try:
-        assert _partition(path, "long.txt", 499_999, 500_000) == "station-00000499999"
+        assert read_line(path, "long.txt", 499_999, 500_000) == "station-00000499999"
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -123,10 +123,10 @@ def test_a_list_of_many_blocks_is_counted_and_found_like_a_short_one(tmp_path: P
     lines = [f"{'x' * (number % 97)}{number}" for number in range(60_000)]
     path = tmp_path / "long.txt"
     path.write_text("\n".join(lines))
-    assert path.stat().st_size > 2 * partition_list._BLOCK
+    assert path.stat().st_size > 2 * partition_list._BLOCK_BYTES
     for index in [*range(0, 60_000, 1777), 59_999]:
-        assert partition_list._partition(path, "long.txt", index, 60_000) == lines[index]
+        assert partition_list.read_line(path, "long.txt", index, 60_000) == lines[index]
     lines[59_999] = lines[3]
     path.write_text("\n".join(lines))
     with pytest.raises(PermanentError, match="line 60000 is the same as line 4"):
-        partition_list._partition(path, "long.txt", 59_999, 60_000)
+        partition_list.read_line(path, "long.txt", 59_999, 60_000)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ingestrun.worker import publish as module
-from ingestrun.worker.stopping import Stop, Stopped
+from ingestrun.worker.shutdown import Stop, Stopped
 
 from .support import UID, Bench
 
@@ -71,7 +71,9 @@ def test_other_rows_under_the_same_key(bench: Bench) -> None:
     assert pq.read_metadata(bench.workspace / f"data/flights/{UID}-000000.parquet").num_rows == 3
 
 
-@pytest.mark.parametrize("step", ["_write", "_audit", "link", "sync_directory", "_confirm", "_clean"])
+@pytest.mark.parametrize(
+    "step", ["_write", "_audit", "link", "sync_directory", "_verify_published", "_remove_temporary_files"]
+)
 def test_an_attempt_that_dies_at_any_step(bench: Bench, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt  # nothing of ours catches it, so it is as good as a kill where it is raised
@@ -82,7 +84,7 @@ def test_an_attempt_that_dies_at_any_step(bench: Bench, monkeypatch: pytest.Monk
         with pytest.raises(KeyboardInterrupt):
             bench.run("publish", SINK)
     left = [name for name in published(bench) if not name.startswith("_tmp/")]
-    assert len(left) == (step in ("sync_directory", "_confirm", "_clean"))
+    assert len(left) == (step in ("sync_directory", "_verify_published", "_remove_temporary_files"))
     answer = bench.run("publish", SINK, attempt=1)
     assert answer.code == 0
     assert published(bench) == [f"{UID}-000000.parquet"]

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestrun.model.worker import ColumnType, Validate
-from ingestrun.worker.casting import ARROW, cast
-from ingestrun.worker.failure import PermanentError
-from ingestrun.worker.stopping import Stop
-from ingestrun.worker.validate import Check
+from ingestrun.worker.casting import ARROW_TYPES, cast
+from ingestrun.worker.errors import PermanentError
+from ingestrun.worker.shutdown import Stop
+from ingestrun.worker.validate import RuleChecker
 
 from .support import Bench
 
@@ -141,13 +141,13 @@ def test_sigterm_before_the_point_of_no_return_leaves_no_quarantine(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.hand_on(pa.table({"id": [1, 0]}))
-    stop, last_call = Stop(), Stop.last_call
+    stop, commit_point = Stop(), Stop.commit_point
 
     def late(self: Stop) -> None:
-        self._requested = True
-        last_call(self)
+        self._sigterm_received = True
+        commit_point(self)
 
-    monkeypatch.setattr(Stop, "last_call", late)
+    monkeypatch.setattr(Stop, "commit_point", late)
     assert bench.run("hook", FLIGHTS, stop).code == 143
     assert [path for path in bench.workspace.rglob("*") if path.is_file()] == [bench.dir("fetch") / "part-0.parquet"]
 
@@ -184,7 +184,7 @@ CASES: list[tuple[ColumnType, list[Any], list[Any]]] = [
 @pytest.mark.parametrize(("kind", "given_values", "expected"), CASES)
 def test_casting(kind: ColumnType, given_values: list[Any], expected: list[Any]) -> None:
     result = cast(pa.array(given_values), kind, "c")
-    assert result.type == ARROW[kind]
+    assert result.type == ARROW_TYPES[kind]
     assert result.to_pylist() == expected
 
 
@@ -214,9 +214,9 @@ def test_nothing_is_lost_or_counted_twice(rows: list[tuple[Any, Any]], kinds: tu
             ]
         }
     )
-    check = Check(config, table.schema, empty=not rows)
-    kept, refused = check.divide(table)
-    assert kept.schema == check.schema
+    checker = RuleChecker(config, table.schema, empty=not rows)
+    kept, refused = checker.split(table)
+    assert kept.schema == checker.schema
     assert sorted(kept["n"].to_pylist() + refused["n"].to_pylist()) == list(range(len(rows)))
     for row in refused.to_pylist():
         assert (row["a"], row["b"]) == rows[row["n"]]

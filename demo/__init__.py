@@ -1,1 +1,0 @@
-"""The demo: real data through the operator, in a real cluster. `make demo`."""

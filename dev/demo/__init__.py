@@ -1,0 +1,1 @@
+"""The demo, `make demo`: real data through the operator, in a real cluster."""

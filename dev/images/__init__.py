@@ -1,0 +1,1 @@
+"""The container images' build, with or without a registry: `python3 -m dev.images --help`."""

@@ -1,1 +1,0 @@
-"""Builds the container images, with or without a registry: `python3 -m images --help`."""

@@ -1,1 +1,0 @@
-"""The shell around the planner: watches, the keyed queue, effects, settings, logs, main."""

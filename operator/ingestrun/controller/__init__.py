@@ -1,0 +1,1 @@
+"""The controller: watches, observes, plans, executes, and remembers."""

@@ -1,0 +1,1 @@
+"""What the operator answers by HTTP: the cancellation check and its health."""

@@ -1,0 +1,61 @@
+"""`ingestrun-operator`: reads its options and settings, and runs one replica."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ingestrun.controller import logs
+from ingestrun.controller.operator import Access, run
+from ingestrun.controller.settings import Settings
+from ingestrun.kube.errors import KubeError
+from ingestrun.kube.leader_election import LeaseLost
+
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+EXIT_LEASE_LOST = 70
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="ingestrun-operator", description="The IngestRun operator.")
+    commands = top.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run", help="run the operator; settings are INGESTRUN_* environment variables")
+    command.add_argument("--dev", action="store_true", help="from a shell: a kubeconfig, console logs, no lease")
+    command.add_argument("--kubeconfig", help="the kubeconfig (default: $KUBECONFIG, then ~/.kube/config)")
+    command.add_argument("--context", help="the context in it (default: its current one)")
+    command.add_argument("--lease", action="store_true", help="with --dev: take part in the leader election")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the operator; returns the process's exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for problem in error.errors(include_url=False, include_input=False):
+            where = "_".join(str(part) for part in problem["loc"])
+            print(f"ingestrun-operator: INGESTRUN_{where.upper()}: {problem['msg']}", file=sys.stderr)  # noqa: T201
+        return 2
+    logs.configure(fmt=settings.log_format or ("console" if options.dev else "json"), level=settings.log_level)
+    in_cluster = not (options.dev or options.kubeconfig or options.context) and SERVICE_ACCOUNT.exists()
+    access = Access(in_cluster=in_cluster, kubeconfig=options.kubeconfig, context=options.context)
+    try:
+        return asyncio.run(run(settings, access, elect=options.lease or not options.dev))
+    except LeaseLost as lost:
+        # Whatever is still under way was promised to have ended: no clean-up, no waiting.
+        print(f"ingestrun-operator: {lost}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(EXIT_LEASE_LOST)
+    except (KubeError, OSError) as error:
+        print(f"ingestrun-operator: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""One replica: waits for the lease, then watches, plans and acts until it is told to stop or loses the lease."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import kopf
+import structlog
+from kubernetes.aio.client import Configuration
+
+from ingestrun.controller.http.cancellation_check import CancellationCheckServer
+from ingestrun.controller.http.health import Health
+from ingestrun.controller.http.tokens import CheckKey
+from ingestrun.controller.logs import context_of_pass
+from ingestrun.controller.reconcile.reconciler import Reconciler
+from ingestrun.controller.reconcile.recorder import EventQueue
+from ingestrun.controller.settings import Settings, instance_name
+from ingestrun.controller.state.cache import RunCache
+from ingestrun.controller.state.usage import Usage
+from ingestrun.controller.watch.handlers import EventHandlers, operator_settings, registry
+from ingestrun.controller.watch.resync import resync_forever
+from ingestrun.controller.watch.workqueue import WorkQueue
+from ingestrun.kube.client import KubernetesCluster
+from ingestrun.kube.connection import Connection, load_configuration
+from ingestrun.kube.leader_election import LeaseLost, run_as_leader
+from ingestrun.kube.protocol import RunKey
+from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage
+
+logger = structlog.get_logger("ingestrun")
+
+FAREWELL_SECONDS = 3.0
+"""How long a replica that stops goes on posting its last Events."""
+CREDENTIALS_LIFETIME = timedelta(minutes=10)
+"""When kopf asks for credentials anew: bound service-account tokens are rotated, and kopf reads a token once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """How the API server is reached: the service account, or a kubeconfig and a context in it."""
+
+    in_cluster: bool
+    kubeconfig: str | None = None
+    context: str | None = None
+
+    async def connect(self) -> Connection:
+        """A pool of its own. Raises KubeError without usable credentials."""
+        return await Connection.open(kubeconfig=self.kubeconfig, context=self.context, in_cluster=self.in_cluster)
+
+    async def configuration(self) -> Configuration:
+        """The credentials, read anew. Raises KubeError."""
+        return await load_configuration(kubeconfig=self.kubeconfig, context=self.context, in_cluster=self.in_cluster)
+
+
+async def run(settings: Settings, access: Access, *, elect: bool) -> int:
+    """Run one replica until SIGTERM or SIGINT; returns the exit code. Raises KubeError without credentials.
+
+    Without `elect` (development alone) it acts at once: two such processes would act side by side.
+    A LeaseLost is raised as it is: the caller ends the process at once.
+    """
+    health = Health()
+    calls, lease = await access.connect(), await access.connect()
+    cluster = KubernetesCluster(calls, namespaces=settings.namespace_list or None)
+    runner = await health.serve(settings.health_port) if settings.health_port else None
+    ending = contextlib.AsyncExitStack()
+    api = await _serve_api(settings, access, ending)
+
+    async def lead() -> None:
+        health.role = "leading"
+        logger.info("leading", instance=instance_name())
+        await _operate(settings, access, cluster, health, check=api.check_for if api else None)
+
+    main: Callable[[], Awaitable[None]] = lead
+    if elect:
+        health.role = "standby"
+        main = lambda: run_as_leader(  # noqa: E731
+            lead,
+            connection=lease,
+            guarded=calls,
+            namespace=settings.lease_namespace,
+            name=settings.lease_name,
+            identity=instance_name(),
+        )
+    task = asyncio.ensure_future(main())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        logger.info("stopped")
+    except LeaseLost:
+        raise
+    finally:
+        if runner is not None:
+            await runner.cleanup()
+        await ending.aclose()
+        await calls.close()
+        await lease.close()
+    return 0
+
+
+async def _serve_api(
+    settings: Settings, access: Access, ending: contextlib.AsyncExitStack
+) -> CancellationCheckServer | None:
+    """Answer the cancellation check, on a connection that the lease does not guard: a standby answers too."""
+    if not (settings.api_url and settings.api_port):
+        return None
+    connection = await access.connect()
+    ending.push_async_callback(connection.close)
+    cluster = KubernetesCluster(connection)
+    key = CheckKey(cluster, namespace=settings.lease_namespace, alone=not access.in_cluster)
+    api = CancellationCheckServer(cluster, key, url=settings.api_url)
+    ending.push_async_callback(api.close)
+    await api.serve(settings.api_port)
+    return api
+
+
+async def _operate(
+    settings: Settings, access: Access, cluster: KubernetesCluster, health: Health, *, check: CheckEndpointFor | None
+) -> None:
+    usage = Usage(settings.caps, wake=lambda key: queue.add(key, "room"))
+    usage.start_sync()
+    cache = RunCache(usage)
+    events = EventQueue(paused=lambda: queue.pressed)
+    reconciler = Reconciler(
+        cluster,
+        cache,
+        worker=WorkerImage(name=settings.worker_image, pull_policy=settings.worker_pull_policy),
+        instance=instance_name(),
+        check=check,
+        defer=events.put,
+    )
+
+    def context_of(key: RunKey) -> contextvars.Context:
+        body = cache.run(key)
+        uid = body["metadata"]["uid"] if body is not None else None
+        return context_of_pass(name=key.name, namespace=key.namespace, uid=uid)
+
+    queue: WorkQueue[RunKey] = WorkQueue(
+        reconciler.reconcile,
+        concurrency=settings.concurrency,
+        urgent=cache.cancel_pending,
+        patient=cache.ended,
+        context=context_of,
+    )
+    handlers = registry(EventHandlers(cache, queue))
+
+    @kopf.on.login(registry=handlers, id="login")
+    async def login(**_: object) -> kopf.ConnectionInfo:
+        return connection_info(await access.configuration())
+
+    posting = asyncio.create_task(events.run(), name="events")
+    resync = asyncio.create_task(
+        resync_forever(cluster, cache, queue, seconds=settings.resync_seconds, health=health),
+        name="resync",
+    )
+    watching = asyncio.create_task(
+        kopf.operator(
+            registry=handlers,
+            settings=operator_settings(),
+            standalone=True,
+            clusterwide=not settings.namespace_list,
+            namespaces=settings.namespace_list,
+        ),
+        name="kopf",
+    )
+    try:
+        await asyncio.wait({resync, watching}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (resync, watching):
+            task.cancel()
+        await queue.close()
+        await events.finish(seconds=FAREWELL_SECONDS)
+        posting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(resync, watching, posting)
+
+
+def connection_info(configuration: Configuration) -> kopf.ConnectionInfo:
+    """The client's credentials as kopf wants them: one way of loading them for both.
+
+    kopf's own default would prefer pykube-ng where that is installed, which ignores exec plugins.
+    """
+    header = (configuration.api_key or {}).get("authorization") or (configuration.api_key or {}).get("BearerToken")
+    scheme, _, token = header.partition(" ") if header else ("", "", "")
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        insecure=not configuration.verify_ssl,
+        username=configuration.username or None,
+        password=configuration.password or None,
+        scheme=scheme or None,
+        token=token or None,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+        expiration=datetime.now(UTC) + CREDENTIALS_LIFETIME,
+    )

@@ -1,0 +1,1 @@
+"""One pass for one run: observe, plan, execute."""

@@ -1,0 +1,315 @@
+"""The first part of a pass: all that a plan is made from, except the capacity.
+
+The capacity is missing because `observe` awaits answers of the API server, and other runs are planned meanwhile:
+`Reconciler` takes it in the same synchronous step that plans and reserves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import structlog
+
+from ingestrun.controller.state.cache import RunCache, cancelled_with_cascade, parents_of
+from ingestrun.controller.state.memory import RunMemory
+from ingestrun.controller.state.usage import Usage
+from ingestrun.kube.errors import KubeError, NotFound
+from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.model.run import IngestRun
+from ingestrun.model.spec import CancellationPolicy
+from ingestrun.model.status import IngestRunStatus, Phase
+from ingestrun.planner.actions import CancelledParent, ChildRun, LivePods, Predecessor
+from ingestrun.planner.batch.attempt import (
+    NO_POD_RECHECK,
+    Attempt,
+    JobState,
+    MalformedJobError,
+    pod_creation_obstacle,
+    read_job,
+    read_pod,
+)
+from ingestrun.planner.batch.failure_policy import WORKER_CANCELLED, Failure, outcome_of
+from ingestrun.planner.run.backpressure import rejection_in_status
+from ingestrun.planner.run.concurrency import ConcurrentRun
+from ingestrun.planner.snapshot import Snapshot
+
+logger = structlog.get_logger("ingestrun")
+
+POD_GRACE_SECONDS: Final = 0.5
+"""How long an ended Job waits for the end of its pod to be watched, because the two watches race. Then the pods are
+listed."""
+FRESH_QUOTA_REFUSAL: Final = timedelta(minutes=10)
+"""How long a run whose pod a quota refuses comes before those with more Jobs; its pod may be one that never fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """There is nothing to plan yet."""
+
+    seconds: float
+
+
+class Observer:
+    """Observes one run: from the cache, and live from the API server where the cache is not enough."""
+
+    def __init__(
+        self, cluster: Cluster, cache: RunCache, *, clock: Callable[[], datetime], drain_pause_seconds: float
+    ) -> None:
+        self._cluster = cluster
+        self._cache = cache
+        self._clock = clock
+        self._drain_pause = timedelta(seconds=drain_pause_seconds)
+        self._pod_creation_failures = PodCreationFailures(cluster, cache.usage)
+
+    async def observe(
+        self,
+        key: RunKey,
+        run: IngestRun,
+        memory: RunMemory,
+        *,
+        peers: Sequence[ConcurrentRun],
+        predecessors: Sequence[Predecessor] | None,
+    ) -> Snapshot | Wait:
+        """Return a snapshot that lacks its capacity. Raises KubeError when the API server could not be asked."""
+        ended = run.status.ended
+        listed_before = self._cache.has_synced(run.metadata.uid)
+        if memory.unanswered_create is None:
+            # A claim is stored before its first create is sent. So a run first seen without a claim can't have
+            # creates by an earlier process.
+            memory.unanswered_create = bool(run.status.batches.claimed)
+        pause = self._drain_pause_left(run, memory)
+        if pause > 0:
+            return Wait(pause)
+        live = None
+        if ended or not listed_before:
+            live = await self._list_live(run, memory)
+            if not ended and not listed_before and memory.rejection is None:
+                memory.rejection = rejection_in_status(run, now=self._clock())
+        attempts = await self._await_pod_results(run, memory)
+        attempts = await self._explain_missing_pods(key, run, attempts)
+        ask_parents = not listed_before or self._pod_saw_cancel(key, attempts)
+        return Snapshot(
+            run=run,
+            attempts=attempts,
+            now=self._clock(),
+            rejection=memory.rejection,
+            live=live,
+            parent=await self._cancelled_parent(key, ask=ask_parents),
+            children=self._children(key) if ended else (),
+            peers=peers,
+            predecessors=predecessors,
+            skipped=memory.skipped,
+        )
+
+    def _drain_pause_left(self, run: IngestRun, memory: RunMemory) -> float:
+        """Return for how many seconds an ended run is left alone.
+
+        It is observed by two live lists, so not at every event of its pods. A change of its spec counts at once.
+        """
+        if not run.status.ended or memory.drain_checked_at is None:
+            return 0.0
+        if run.metadata.generation != run.status.observed_generation:
+            return 0.0
+        return (memory.drain_checked_at + self._drain_pause - self._clock()).total_seconds()
+
+    async def _list_live(self, run: IngestRun, memory: RunMemory) -> LivePods:
+        """Take the run's Jobs and pods from the server, in place of what the watches have shown."""
+        meta = run.metadata
+        jobs, pods = [], []
+        for body in await self._cluster.list_jobs(namespace=meta.namespace, run_uid=meta.uid):
+            try:
+                jobs.append(read_job(body))
+            except MalformedJobError as error:
+                logger.warning("ignoring a Job that is not ours", why=str(error))
+        for body in await self._cluster.list_pods(namespace=meta.namespace, run_uid=meta.uid):
+            pod = read_pod(body)
+            if pod is not None:
+                pods.append(pod)
+        self._cache.replace_children(meta.uid, jobs, pods)
+        memory.drain_checked_at = self._clock()
+        return LivePods(pods=tuple(pods))
+
+    async def _await_pod_results(self, run: IngestRun, memory: RunMemory) -> list[Attempt]:
+        """Return the run's attempts; an ended Job whose pod's end has not arrived yet still counts as running.
+
+        Once the grace is over the pods are listed. What is not there then is missing for good.
+        """
+        uid = run.metadata.uid
+        attempts = self._cache.attempts(uid)
+        over = run.status.batches.published | run.status.batches.failed
+        lacking = [attempt for attempt in attempts if _lacks_pod_result(attempt) and attempt.batch not in over]
+        if not lacking:
+            memory.awaiting_pods = {}
+            return attempts
+        clock = time.monotonic()
+        since = {attempt.job.uid: memory.awaiting_pods.get(attempt.job.uid, clock) for attempt in lacking}
+        memory.awaiting_pods = since
+        young = {job for job, first in since.items() if first is not None and clock - first < POD_GRACE_SECONDS}
+        if any(first is not None and job not in young for job, first in since.items()):
+            await self._list_live(run, memory)
+            attempts = self._cache.attempts(uid)
+            memory.awaiting_pods = {job: first if job in young else None for job, first in since.items()}
+        return [
+            replace(attempt, state=JobState.RUNNING) if attempt.job.uid in young else attempt for attempt in attempts
+        ]
+
+    async def _explain_missing_pods(self, key: RunKey, run: IngestRun, attempts: list[Attempt]) -> list[Attempt]:
+        """Return the attempts; those that lack their pod with the reason, as far as it matters to the run."""
+        now = self._clock()
+        if not run.status.ended:
+            return await self._pod_creation_failures.explain_and_count(key, run, attempts, now=now)
+        if run.status.cancellation is not None and run.status.cancellation.on_cancel is not None:
+            return await self._pod_creation_failures.explain(key.namespace, attempts, now=now)
+        return attempts
+
+    async def _cancelled_parent(self, key: RunKey, *, ask: bool) -> CancelledParent | None:
+        """Return a run above this one that is Cancelled with `cascade`, if there is one.
+
+        With `ask`, the server is asked rather than the cache, because a run created after its parent's cancel must
+        not start anything while the watch has not shown that cancel. A parent that does not exist is none.
+        """
+        for parent in _parents_of(self._cache, key):
+            if ask:
+                try:
+                    self._cache.upsert_run(await self._cluster.get_run(parent))
+                except NotFound:
+                    continue
+            found = _cancel_from(self._cache, parent)
+            if found is not None:
+                return found
+        return None
+
+    def _pod_saw_cancel(self, key: RunKey, attempts: list[Attempt]) -> bool:
+        """Whether a pod of a run with parents has stopped for a cancel that is not known here.
+
+        The cancellation check has reported the parent's cancel to it, which the watch may not have shown here yet.
+        """
+        if not _parents_of(self._cache, key) or self._cache.cancel_requested(key):
+            return False
+        outcomes = (outcome_of(attempt) for attempt in attempts if attempt.state is JobState.SUCCEEDED)
+        return any(isinstance(outcome, Failure) and outcome.reason == WORKER_CANCELLED for outcome in outcomes)
+
+    def _children(self, key: RunKey) -> list[ChildRun]:
+        found = []
+        for body in self._cache.children_of(key):
+            phase = (body.get("status") or {}).get("phase")
+            found.append(ChildRun(name=body["metadata"]["name"], phase=Phase(phase) if phase else None))
+        return found
+
+
+async def refresh(cluster: Cluster, cache: RunCache, key: RunKey) -> None:
+    """Read a run from the API server into the cache. One that is gone is forgotten."""
+    try:
+        cache.upsert_run(await cluster.get_run(key))
+    except NotFound:
+        cache.remove_run(key)
+
+
+def watched_cancelled_parent(cache: RunCache, key: RunKey) -> CancelledParent | None:
+    """Return a run above this one that is Cancelled with `cascade`, as far as the watches have shown."""
+    found = (_cancel_from(cache, parent) for parent in _parents_of(cache, key))
+    return next((parent for parent in found if parent is not None), None)
+
+
+def _parents_of(cache: RunCache, key: RunKey) -> list[RunKey]:
+    body = cache.run(key)
+    return parents_of(body) if body is not None else []
+
+
+def _cancel_from(cache: RunCache, parent: RunKey) -> CancelledParent | None:
+    """Return what a parent's cancel means for the runs right below it; None if it has none, or keeps it to itself."""
+    body = cache.run(parent)
+    if body is None or not cancelled_with_cascade(body):
+        return None
+    record = IngestRunStatus.model_validate(body["status"]).cancellation
+    if record is None:
+        return None
+    return CancelledParent(
+        name=parent.name,
+        reason=record.reason,
+        requested_by=record.requested_by,
+        policy=record.policy or CancellationPolicy.DRAIN,
+    )
+
+
+def _lacks_pod_result(attempt: Attempt) -> bool:
+    """Whether the Job has ended, and the end of its pod has not been seen."""
+    if not attempt.state.finished or (attempt.pod is not None and attempt.pod.ended):
+        return False
+    return attempt.job.reason != "DeadlineExceeded"  # of the Job itself: its controller has deleted the pod
+
+
+# ---- pod-creation failures
+
+
+@dataclass(frozen=True, slots=True)
+class _FailedCreates:
+    at: datetime
+    messages: dict[str, str]
+    """By the Job's UID: the newest sentence of the Job controller."""
+
+
+class PodCreationFailures:
+    """Finds out why Jobs have no pod: the Job controller says so in an Event, and nowhere else.
+
+    The Events are listed only for Jobs that should have a pod and have none, and once in a while for all Jobs of a
+    namespace, so that the normal course costs no call.
+    """
+
+    def __init__(self, cluster: Cluster, usage: Usage) -> None:
+        """Remember in `usage` which runs wait for a pod that a quota refuses."""
+        self._cluster = cluster
+        self._usage = usage
+        self._by_namespace: dict[str, _FailedCreates] = {}
+
+    async def explain_and_count(
+        self, key: RunKey, run: IngestRun, attempts: Sequence[Attempt], *, now: datetime
+    ) -> list[Attempt]:
+        """Do as `explain`, and let a run whose pod a quota refuses come before those with more Jobs."""
+        explained = await self.explain(key.namespace, attempts, now=now)
+        refused = any(
+            attempt.pod_creation is not None
+            and attempt.pod_creation.kind == "QuotaExceeded"
+            and now < attempt.pod_creation.since + FRESH_QUOTA_REFUSAL
+            for attempt in explained
+        )
+        self._usage.set_pods_refused(run.metadata.uid, key.namespace, refused=refused)
+        return explained
+
+    async def explain(self, namespace: str, attempts: Sequence[Attempt], *, now: datetime) -> list[Attempt]:
+        """Return the attempts; those that lack their pod with the reason, where the Job controller has given one."""
+        lacking = {attempt.job.uid for attempt in attempts if attempt.lacks_pod(now)}
+        if not lacking:
+            return list(attempts)
+        messages = await self._messages(namespace, now=now)
+        return [
+            replace(attempt, pod_creation=pod_creation_obstacle(attempt, messages.get(attempt.job.uid)))
+            if attempt.job.uid in lacking
+            else attempt
+            for attempt in attempts
+        ]
+
+    async def _messages(self, namespace: str, *, now: datetime) -> dict[str, str]:
+        known = self._by_namespace.get(namespace)
+        if known is not None and now - known.at < NO_POD_RECHECK:
+            return known.messages
+        for place in [place for place, last in self._by_namespace.items() if now - last.at > 4 * NO_POD_RECHECK]:
+            del self._by_namespace[place]
+        try:
+            found = sorted(await self._cluster.list_failed_creates(namespace=namespace), key=_last_repeated)
+        except KubeError as error:
+            logger.warning("why a Job has no pod could not be asked", error=str(error))
+            found = []
+        messages = {event["regarding"]["uid"]: str(event.get("note") or "") for event in found}
+        self._by_namespace[namespace] = _FailedCreates(now, messages)
+        return messages
+
+
+def _last_repeated(event: Object) -> str:
+    """Return when an Event was last repeated. As text it sorts, because all times have one form but for fractions."""
+    series: dict[str, Any] = event.get("series") or {}
+    return str(series.get("lastObservedTime") or event.get("deprecatedLastTimestamp") or event.get("eventTime") or "")

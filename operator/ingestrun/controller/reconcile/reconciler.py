@@ -1,0 +1,146 @@
+"""One pass for one run: observe, plan, execute. Whatever woke it, it decides from the state alone."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Final
+
+import structlog
+
+from ingestrun.controller.logs import about_run
+from ingestrun.controller.reconcile.execute import RETRY, Done, Executor, JobCreator, Retry
+from ingestrun.controller.reconcile.gates import ConcurrencyGate, ResumeGate
+from ingestrun.controller.reconcile.observe import Observer, Wait, refresh
+from ingestrun.controller.reconcile.recorder import EventRecorder
+from ingestrun.controller.state.cache import RunCache
+from ingestrun.controller.state.memory import RunMemory
+from ingestrun.kube.errors import KubeError
+from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.model.run import IngestRun
+from ingestrun.planner.actions import Plan, Predecessor
+from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
+from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage, job_name
+from ingestrun.planner.plan import plan
+from ingestrun.planner.run.concurrency import ConcurrentRun
+from ingestrun.planner.snapshot import Snapshot
+
+logger = structlog.get_logger("ingestrun")
+
+MAX_ROUNDS: Final = 8
+"""How often one pass starts over because the run changed under it, before the queue's backoff takes over."""
+DRAIN_PAUSE_SECONDS: Final = 1.0
+"""Between a cancel and the first look at its drain, and between two such looks."""
+
+
+class Reconciler:
+    """Brings runs forward through a `Cluster`. Keeps nothing that a restart may not lose."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        cache: RunCache,
+        *,
+        worker: WorkerImage,
+        instance: str,
+        check: CheckEndpointFor | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        drain_pause_seconds: float = DRAIN_PAUSE_SECONDS,
+        defer: Callable[[Awaitable[None]], None] | None = None,
+    ) -> None:
+        self._cluster = cluster
+        self._cache = cache
+        self._clock = clock
+        self._concurrency = ConcurrencyGate(cluster, cache)
+        self._resume = ResumeGate(cluster, cache)
+        self._observer = Observer(cluster, cache, clock=clock, drain_pause_seconds=drain_pause_seconds)
+        self._executor = Executor(
+            cluster,
+            cache,
+            JobCreator(cluster, cache, worker=worker, check=check, clock=clock),
+            EventRecorder(cluster, instance=instance, clock=clock, defer=defer),
+            self._concurrency,
+            clock=clock,
+        )
+
+    async def reconcile(self, key: RunKey, trigger: str) -> float | None:
+        """Look at one run and do what is due.
+
+        Returns in how many seconds to look again, or None. Raises KubeError when the API server could not be
+        asked or told: the queue comes back.
+        """
+        for _ in range(MAX_ROUNDS):
+            body = await self._current(key)
+            if body is None:
+                return None
+            uid = body["metadata"]["uid"]
+            with about_run(name=key.name, namespace=key.namespace, uid=uid):
+                outcome = await self._round(key, uid, trigger)
+            if outcome is not RETRY:
+                return outcome.requeue_after
+        raise KubeError(f"the run changed {MAX_ROUNDS} times under one pass")
+
+    async def _current(self, key: RunKey) -> Object | None:
+        """Return the newest body of the run, read from the API server where the cache is known to be outdated."""
+        body = self._cache.run(key)
+        memory = self._cache.memories.recall(body["metadata"]["uid"]) if body is not None else None
+        if memory is None or memory.must_read:
+            await refresh(self._cluster, self._cache, key)
+            if memory is not None:
+                memory.must_read = False
+        return self._cache.run(key)
+
+    async def _round(self, key: RunKey, uid: str, trigger: str) -> Done | Retry:
+        # Taken once, so that a run which goes meanwhile leaves no record behind.
+        memory = self._cache.memories.recall(uid)
+        try:
+            run = self._cache.parsed(key)
+        except ValueError as error:
+            logger.error("the run cannot be read: it was stored under another CRD", error=str(error))
+            return Done()
+        if self._cache.is_archived(uid):
+            if run.metadata.generation == run.status.observed_generation:
+                return await self._executor.expire(key, run)
+            self._cache.unarchive(uid)  # what its Jobs may stay for may have changed
+        try:
+            async with (
+                self._concurrency.peers(key, run) as peers,
+                self._resume.predecessors(key, run) as predecessors,
+            ):
+                return await self._reconcile_once(key, run, memory, peers, predecessors, trigger)
+        except KubeError:
+            self._cache.usage.withdraw(uid)
+            raise
+        finally:
+            self._cache.usage.release(uid)
+
+    async def _reconcile_once(
+        self,
+        key: RunKey,
+        run: IngestRun,
+        memory: RunMemory,
+        peers: Sequence[ConcurrentRun],
+        predecessors: Sequence[Predecessor] | None,
+        trigger: str,
+    ) -> Done | Retry:
+        observed = await self._observer.observe(key, run, memory, peers=peers, predecessors=predecessors)
+        if isinstance(observed, Wait):
+            return Done(observed.seconds)
+        snapshot, planned = self._plan(key, observed)
+        return await self._executor.execute(key, snapshot, planned, memory, trigger=trigger)
+
+    def _plan(self, key: RunKey, observed: Snapshot) -> tuple[Snapshot, Plan]:
+        """Plan within the capacity that is left, and reserve what the plan starts.
+
+        Not a coroutine, so that no other run can be planned between the three: else both could be granted one slot.
+        """
+        run, usage = observed.run, self._cache.usage
+        capacity = usage.snapshot(run.metadata.uid, key.namespace, now=self._clock())
+        snapshot = replace(observed, capacity=capacity)
+        planned = plan(snapshot)
+        # The clean-up of a cancelled run needs no slot.
+        starts = [create for create in planned.creates if create.attempt.step.index != ON_CANCEL_STEP]
+        job_names = [job_name(run, create) for create in starts]
+        usage.reserve(key, run.metadata.uid, job_names, unmet_demand=planned.unmet_demand)
+        return snapshot, planned

@@ -1,0 +1,1 @@
+"""What the controller keeps in memory; a restart may lose all of it."""

@@ -1,0 +1,52 @@
+"""What the process remembers of each run beside what the watches have shown: one record a run, dropped in one place.
+
+Nothing in it has to survive a restart: a new process asks the API server, or is refused once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from ingestrun.model.status import AttemptId
+from ingestrun.planner.actions import CreateRejection
+
+
+@dataclass(slots=True, kw_only=True)
+class RunMemory:
+    """The record of one run. A pass takes it once, at its beginning, and hands it on to all that it calls."""
+
+    must_read: bool = False
+    """Whether the run has to be read from the API server before the next plan: the cached body is known to be old."""
+    rejection: CreateRejection | None = None
+    """Why the API server refused the run's last create, if it has accepted none since."""
+    unanswered_create: bool | None = None
+    """Whether a create may still reach the API server, because its answer was lost or because an earlier process sent
+    it. None until the first pass."""
+    skipped: frozenset[AttemptId] = frozenset()
+    """The attempts that a cancel has kept from starting, logged already."""
+    awaiting_pods: dict[str, float | None] = field(default_factory=dict)
+    """By the UID of an ended Job whose pod's end has not been seen: since when it is awaited (monotonic). None: the
+    pods were listed since then, and its pod was not among them or had not ended."""
+    drain_checked_at: datetime | None = None
+    """When the Jobs of the ended run were last listed live."""
+
+    @property
+    def awaits_pods(self) -> bool:
+        """Whether the end of a pod may still arrive."""
+        return any(since is not None for since in self.awaiting_pods.values())
+
+
+class RunMemories:
+    """The records of all runs, by UID. `RunCache` forgets a run's record together with all else that it has of it."""
+
+    def __init__(self) -> None:
+        self._by_uid: dict[str, RunMemory] = {}
+
+    def recall(self, uid: str) -> RunMemory:
+        """Return the record of a run that is in the cache; an empty one at first."""
+        return self._by_uid.setdefault(uid, RunMemory())
+
+    def forget(self, uid: str) -> None:
+        """Drop the record of a run that is gone, or has ended and needs nothing more."""
+        self._by_uid.pop(uid, None)

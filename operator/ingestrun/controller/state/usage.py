@@ -1,0 +1,238 @@
+"""How many unfinished Jobs there are, by run, by namespace and in all; who waits for one more; who is told of room.
+
+Kept incrementally: an event costs a few additions, a run a few numbers. Between a plan and the answers to its creates
+lie awaits, in which other runs are planned; so what a plan starts is reserved in the same breath, and the caps
+hold exactly however passes interleave.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from ingestrun.kube.protocol import RunKey
+from ingestrun.planner.run.fair_sharing import Capacity, Demand, JobLimits, Quota, admissions
+
+
+@dataclass(slots=True)
+class _Run:
+    namespace: str
+    active: int = 0
+    reserved: set[str] = field(default_factory=set)
+    """Names of Jobs whose creates are under way, or were answered by nobody."""
+    doubtful: set[str] = field(default_factory=set)
+    """Those of them that nobody has answered: they may exist. A live list tells."""
+    turn: int = 0
+
+    @property
+    def load(self) -> int:
+        """Its Jobs as far as a cap is concerned."""
+        return self.active + len(self.reserved)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Refused:
+    message: str
+    jobs: int
+    """How many Jobs of ours, finished ones too, there were in the namespace when its quota refused one."""
+    until: datetime
+
+
+class Usage:
+    """One process's count of Jobs. Not thread-safe: everything happens on one event loop."""
+
+    def __init__(self, caps: JobLimits | None = None, *, wake: Callable[[RunKey], None] = lambda _: None) -> None:
+        """`wake` is told of each run that waits and may start something now."""
+        self.caps = caps or JobLimits()
+        self._wake = wake
+        self._known = True
+        self._runs: dict[str, _Run] = {}
+        self._in_namespace: Counter[str] = Counter()
+        self._in_all = 0
+        self._jobs: Counter[str] = Counter()
+        self._under_way: Counter[str] = Counter()
+        self._needing: set[str] = set()
+        self._waiting: dict[str, tuple[RunKey, int]] = {}
+        self._refused: dict[str, _Refused] = {}
+        self._turns = 0
+
+    # ---- what the store tells
+
+    def adjust(self, run_uid: str, namespace: str, *, active: int, jobs: int) -> None:
+        """So many more (or fewer) unfinished Jobs of a run, and Jobs of any kind."""
+        run = self._run(run_uid, namespace)
+        run.active += active
+        self._add(namespace, active)
+        self._jobs[namespace] += jobs
+        self._tidy(run_uid)
+        if active < 0 or jobs < 0:
+            self._tell()
+
+    def job_exists(self, run_uid: str, name: str) -> None:
+        """The Job of that name exists: it is counted as itself from now on."""
+        self._unreserve(run_uid, {name})
+
+    def jobs_listed(self, run_uid: str) -> None:
+        """The run's Jobs were listed live: a create that nobody answered has led to one of them, or to nothing."""
+        run = self._runs.get(run_uid)
+        if run is not None and run.doubtful:
+            self._unreserve(run_uid, run.doubtful)
+
+    def forget(self, run_uid: str) -> None:
+        """The run is gone, or quiet for good; its Jobs have been taken off before."""
+        self._waiting.pop(run_uid, None)
+        self._needing.discard(run_uid)
+        run = self._runs.get(run_uid)
+        if run is not None:
+            self._unreserve(run_uid, run.reserved)
+            self._tidy(run_uid)
+        self._tell()
+
+    # ---- what a pass asks and tells
+
+    def snapshot(self, run_uid: str, namespace: str, *, now: datetime) -> Capacity:
+        """What the plan of this run may count on. Nothing may be awaited between this and `reserve`."""
+        for place in [place for place, refused in self._refused.items() if now >= refused.until]:
+            del self._refused[place]
+        run = self._runs.get(run_uid) or _Run(namespace)
+        return replace(
+            self._capacity(exclude=run_uid),
+            run=Demand(uid=run_uid, namespace=namespace, active=run.load, turn=run.turn or self._turns + 1),
+            in_namespace={**self._places(exclude=run_uid), namespace: self._in_namespace[namespace]},
+            fewest_jobs_without_pod=self._needy(run_uid, namespace),
+        )
+
+    def reserve(self, key: RunKey, run_uid: str, names: Iterable[str], *, unmet_demand: int) -> None:
+        """The plan starts these Jobs, and would start so many more if it were let."""
+        started = set(names)
+        if started or unmet_demand:
+            run = self._run(run_uid, key.namespace)
+            new = started - run.reserved
+            run.reserved |= new
+            self._under_way[key.namespace] += len(new)
+            self._add(key.namespace, len(new))
+            if new or run_uid not in self._waiting:
+                self._turns += 1
+                run.turn = self._turns
+        if unmet_demand:
+            self._waiting[run_uid] = (key, unmet_demand)
+        else:
+            self.withdraw(run_uid)
+
+    def release(self, run_uid: str) -> None:
+        """The pass is over: what it reserved and has not created is free again."""
+        run = self._runs.get(run_uid)
+        if run is not None and run.reserved - run.doubtful:
+            self._unreserve(run_uid, run.reserved - run.doubtful)
+
+    def mark_unanswered(self, run_uid: str, name: str) -> None:
+        """Nobody has answered the create of this Job: it stays reserved until the run's Jobs are listed."""
+        run = self._runs.get(run_uid)
+        if run is not None and name in run.reserved:
+            run.doubtful.add(name)
+
+    def withdraw(self, run_uid: str) -> None:
+        """The pass has failed: until the next one has not, others need not wait for this run to take its turn."""
+        if self._waiting.pop(run_uid, None) is not None:
+            self._tidy(run_uid)
+            self._tell()
+
+    def quota_refused(self, namespace: str, message: str, *, until: datetime) -> None:
+        """A quota of the namespace has refused a Job: there is room for another only once one of ours is gone."""
+        self._refused[namespace] = _Refused(message=message, jobs=self._jobs[namespace], until=until)
+
+    def job_admitted(self, namespace: str) -> None:
+        """A Job was taken. With more of them than when one was refused, that refusal says nothing any more."""
+        refused = self._refused.get(namespace)
+        if refused is not None and self._jobs[namespace] > refused.jobs:
+            del self._refused[namespace]
+            self._tell()
+
+    def set_pods_refused(self, run_uid: str, namespace: str, *, refused: bool) -> None:
+        """Whether a quota refuses a pod to one of the run's Jobs."""
+        if refused:
+            self._run(run_uid, namespace)
+            self._needing.add(run_uid)
+        elif run_uid in self._needing:
+            self._needing.remove(run_uid)
+            self._tidy(run_uid)
+            self._tell()
+
+    def start_sync(self) -> None:
+        """The Jobs that earlier processes have left are to be counted: until `complete` no cap lets anything start."""
+        self._known = not self.caps.any
+
+    def finish_sync(self) -> None:
+        """They are counted."""
+        if not self._known:
+            self._known = True
+            self._tell()
+
+    @property
+    def synced(self) -> bool:
+        """Whether all Jobs that there are have been counted."""
+        return self._known
+
+    # ---- inside
+
+    def _run(self, run_uid: str, namespace: str) -> _Run:
+        return self._runs.setdefault(run_uid, _Run(namespace))
+
+    def _tidy(self, run_uid: str) -> None:
+        run = self._runs.get(run_uid)
+        if run is not None and not (run.load or run_uid in self._needing or run_uid in self._waiting):
+            del self._runs[run_uid]
+
+    def _add(self, namespace: str, number: int) -> None:
+        self._in_namespace[namespace] += number
+        self._in_all += number
+
+    def _unreserve(self, run_uid: str, names: Iterable[str]) -> None:
+        run = self._runs.get(run_uid)
+        gone = set(names) & run.reserved if run is not None else set()
+        if run is None or not gone:
+            return
+        run.reserved -= gone
+        run.doubtful -= gone
+        self._under_way[run.namespace] -= len(gone)
+        self._add(run.namespace, -len(gone))
+        self._tidy(run_uid)
+        self._tell()
+
+    def _capacity(self, *, exclude: str | None = None) -> Capacity:
+        others = []
+        for uid, (key, wants) in self._waiting.items():
+            if uid != exclude:
+                run = self._runs.get(uid) or _Run(key.namespace)
+                others.append(Demand(uid=uid, namespace=key.namespace, active=run.load, wants=wants, turn=run.turn))
+        return Capacity(
+            caps=self.caps,
+            run=Demand(uid="", namespace=""),
+            others=tuple(others),
+            in_namespace=self._places(exclude=exclude),
+            in_all=self._in_all,
+            quotas={
+                place: Quota(message=refused.message, free=self._free(place, refused), until=refused.until)
+                for place, refused in self._refused.items()
+            },
+            synced=self._known,
+        )
+
+    def _places(self, *, exclude: str | None) -> dict[str, int]:
+        places = {key.namespace for uid, (key, _) in self._waiting.items() if uid != exclude}
+        return {place: self._in_namespace[place] for place in places}
+
+    def _free(self, namespace: str, refused: _Refused) -> int:
+        return max(0, refused.jobs - self._jobs[namespace] - self._under_way[namespace])
+
+    def _needy(self, run_uid: str, namespace: str) -> int | None:
+        others = (self._runs[uid] for uid in self._needing if uid != run_uid)
+        return min((run.load for run in others if run.namespace == namespace), default=None)
+
+    def _tell(self) -> None:
+        """Wake whoever gets a slot as things are; whoever is woken in vain decides the same as before."""
+        if self._waiting:
+            for uid in admissions(self._capacity()):
+                self._wake(self._waiting[uid][0])

@@ -1,0 +1,1 @@
+"""What wakes the controller: watch events, the work queue and the resync."""

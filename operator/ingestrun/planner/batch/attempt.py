@@ -1,0 +1,368 @@
+"""An attempt of a stage, as observed: the few fields of its Job and its pod that the planner needs.
+
+They are read out of the JSON once, where it arrives. The cache holds them, and not the objects, because they are small.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, Final
+
+from ingestrun.model.names import LABEL_ATTEMPT, LABEL_BATCH, LABEL_RUN_UID, LABEL_STEP
+from ingestrun.model.quantity import QuantityError, read_bytes
+from ingestrun.model.size_budget import MESSAGE_CHARS
+from ingestrun.model.text import truncate
+from ingestrun.model.times import parse_time
+
+POD_EXPECTED_WITHIN: Final = timedelta(seconds=5)
+"""How soon after its start a Job has a pod. If it has none, the creation of its pod may be refused."""
+NO_POD_RECHECK: Final = timedelta(seconds=15)
+"""How often a Job without a pod is checked again."""
+QUEUED_AFTER: Final = timedelta(seconds=5)
+"""How long a Job is suspended before its run is reported as queued, because a quick admission is not worth a status."""
+
+_IMAGE_REASONS: Final = frozenset(
+    {
+        "ErrImagePull",
+        "ImagePullBackOff",
+        "ErrImageNeverPull",
+        "InvalidImageName",
+        "ImageInspectError",
+        "RegistryUnavailable",
+    }
+)
+_CONFIG_REASONS: Final = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+
+
+class JobState(StrEnum):
+    """How far a Job is. `WAITING`: no container of it has started yet."""
+
+    WAITING = "Waiting"
+    RUNNING = "Running"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether the Job has ended, and all its pods with it."""
+        return self in (JobState.SUCCEEDED, JobState.FAILED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedJob:
+    """A Job of the run, without its pod."""
+
+    namespace: str
+    name: str
+    uid: str
+    resource_version: str
+    run_uid: str
+    batch: int
+    step: int
+    attempt: int
+    deleting: bool
+    finished: JobState | None
+    """SUCCEEDED or FAILED once the Job's own condition says so."""
+    finished_at: datetime | None
+    reason: str | None
+    message: str | None
+    image: str | None = None
+    """The image of its container, as the Job names it."""
+    memory_limit: int | None = None
+    """Of its container, in bytes, as the Job's template has it."""
+    created: datetime | None = None
+    started_at: datetime | None = None
+    """When the Job controller started it, for the last time if it was suspended since."""
+    suspended: bool = False
+    """Kueue, or a user, has suspended it: it is not admitted, or its admission was taken back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Obstacle:
+    """Why a pod does not start, or is not even created.
+
+    `kind` is one of Unschedulable, ImagePull and ContainerConfig; without a pod, of QuotaExceeded and PodRefused.
+    """
+
+    kind: str
+    message: str
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedPod:
+    """The one pod of a Job of the run."""
+
+    name: str
+    uid: str
+    job_uid: str
+    run_uid: str
+    started: bool
+    ended: bool
+    exit_code: int | None
+    reason: str | None
+    """Why its container ended; if no container was started, why the pod ended."""
+    message: str | None
+    """The termination message: the stage's result, or the last lines of its log."""
+    obstacle: Obstacle | None
+    pod_reason: str | None = None
+    """The reason in the pod's own status: Evicted, NodeAffinity and the like."""
+    pod_message: str | None = None
+    disruption: str | None = None
+    """The reason of its condition DisruptionTarget, which a pod has that was ended for a cause outside of it."""
+    memory_limit: int | None = None
+    """Of its container, in bytes; a LimitRange may have set it."""
+    resource_version: str = ""
+    deleting_until: datetime | None = None
+    """When the grace period of its deletion ends; None while it is not being deleted."""
+    node: str | None = None
+    image_id: str | None = None
+    """The image that its container runs, as the kubelet names it; None before it has started."""
+    created: datetime | None = None
+    placed_at: datetime | None = None
+    """When it got a node; None while it waits for one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One attempt of a stage of a batch: its Job and its pod as one value."""
+
+    job: ObservedJob
+    state: JobState
+    pod: ObservedPod | None
+    pod_creation: Obstacle | None = None
+    """Why the Job controller cannot create its pod; looked up only for a Job that lacks one (`lacks_pod`)."""
+
+    @property
+    def batch(self) -> int:
+        """Return the index of its batch."""
+        return self.job.batch
+
+    @property
+    def step(self) -> int:
+        """Return the place of its stage in the pipeline, from 0."""
+        return self.job.step
+
+    @property
+    def number(self) -> int:
+        """Return its number among the attempts of the stage, from 0."""
+        return self.job.attempt
+
+    @property
+    def queued(self) -> bool:
+        """Tell whether it is suspended and nothing of it runs, so that it waits to be admitted."""
+        return self.job.suspended and self.state is JobState.WAITING
+
+    @property
+    def obstacle(self) -> Obstacle | None:
+        """Return why its pod does not start or cannot be created; None if nothing prevents it."""
+        if self.state is not JobState.WAITING:
+            return None
+        return self.pod.obstacle if self.pod is not None else self.pod_creation
+
+    def lacks_pod(self, now: datetime) -> bool:
+        """Tell whether it should have a pod by now and has none."""
+        at = self.lacks_pod_at
+        return at is not None and now >= at
+
+    @property
+    def lacks_pod_at(self) -> datetime | None:
+        """Return when it should have a pod at the latest; None if it has one, or is not to have one."""
+        job = self.job
+        if self.pod is not None or self.state is not JobState.WAITING or job.suspended or job.deleting:
+            return None
+        return job.started_at + POD_EXPECTED_WITHIN if job.started_at is not None else None
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Return what attempts are sorted by: batch, stage, number."""
+        return (self.batch, self.step, self.number)
+
+
+class MalformedJobError(ValueError):
+    """A Job with the run label whose other labels are missing or not numbers: the operator did not create it."""
+
+
+def read_job(job: Mapping[str, Any]) -> ObservedJob:
+    """Read a Job's JSON.
+
+    Raises:
+        MalformedJobError: its labels are not those of the operator's Jobs.
+    """
+    meta, status = job["metadata"], job.get("status") or {}
+    labels = meta.get("labels") or {}
+    try:
+        batch, step, attempt = (int(labels[label]) for label in (LABEL_BATCH, LABEL_STEP, LABEL_ATTEMPT))
+        run_uid = labels[LABEL_RUN_UID]
+    except (KeyError, ValueError) as error:
+        raise MalformedJobError(f"Job {meta.get('name')} lacks the labels of an operator's Job: {error}") from None
+    finished, ended = None, None
+    for condition in status.get("conditions") or ():
+        if condition.get("status") == "True" and condition.get("type") in ("Complete", "Failed"):
+            finished = JobState.SUCCEEDED if condition["type"] == "Complete" else JobState.FAILED
+            ended = condition
+    return ObservedJob(
+        namespace=meta["namespace"],
+        name=meta["name"],
+        uid=meta["uid"],
+        resource_version=meta.get("resourceVersion", ""),
+        run_uid=run_uid,
+        batch=batch,
+        step=step,
+        attempt=attempt,
+        deleting="deletionTimestamp" in meta,
+        finished=finished,
+        finished_at=parse_time(ended.get("lastTransitionTime") or meta["creationTimestamp"]) if ended else None,
+        reason=ended.get("reason") if ended else None,
+        message=_short(ended.get("message")) if ended else None,
+        image=_image(job),
+        memory_limit=_memory_limit(((job.get("spec") or {}).get("template") or {}).get("spec") or {}),
+        created=parse_time(meta["creationTimestamp"]) if "creationTimestamp" in meta else None,
+        started_at=parse_time(status["startTime"]) if status.get("startTime") else None,
+        suspended=bool((job.get("spec") or {}).get("suspend")),
+    )
+
+
+def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
+    """Read a pod's JSON; return None if no Job controls it."""
+    meta, spec, status = pod["metadata"], pod.get("spec") or {}, pod.get("status") or {}
+    owner = next((ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == "Job"), None)
+    if owner is None:
+        return None
+    phase = status.get("phase", "Pending")
+    container: Mapping[str, Any] = next(iter(status.get("containerStatuses") or ()), {})
+    state = container.get("state") or {}
+    terminated = state.get("terminated") or {}
+    return ObservedPod(
+        name=meta["name"],
+        uid=meta["uid"],
+        job_uid=owner["uid"],
+        run_uid=(meta.get("labels") or {}).get(LABEL_RUN_UID, ""),
+        started=bool(phase in ("Running", "Succeeded", "Failed") or container.get("started") or "running" in state),
+        ended=phase in ("Succeeded", "Failed"),
+        exit_code=terminated.get("exitCode"),
+        reason=terminated.get("reason") or status.get("reason"),
+        message=terminated.get("message"),
+        obstacle=_obstacle(meta, spec, status, state) if phase == "Pending" else None,
+        pod_reason=status.get("reason"),
+        pod_message=_short(status.get("message")),
+        disruption=_disruption(status),
+        memory_limit=_memory_limit(spec),
+        resource_version=meta.get("resourceVersion", ""),
+        deleting_until=parse_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
+        node=spec.get("nodeName"),
+        image_id=sys.intern(container.get("imageID") or "") or None,
+        created=parse_time(meta["creationTimestamp"]) if "creationTimestamp" in meta else None,
+        placed_at=_placed_at(status),
+    )
+
+
+def attempt_of(job: ObservedJob, pods: Sequence[ObservedPod]) -> Attempt:
+    """Put a Job and its pod together. Of several pods (backoffLimit is 0, so there are none) the ended one counts.
+
+    A pod that has ended with exit code 0 is the Job's success: the Job controller reports it a second or two later, and
+    the next stage need not wait for that. This holds even if the Job then exceeds its deadline, so that the verdict on
+    an attempt that later stages built on never changes.
+
+    A pod that was ended by a suspension no longer belongs to the Job: Kueue preempts so, and the Job starts anew.
+    """
+    pods = [pod for pod in pods if not ended_by_suspension(job, pod)]
+    pod = max(pods, key=lambda pod: (pod.ended, pod.started), default=None)
+    if pod is not None and pod.ended and pod.exit_code == 0:
+        state = JobState.SUCCEEDED
+    elif job.finished is not None:
+        state = job.finished
+    elif pod is not None and pod.started:
+        state = JobState.RUNNING
+    else:
+        state = JobState.WAITING
+    return Attempt(job=job, state=state, pod=pod)
+
+
+def pod_creation_obstacle(attempt: Attempt, event_note: str | None) -> Obstacle | None:
+    """Read the Job controller's Event about a pod that it cannot create; return None without one.
+
+    A quota has room another time. All else (a LimitRange, the namespace's pod security, a webhook, a service account or
+    priority class that does not exist) will be refused again until somebody changes something.
+    """
+    since = attempt.job.started_at
+    if not event_note or since is None:
+        return None
+    _, _, reason = event_note.partition("is forbidden: ")
+    kind = "QuotaExceeded" if "exceeded quota" in event_note else "PodRefused"
+    message = reason or event_note.removeprefix("Error creating: ")
+    return Obstacle(kind=kind, message=f"its pod is refused: {_short(message)}", since=since)
+
+
+def ended_by_suspension(job: ObservedJob, pod: ObservedPod) -> bool:
+    """Tell whether the pod was ended because its Job was suspended, so that its end says nothing about the Job.
+
+    The Job controller takes its finalizer off the pods that it deletes for a suspension, counts none of them, and sets
+    the Job's start time anew when it is resumed.
+    """
+    if not pod.ended or pod.exit_code == 0 or job.finished is not None:
+        return False
+    before = job.started_at is not None and pod.created is not None and pod.created < job.started_at
+    return job.suspended or before
+
+
+def _placed_at(status: Mapping[str, Any]) -> datetime | None:
+    """Read when the kubelet accepted the pod or, if it has not yet, when the scheduler gave it a node."""
+    if "startTime" in status:
+        return parse_time(status["startTime"])
+    for condition in status.get("conditions") or ():
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "True":
+            return parse_time(condition["lastTransitionTime"]) if condition.get("lastTransitionTime") else None
+    return None
+
+
+def _disruption(status: Mapping[str, Any]) -> str | None:
+    return next(
+        (
+            condition.get("reason") or "Unknown"
+            for condition in status.get("conditions") or ()
+            if condition.get("type") == "DisruptionTarget" and condition.get("status") == "True"
+        ),
+        None,
+    )
+
+
+def _memory_limit(pod_spec: Mapping[str, Any]) -> int | None:
+    container: Mapping[str, Any] = next(iter(pod_spec.get("containers") or ()), {})
+    quantity = ((container.get("resources") or {}).get("limits") or {}).get("memory")
+    try:
+        return read_bytes(quantity) if quantity is not None else None
+    except QuantityError:
+        return None
+
+
+def _obstacle(
+    meta: Mapping[str, Any], spec: Mapping[str, Any], status: Mapping[str, Any], state: Mapping[str, Any]
+) -> Obstacle | None:
+    for condition in status.get("conditions") or ():
+        if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":
+            since = parse_time(condition.get("lastTransitionTime") or meta["creationTimestamp"])
+            return Obstacle(kind="Unschedulable", message=_short(condition.get("message")) or "", since=since)
+    waiting = state.get("waiting") or {}
+    since = parse_time(status.get("startTime") or meta["creationTimestamp"])
+    if waiting.get("reason") in _IMAGE_REASONS:
+        # The kubelet's message alternates between ErrImagePull and its back-off, and each change would be a write.
+        image = next((c.get("image") for c in spec.get("containers") or ()), "?")
+        return Obstacle(kind="ImagePull", message=f"image {image!r} cannot be pulled", since=since)
+    if waiting.get("reason") in _CONFIG_REASONS:
+        return Obstacle(kind="ContainerConfig", message=_short(waiting.get("message")) or "", since=since)
+    return None
+
+
+def _image(job: Mapping[str, Any]) -> str | None:
+    containers = job.get("spec", {}).get("template", {}).get("spec", {}).get("containers") or ()
+    image = next((container.get("image") for container in containers), None)
+    return sys.intern(image) if image else None
+
+
+def _short(text: str | None) -> str | None:
+    return truncate(text, MESSAGE_CHARS) if text is not None else None

@@ -1,0 +1,310 @@
+"""The failure policy: what an ended attempt has come to (`outcome_of`), and what each kind of failure leads to.
+
+`FAILURE_POLICY` is the one table. docs/failures.md shows it to users, and a test holds the two together. Which kind a
+failure is follows from the Job and its pod (here), from the content of a result (`batch.state`), and from the API
+server's refusal to accept a Job (`controller.reconcile.execute`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from ingestrun.model.contract import EXIT_PERMANENT, Outcome, ResultError, StageResult, parse_result
+from ingestrun.model.size_budget import LOG_BYTES, MESSAGE_CHARS
+from ingestrun.model.text import truncate
+from ingestrun.planner.batch.attempt import Attempt, JobState, ObservedPod
+
+
+class FailureAction(StrEnum):
+    """What follows a failure."""
+
+    RETRY = "Retry"
+    RETRY_WITH_MORE_MEMORY = "RetryWithMoreMemory"
+    FAIL_BATCH = "FailBatch"
+    FAIL_RUN = "FailRun"
+    HOLD = "Hold"
+    """Nothing new is started, and one Job is tried every `backpressure.retrySeconds`."""
+
+
+class RetryBudget(StrEnum):
+    """What a retry is counted against; each budget is counted apart, for each stage of each batch."""
+
+    RETRIES = "retries"
+    """`retries` of the stage or of the run."""
+    MEMORY = "outOfMemory.retries"
+    DISRUPTIONS = "disruptions"
+    """`retry.FREE_DISRUPTIONS`; more than those are counted against `retries`."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePolicyRule:
+    """One row: the action while the budget lasts. A retry whose budget is used up turns into FailBatch."""
+
+    action: FailureAction
+    budget: RetryBudget | None = None
+
+
+_RETRY: Final = FailurePolicyRule(FailureAction.RETRY, RetryBudget.RETRIES)
+_RETRY_DISRUPTION: Final = FailurePolicyRule(FailureAction.RETRY, RetryBudget.DISRUPTIONS)
+_FAIL_BATCH: Final = FailurePolicyRule(FailureAction.FAIL_BATCH)
+_FAIL_RUN: Final = FailurePolicyRule(FailureAction.FAIL_RUN)
+_HOLD: Final = FailurePolicyRule(FailureAction.HOLD)
+
+FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
+    # What the container did.
+    "Error": _RETRY,
+    "PermanentError": _FAIL_BATCH,
+    "OOMKilled": FailurePolicyRule(FailureAction.RETRY_WITH_MORE_MEMORY, RetryBudget.MEMORY),
+    "DeadlineExceeded": _RETRY,
+    "StorageExceeded": _RETRY,
+    "StartError": _RETRY,
+    # What it left.
+    "ResultMissing": _RETRY,
+    "ResultInvalid": _RETRY,
+    "RowsMismatch": _RETRY,
+    "WorkerCancelled": _RETRY,
+    "LimitExceeded": _FAIL_BATCH,
+    "NoProgress": _FAIL_BATCH,
+    "SourceChanged": _FAIL_BATCH,
+    # What was done to its pod.
+    "Evicted": _RETRY_DISRUPTION,
+    "Preempted": _RETRY_DISRUPTION,
+    "NodeLost": _RETRY_DISRUPTION,
+    "NodeRefused": _RETRY_DISRUPTION,
+    "PodDeleted": _RETRY_DISRUPTION,
+    "PodLost": _RETRY_DISRUPTION,
+    "Disrupted": _RETRY_DISRUPTION,
+    # Why its pod never started.
+    "ImagePull": _FAIL_BATCH,
+    "ContainerConfig": _FAIL_BATCH,
+    "PodRefused": _FAIL_BATCH,
+    "JobMissing": _FAIL_BATCH,
+    # Why the API server did not accept the Job.
+    "JobRefused": _FAIL_RUN,
+    "AdmissionDenied": _FAIL_RUN,
+    "NameTaken": _FAIL_RUN,
+    "Forbidden": _HOLD,
+    "NamespaceTerminating": _HOLD,
+    "WebhookUnavailable": _HOLD,
+    "QuotaExceeded": _HOLD,
+}
+
+WORKER_CANCELLED: Final = "WorkerCancelled"
+"""The failure of a container that reports that it stopped for a cancel, in a run that has none."""
+
+_DISRUPTIONS: Final = {
+    "PreemptionByScheduler": "Preempted",
+    "EvictionByEvictionAPI": "Evicted",
+    "TerminationByKubelet": "Evicted",
+    "DeletionByTaintManager": "NodeLost",
+    "DeletionByPodGC": "NodeLost",
+}
+"""From the reasons of a pod's condition DisruptionTarget (Kubernetes' docs, "Disruptions") to those of the table."""
+_STATUS_UNKNOWN: Final = "ContainerStatusUnknown"
+"""The reason of a container that the kubelet cannot find: it was never started, or it is lost."""
+_DEADLINE: Final = "DeadlineExceeded"
+"""The kubelet's reason of a pod, and the Job controller's of a Job, that exceeded its `activeDeadlineSeconds`."""
+_NODE_LOST: Final = frozenset({"NodeLost", _STATUS_UNKNOWN})
+"""Reasons of a pod or a container that its node has lost."""
+_NODE_REFUSED: Final = frozenset({"NodeAffinity", "NodeShutdown", "UnexpectedAdmissionError", "AdmissionFailed"})
+"""Why a kubelet rejected a pod that was bound to its node; also OutOfcpu, OutOfmemory, OutOfpods and the like."""
+_KILLED: Final = (137, 143)
+"""The exit codes of SIGKILL and SIGTERM."""
+_ESCAPE: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+"""Terminal sequences (ECMA-48): colours, cursor movements, titles."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why an attempt is no success."""
+
+    reason: str
+    """A row of `FAILURE_POLICY`, or a reason of Kubernetes' own that has none."""
+    message: str
+    log: str | None = None
+    """The last lines of the container's log, if they are known."""
+
+
+def rule_of(reason: str) -> FailurePolicyRule:
+    """Return the row of that reason. A reason of Kubernetes' that the table lacks is retried like an error."""
+    return FAILURE_POLICY.get(reason, _RETRY)
+
+
+def outcome_of(ended: Attempt) -> StageResult | Failure:
+    """Judge a finished attempt. Only exit code 0 with a valid result that says `done` is a success.
+
+    This also holds past the deadline: completed work is never repeated because it finished slightly late.
+    """
+    if ended.state is JobState.SUCCEEDED:
+        result = _result(ended)
+        if isinstance(result, Failure) and result.reason == "ResultInvalid" and _past_deadline(ended):
+            return _deadline_exceeded(ended)  # the container ended with 0 because it got SIGTERM
+        return result
+    failure = _failure_of(ended)
+    log = last_lines(ended.pod.message) if ended.pod is not None else None
+    return Failure(reason=failure.reason, message=failure.message, log=log)
+
+
+def _result(ended: Attempt) -> StageResult | Failure:
+    pod = ended.pod
+    if pod is None or not pod.ended:
+        return Failure(
+            reason="ResultMissing",
+            message=f"Job {ended.job.name} is complete, but its pod and with it the result is gone",
+        )
+    try:
+        result = parse_result(pod.message)
+    except ResultError as error:
+        return Failure(reason="ResultInvalid", message=str(error))
+    if result.outcome is Outcome.CANCELLED:
+        # Attempts of cancelled runs are not judged here, so this run is not cancelled.
+        words = f": {strip_control(result.message)}" if result.message else ""
+        return Failure(
+            reason=WORKER_CANCELLED,
+            message=truncate(f"the container stopped for a cancel that this run does not have{words}", MESSAGE_CHARS),
+        )
+    if result.outcome is not Outcome.DONE:
+        return Failure(
+            reason="ResultInvalid",
+            message=f"exit code 0, but the result's outcome is {result.outcome.value!r}",
+        )
+    return result
+
+
+def _failure_of(ended: Attempt) -> Failure:
+    """Return the first that fits: the deadline, the container's own result, then what was done to the pod.
+
+    The deadline comes before an exit code, because how a container ends after SIGTERM says nothing about its work.
+    """
+    pod = ended.pod
+    if _past_deadline(ended):
+        return _deadline_exceeded(ended)
+    if pod is None:
+        return Failure(reason="PodLost", message="the pod ended without an exit code: it is gone")
+    if pod.exit_code == EXIT_PERMANENT:
+        return _exit_failure("PermanentError", pod)
+    if pod.reason == "OOMKilled":
+        return Failure(reason="OOMKilled", message="the container used more memory than its limit")
+    disrupted = _disruption_failure(pod)
+    if disrupted is not None:
+        return disrupted
+    if pod.pod_reason == "Evicted":
+        # The kubelet marks a pod DisruptionTarget that it evicts for the node's sake, not one for its own use.
+        message = _with_kubelet_message(pod, "the kubelet evicted the pod for what it used")
+        return Failure(reason="StorageExceeded", message=message)
+    if pod.exit_code is None:
+        message = _with_kubelet_message(pod, "the pod ended without an exit code")
+        return Failure(reason=pod.reason or "PodLost", message=message)
+    return _exit_failure("Error" if pod.reason in (None, "Error", "Completed") else str(pod.reason), pod)
+
+
+def _past_deadline(ended: Attempt) -> bool:
+    """Tell whether the pod (or, for Jobs created before decision 0007, the Job) exceeded its activeDeadlineSeconds.
+
+    The kubelet reports this of any pod that ends past its deadline, whatever ended it, so two other causes have
+    precedence: a disruption, and memory (a stage may hang because one of its processes was killed for it).
+    """
+    if ended.job.reason == _DEADLINE:
+        return True
+    pod = ended.pod
+    return pod is not None and pod.pod_reason == _DEADLINE and pod.disruption is None and pod.reason != "OOMKilled"
+
+
+def _deadline_exceeded(ended: Attempt) -> Failure:
+    pod = ended.pod
+    began = pod is None or (pod.started and pod.reason not in (_DEADLINE, _STATUS_UNKNOWN))
+    did = "ran longer than" if began else "had not started at the end of"
+    return Failure(reason=_DEADLINE, message=f"the stage {did} its activeDeadlineSeconds")
+
+
+def _disruption_failure(pod: ObservedPod) -> Failure | None:
+    """Return a failure if the pod was ended, or never started, for a cause outside of it."""
+    if pod.disruption is not None:
+        reason = _DISRUPTIONS.get(pod.disruption, "Disrupted")
+        return Failure(reason=reason, message=_with_kubelet_message(pod, f"the pod was ended: {pod.disruption}"))
+    if pod.reason in _NODE_LOST or pod.pod_reason in _NODE_LOST:
+        return Failure(reason="NodeLost", message=_with_kubelet_message(pod, "the node has lost the pod"))
+    refused = pod.pod_reason or ""
+    if pod.exit_code is None and (refused in _NODE_REFUSED or refused.startswith("OutOf")):
+        message = _with_kubelet_message(pod, f"the node would not take the pod: {refused}")
+        return Failure(reason="NodeRefused", message=message)
+    if pod.deleting_until is not None and pod.exit_code in _KILLED:
+        return Failure(reason="PodDeleted", message="somebody deleted the pod")
+    return None
+
+
+def _exit_failure(reason: str, pod: ObservedPod) -> Failure:
+    words = _container_message(pod.message)
+    return Failure(reason=reason, message=f"exit code {pod.exit_code}" + (f": {words}" if words else ""))
+
+
+def _with_kubelet_message(pod: ObservedPod, sentence: str) -> str:
+    """Append the kubelet's message to a sentence, if it left one."""
+    message = last_line(pod.pod_message or "", chars=MESSAGE_CHARS - len(sentence) - 2)
+    return f"{sentence}: {message}" if message else sentence
+
+
+def _container_message(message: str | None) -> str:
+    """Return what the container left: its result's message, or the last line of its log."""
+    if not message:
+        return ""
+    try:
+        words = " ".join(strip_control(parse_result(message).message or "").split())
+    except ResultError:
+        return last_line(message, chars=MESSAGE_CHARS)
+    return truncate(words, MESSAGE_CHARS)
+
+
+def strip_control(text: str) -> str:
+    """Remove terminal sequences, control and format characters; newlines stay, tabs become blanks."""
+    text = _ESCAPE.sub("", text).replace("\r\n", "\n").replace("\t", " ")
+    return "".join(char for char in text if char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Cs"))
+
+
+def last_lines(message: str | None) -> str | None:
+    """Return the end of a log that stands in a termination message; None if a result stands there, or nothing.
+
+    The kubelet puts it there (FallbackToLogsOnError: the last 2048 bytes or 80 lines) when a container fails
+    and has left nothing itself.
+    """
+    if not message or _is_result(message):
+        return None
+    lines = [line.rstrip() for line in strip_control(message).split("\n")]
+    text = "\n".join(lines).strip("\n")
+    while _json_bytes(text) > LOG_BYTES:
+        # Drop the first line if there are several, else the beginning of the line.
+        head, newline, rest = text.partition("\n")
+        text = rest if newline else "…" + _end_of(head, LOG_BYTES - len("…".encode()))
+    return text or None
+
+
+def last_line(message: str, *, chars: int) -> str:
+    """Return the last line that is not empty, cut at its beginning."""
+    lines = [" ".join(line.split()) for line in strip_control(message).split("\n")]
+    line = next((line for line in reversed(lines) if line), "")
+    return line if len(line) <= chars else "…" + line[1 - chars :]
+
+
+def _is_result(message: str) -> bool:
+    try:
+        parse_result(message)
+    except ResultError:
+        return False
+    return True
+
+
+def _json_bytes(text: str) -> int:
+    return len(json.dumps(text, ensure_ascii=False).encode()) - 2
+
+
+def _end_of(line: str, size: int) -> str:
+    kept = line[-size:]
+    while _json_bytes(kept) > size:
+        kept = kept[1:]
+    return kept

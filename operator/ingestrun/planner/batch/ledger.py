@@ -1,0 +1,182 @@
+"""The ledger of a run: what may be claimed next, and how ended fetches and batches are counted."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from itertools import islice
+from typing import Final
+
+from ingestrun.model.contract import StageResult
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.resume import UnpublishedBatch
+from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import KEPT_FAILURES, KEPT_LOGS, RETRIES_BYTES
+from ingestrun.model.spec import IngestRunSpec
+from ingestrun.model.status import BatchesStatus, IngestRunStatus, RecordsStatus, RetryCount, StageFailure
+from ingestrun.planner.batch.attempt import Attempt
+from ingestrun.planner.batch.pipeline import steps_of
+from ingestrun.planner.batch.state import BatchContext, BatchState, batch_state
+
+OTHER: Final = "Other"
+_ENTRY_BYTES: Final = len('{"stage":"","reason":"","count":1234567890},')
+
+
+def claimable(spec: IngestRunSpec, batches: BatchesStatus, records: RecordsStatus) -> int:
+    """Return how many more batches may be claimed now, `parallelism` apart.
+
+    A chain's next batch needs the cursor of the one before, so there is at most one; and none once the source
+    has said `exhausted` or `limit` records have been read. The batches to replay come on top, because it is known where
+    each of them begins.
+    """
+    if spec.batches.partitions is not None:
+        return spec.batches.partitions.total - batches.claimed.first_gap + len(batches.replay)
+    limit_reached = spec.batches.limit is not None and records.fetched >= spec.batches.limit
+    chain_waits = bool(batches.claimed - batches.fetched - IndexRanges(batches.pending_replays))
+    return len(batches.replay) + (0 if batches.exhausted or limit_reached or chain_waits else 1)
+
+
+def next_claims(batches: BatchesStatus, number: int) -> IndexRanges:
+    """Return the next batches to claim: first those to replay, then new ones."""
+    replayed = IndexRanges(islice(batches.replay, number))
+    first = batches.claimed.first_gap
+    return replayed | IndexRanges.span(first, first + number - len(replayed) - 1)
+
+
+def fetch_limit(spec: IngestRunSpec, records: RecordsStatus) -> int | None:
+    """Return how many records the chain's next fetch may read; None for partitions, which are read whole."""
+    if spec.batches.cursor is None:
+        return None
+    if spec.batches.limit is None:
+        return spec.batches.size
+    return min(spec.batches.size, spec.batches.limit - records.fetched)
+
+
+def replay_limit(replayed: UnpublishedBatch) -> int:
+    """Return how many records a replayed batch may read: as many as before, because the next one began after them.
+
+    At least 1: the contract has no limit of 0. A batch that first read nothing is checked against that afterwards.
+    """
+    return max(1, replayed.read)
+
+
+def cursor_of(run: IngestRun, status: IngestRunStatus) -> str:
+    """Return the cursor with which the chain's next fetch begins."""
+    if status.cursor is not None:
+        return status.cursor
+    return run.spec.batches.cursor.start if run.spec.batches.cursor is not None else ""
+
+
+def batch_states(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) -> list[BatchState]:
+    """Derive where each batch stands that the stored status has in flight."""
+    spec, status = run.spec, run.status
+    by_batch: Mapping[int, list[Attempt]] = defaultdict(list)
+    for attempt in attempts:
+        by_batch[attempt.batch].append(attempt)
+    common = BatchContext(
+        run_uid=run.metadata.uid,
+        steps=steps_of(spec),
+        backoff=spec.backoff,
+        out_of_memory=spec.out_of_memory,
+        chained=spec.batches.cursor is not None,
+        cursor=cursor_of(run, status),
+        fetch_limit=fetch_limit(spec, status.records),
+        now=now,
+    )
+    replays, checkpoints = status.batches.pending_replays, status.batches.checkpoint_by_batch
+
+    def context_of(index: int) -> BatchContext:
+        counted = index in status.batches.fetched
+        own = replace(common, checkpoint=checkpoints.get(index), fetch_counted=counted)
+        replayed = replays.get(index)
+        if replayed is None:
+            return own
+        return replace(own, cursor=replayed.cursor, fetch_limit=replay_limit(replayed), replayed=replayed)
+
+    return [batch_state(context_of(index), index, by_batch[index]) for index in status.batches.in_flight]
+
+
+def update_counters(
+    old: IngestRunStatus, seen: Sequence[BatchState], *, chained: bool, now: datetime
+) -> IngestRunStatus:
+    """Count newly ended fetches and batches: cursor, ranges and records move in one write."""
+    fetched = {batch.index: batch.fetched for batch in seen if batch.fetched and batch.index not in old.batches.fetched}
+    published = [batch for batch in seen if batch.published is not None]
+    failed = [batch for batch in seen if batch.failed is not None]
+    # A replayed batch was counted when it was first fetched, and the chain has gone on from it since.
+    replays = old.batches.pending_replays
+    first_time = [result for index, result in fetched.items() if index not in replays]
+    return old.replace(
+        batches=_moved_ranges(old.batches, fetched=fetched, published=published, failed=failed).replace(
+            exhausted=old.batches.exhausted or (chained and any(result.exhausted for result in first_time))
+        ),
+        records=_counted_records(old.records, fetched=first_time, published=published),
+        cursor=_moved_cursor(old.cursor, first_time) if chained else old.cursor,
+        failures=merge_failures(old.failures, (failure for batch in seen for failure in batch.failures)),
+        retries=add_retries(old.retries, (retry for batch in (*published, *failed) for retry in batch.retried)),
+        last_progress_time=now if (fetched or published or failed) else old.last_progress_time,
+    )
+
+
+def _counted_records(
+    old: RecordsStatus, *, fetched: Iterable[StageResult], published: Sequence[BatchState]
+) -> RecordsStatus:
+    return RecordsStatus(
+        fetched=old.fetched + sum(result.read for result in fetched),
+        rejected=old.rejected + sum(batch.rejected for batch in published),
+        published=old.published + sum(batch.published.written for batch in published if batch.published),
+    )
+
+
+def _moved_ranges(
+    old: BatchesStatus, *, fetched: Iterable[int], published: Iterable[BatchState], failed: Iterable[BatchState]
+) -> BatchesStatus:
+    batches = old.replace(
+        fetched=old.fetched | IndexRanges(fetched),
+        published=old.published | IndexRanges(batch.index for batch in published),
+        failed=old.failed | IndexRanges(batch.index for batch in failed),
+    )
+    in_flight = batches.in_flight
+    kept = [checkpoint for checkpoint in batches.checkpoints if checkpoint.batch in in_flight]
+    return batches.replace(checkpoints=kept)
+
+
+def _moved_cursor(old: str | None, fetched: Iterable[StageResult]) -> str | None:
+    """Return the cursor after these fetches, of which a chain has one at most."""
+    return next((result.next_cursor for result in fetched if result.next_cursor is not None), old)
+
+
+def merge_failures(old: Iterable[StageFailure], seen: Iterable[StageFailure]) -> list[StageFailure]:
+    """Return the latest failed attempts of both, each once: the same whatever the order in which they were seen."""
+    by_id = {failure.id: failure for failure in (*seen, *old)}
+    latest = sorted(by_id.values(), key=lambda failure: (failure.time.replace(microsecond=0), failure.id))
+    return [
+        failure if n < KEPT_LOGS else failure.replace(log=None)
+        for n, failure in enumerate(reversed(latest[-KEPT_FAILURES:]))
+    ][::-1]
+
+
+def add_retries(old: Iterable[RetryCount], retried: Iterable[tuple[str, str]]) -> list[RetryCount]:
+    """Return `status.retries` with newly retried attempts, each as (stage, reason), in the order they were seen.
+
+    The list is bounded, and each retry is counted once, because a batch's retries are counted in the write that counts
+    the batch, from its attempts, which are all there until then.
+    """
+    counts = {(entry.stage, entry.reason): entry.count for entry in old}
+    other = (OTHER, OTHER)
+    for key in retried:
+        if key not in counts and not _fits(counts.keys() - {other}, key):
+            key = other
+        counts[key] = counts.get(key, 0) + 1
+    rest = counts.pop(other, None)
+    if rest is not None:
+        counts[other] = rest  # last, where people look for the rest
+    return [RetryCount(stage=stage, reason=reason, count=count) for (stage, reason), count in counts.items()]
+
+
+def _fits(known: Iterable[tuple[str, str]], new: tuple[str, str]) -> bool:
+    """Tell whether one more entry fits, with the one for the rest beside it."""
+    entries = [*known, new, (OTHER, OTHER)]
+    return sum(len(stage.encode()) + len(reason.encode()) + _ENTRY_BYTES for stage, reason in entries) <= RETRIES_BYTES

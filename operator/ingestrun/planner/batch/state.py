@@ -1,0 +1,399 @@
+"""Where one batch stands, derived from its attempts. The status only says whether it is claimed or done.
+
+There is one exception: where a quota counts ended Jobs too, the status keeps what the next Job needs of them (a
+`Checkpoint`), so that they can be deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Final
+
+from ingestrun.model.contract import Stage, StageResult
+from ingestrun.model.resume import UnpublishedBatch, cursor_digest
+from ingestrun.model.size_budget import MESSAGE_CHARS
+from ingestrun.model.spec import Backoff, OutOfMemory
+from ingestrun.model.status import AttemptId, Checkpoint, StageFailure
+from ingestrun.model.text import truncate
+from ingestrun.planner.batch.attempt import Attempt, Obstacle
+from ingestrun.planner.batch.failure_policy import Failure, outcome_of
+from ingestrun.planner.batch.pipeline import Step
+from ingestrun.planner.batch.retry import (
+    BudgetsUsed,
+    MemoryLimit,
+    RetryDecision,
+    RetryPolicy,
+    decide_retry,
+    memory_limit_of,
+)
+
+JOB_MISSING: Final = "JobMissing"
+"""The failure of a batch that lacks a Job which cannot be repeated."""
+POD_START_GRACE: Final = timedelta(seconds=120)
+"""How long a pod may wait for its image or configuration before its batch fails, because one ErrImagePull may pass."""
+CAPACITY_OBSTACLES: Final = frozenset({"Unschedulable", "QuotaExceeded"})
+"""Obstacles that mean that the cluster is full: backpressure, and no failure of the batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextAttempt:
+    """The next Job that a batch needs, not before `not_before`."""
+
+    batch: int
+    step: Step
+    number: int
+    """Among the attempts of the stage, from 0."""
+    input_attempt: int | None
+    """Which attempt of the stage before wrote the input of this one; None for fetch."""
+    not_before: datetime | None = None
+    memory: MemoryLimit | None = None
+    """The memory limit, if it is not the spec's because an earlier attempt was killed for memory."""
+
+    @property
+    def id(self) -> AttemptId:
+        """Return which attempt it is."""
+        return AttemptId(self.batch, self.step.label, self.number)
+
+    def due(self, now: datetime) -> bool:
+        """Tell whether its backoff is over."""
+        return self.not_before is None or self.not_before <= now
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchState:
+    """Where a claimed batch stands. At most one of `next_attempt`, `running`, `failed` and `published` is set."""
+
+    index: int
+    fetched: StageResult | None = None
+    """The fetch's result once it has one."""
+    published: StageResult | None = None
+    rejected: int = 0
+    next_attempt: NextAttempt | None = None
+    running: Attempt | None = None
+    failed: StageFailure | None = None
+    failures: tuple[StageFailure, ...] = ()
+    """All failed attempts whose Jobs are still there, the final one included."""
+    retried: tuple[tuple[str, str], ...] = ()
+    """Stage and reason of each attempt that was retried, or is to be; without those that a checkpoint has counted."""
+    checkpoint: Checkpoint | None = None
+    """With `next_attempt`: what the status has to keep for it, so that the batch's ended Jobs can be deleted."""
+
+    @property
+    def obstacle(self) -> Obstacle | None:
+        """Return why the running Job's pod does not start or cannot be created; None if nothing prevents it."""
+        return self.running.obstacle if self.running is not None else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchContext:
+    """What the state of one batch depends on, beside its attempts."""
+
+    run_uid: str
+    steps: tuple[Step, ...]
+    backoff: Backoff
+    out_of_memory: OutOfMemory | None
+    chained: bool
+    """A cursor chain: a fetch cannot be repeated once the cursor has moved on."""
+    cursor: str
+    """Where the chain's newest fetch began; meaningless once that fetch is counted."""
+    fetch_limit: int | None
+    now: datetime
+    fetch_counted: bool = False
+    """Whether the status has the batch's fetch in its counts."""
+    replayed: UnpublishedBatch | None = None
+    """What the batch's fetch was in the run that this one resumes; the batches after it are built on that."""
+    checkpoint: Checkpoint | None = None
+    """What the status keeps of the batch's Jobs that may be deleted."""
+
+
+def is_checkpointed(checkpoint: Checkpoint, attempt: Attempt) -> bool:
+    """Tell whether all that is needed of the attempt's Job is in the checkpoint."""
+    reached = (checkpoint.stage or 0, checkpoint.attempt or 0)
+    return attempt.batch == checkpoint.batch and (attempt.step, attempt.number) < reached
+
+
+def batch_state(context: BatchContext, index: int, attempts: Sequence[Attempt]) -> BatchState:
+    """Derive where batch `index` stands from its attempts (in any order).
+
+    A Job that should be there and is not makes the batch fail, unless its stage can be repeated without harm:
+    a missing Job is never a success.
+    """
+    walk = _StageWalk(context, index, attempts)
+    for step in context.steps[walk.first :]:
+        state = walk.through(step)
+        if state is not None:
+            return state
+    return walk.state(published=walk.result)
+
+
+class _StageWalk:
+    """Walks one batch through its stages in order, up to the first one that is not done."""
+
+    def __init__(self, context: BatchContext, index: int, attempts: Sequence[Attempt]) -> None:
+        checkpoint = context.checkpoint or Checkpoint(batch=index)
+        self._context = context
+        self._index = index
+        self._checkpoint = checkpoint
+        self._by_step: dict[int, list[Attempt]] = {}
+        for attempt in sorted(attempts, key=lambda attempt: attempt.number):
+            if not is_checkpointed(checkpoint, attempt):
+                self._by_step.setdefault(attempt.step, []).append(attempt)
+        self._reached = max(self._by_step, default=0)
+        self._failures: list[StageFailure] = []
+        self._retried: list[tuple[str, str]] = []
+        self._fetched: StageResult | None = None
+        self._rejected = checkpoint.rejected or 0
+        self._handed_on = checkpoint.written
+        """Rows that the stage before has handed on; None if that is not known."""
+        self.first = checkpoint.stage or 0
+        self._input_attempt = (checkpoint.input_attempt or 0) if self.first else None
+        self.result: StageResult | None = None
+        """Of the last stage that is done."""
+
+    def state(
+        self,
+        *,
+        published: StageResult | None = None,
+        next_attempt: NextAttempt | None = None,
+        running: Attempt | None = None,
+        failed: StageFailure | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> BatchState:
+        """Return where the walk ends."""
+        return BatchState(
+            index=self._index,
+            fetched=self._fetched,
+            published=published,
+            rejected=self._rejected,
+            next_attempt=next_attempt,
+            running=running,
+            failed=failed,
+            failures=tuple(self._failures),
+            retried=tuple(self._retried),
+            checkpoint=checkpoint,
+        )
+
+    def through(self, step: Step) -> BatchState | None:
+        """Take one stage; return the batch's state if the walk ends there, None if the stage is done."""
+        attempts = self._by_step.get(step.index, [])
+        if not attempts:
+            return self._without_attempts(step)
+        latest = attempts[-1]
+        used = self._count_earlier(step, attempts[:-1], before=latest.number)
+        if not latest.state.finished:
+            refused = start_timed_out(latest, self._context.now)
+            if refused is None:
+                return self.state(running=latest)
+            return self._after_failure(step, latest, refused, used, at=self._context.now)
+        outcome = outcome_of(latest)
+        if isinstance(outcome, StageResult):
+            outcome = self._verified(step, outcome)
+        if isinstance(outcome, Failure):
+            return self._after_failure(step, latest, outcome, used, at=latest.job.finished_at or self._context.now)
+        if step.stage is Stage.FETCH:
+            self._fetched = outcome
+        self._rejected += outcome.rejected
+        self.result, self._handed_on, self._input_attempt = outcome, outcome.written, latest.number
+        return None
+
+    def _without_attempts(self, step: Step) -> BatchState | None:
+        if step.index < self._reached:
+            # A later stage was started, so this one was done; what it handed on is not known any more.
+            self._handed_on, self._input_attempt = None, None
+            return None
+        repeatable = not (self._context.chained and self._context.fetch_counted)
+        if self._input_attempt is None and not (step.index == 0 and repeatable):
+            missing = Failure(reason=JOB_MISSING, message="the Job of the stage before is gone, and its result with it")
+            failed = self._failure(step, 0, missing, "", self._context.now)
+            self._failures.append(failed)
+            return self.state(failed=failed)
+        number, used = self._first_attempt(step)
+        limit = self._checkpoint.memory_limit if number else None
+        following = NextAttempt(
+            batch=self._index,
+            step=step,
+            number=number,
+            input_attempt=self._input_attempt,
+            memory=MemoryLimit(limit=limit) if limit is not None else None,
+        )
+        return self.state(next_attempt=following, checkpoint=self._checkpoint_for(following, used))
+
+    def _after_failure(
+        self, step: Step, latest: Attempt, failure: Failure, used: BudgetsUsed, *, at: datetime
+    ) -> BatchState:
+        """Decide between a retry and the end of the batch."""
+        decision = self._decide(step, latest, failure, used)
+        input_known = step.index == 0 or self._input_attempt is not None
+        explanation = decision.explanation if input_known else ""
+        failed = self._failure(step, latest.number, failure, explanation, at)
+        self._failures.append(failed)
+        if not (decision.retried and input_known):
+            return self.state(failed=failed)
+        following = NextAttempt(
+            batch=self._index,
+            step=step,
+            number=latest.number + 1,
+            input_attempt=self._input_attempt,
+            not_before=at + decision.delay,
+            memory=decision.memory or self._raised_memory(latest),
+        )
+        self._retried.append((failed.stage, failed.reason))
+        # A Job that was given up before it started has not ended, so a checkpoint could not replace it.
+        checkpoint = self._checkpoint_for(following, decision.used) if latest.state.finished else None
+        return self.state(next_attempt=following, checkpoint=checkpoint)
+
+    def _first_attempt(self, step: Step) -> tuple[int, BudgetsUsed]:
+        """Return the first attempt that the checkpoint does not cover, and the budgets used by those before it."""
+        checkpoint = self._checkpoint
+        if step.index != self.first:
+            return 0, BudgetsUsed()
+        used = BudgetsUsed(
+            retries=checkpoint.retries or 0,
+            memory=checkpoint.memory_retries or 0,
+            disruptions=checkpoint.disruptions or 0,
+        )
+        return checkpoint.attempt or 0, used
+
+    def _checkpoint_for(self, following: NextAttempt, used: BudgetsUsed) -> Checkpoint | None:
+        """Return what the status has to keep for that attempt; None for a batch that has had no Job."""
+        if following.step.index == 0 and not following.number:
+            return None
+        return Checkpoint(
+            batch=self._index,
+            stage=following.step.index or None,
+            attempt=following.number or None,
+            input_attempt=following.input_attempt or None,
+            written=self._handed_on,
+            rejected=self._rejected or None,
+            retries=used.retries or None,
+            memory_retries=used.memory or None,
+            disruptions=used.disruptions or None,
+            memory_limit=following.memory.limit if following.memory is not None else None,
+        )
+
+    def _count_earlier(self, step: Step, attempts: Sequence[Attempt], *, before: int) -> BudgetsUsed:
+        """Note the attempts before number `before`, all of them failed; return the budgets that they have used."""
+        by_number = {attempt.number: attempt for attempt in attempts}
+        first, used = self._first_attempt(step)
+        for number in range(first, before):
+            attempt = by_number.get(number)
+            if attempt is None:
+                used = replace(used, retries=used.retries + 1)
+                self._retried.append((step.label, JOB_MISSING))
+                continue
+            outcome = outcome_of(attempt)
+            if isinstance(outcome, StageResult):
+                # It was rejected when it was the latest: by the stage before, or by a cursor that has moved on since.
+                outcome = _row_mismatch(step, outcome, self._handed_on) or Failure(
+                    reason="ResultInvalid", message="the result could not be accepted"
+                )
+            decision = self._decide(step, attempt, outcome, used)
+            used = decision.used
+            at = attempt.job.finished_at or self._context.now
+            failure = self._failure(step, number, outcome, decision.explanation, at)
+            if failure.reason != JOB_MISSING:
+                self._failures.append(failure)
+            self._retried.append((failure.stage, failure.reason))
+        return used
+
+    def _decide(self, step: Step, attempt: Attempt, failure: Failure, used: BudgetsUsed) -> RetryDecision:
+        context = self._context
+        return decide_retry(
+            failure,
+            policy=RetryPolicy(retries=step.retries, out_of_memory=context.out_of_memory, backoff=context.backoff),
+            used=used,
+            memory_limit=memory_limit_of(attempt),
+            identity=f"{context.run_uid}/{self._index}/{step.index}",
+        )
+
+    def _raised_memory(self, latest: Attempt) -> MemoryLimit | None:
+        """Return the raised memory limit of the latest attempt, which later ones keep, whatever it failed with."""
+        if self._context.out_of_memory is None or latest.job.memory_limit is None:
+            return None
+        return MemoryLimit(limit=latest.job.memory_limit)
+
+    def _failure(self, step: Step, number: int, failure: Failure, explanation: str, at: datetime) -> StageFailure:
+        """Return a failed attempt as the status has it: why it failed, and what follows from that."""
+        room = MESSAGE_CHARS - (len(explanation) + 2 if explanation else 0)
+        why = truncate(failure.message, room)
+        return StageFailure(
+            batch=self._index,
+            stage=step.label,
+            attempt=number,
+            reason=failure.reason,
+            message=f"{why}; {explanation}" if explanation else why,
+            time=at,
+            log=failure.log,
+        )
+
+    def _verified(self, step: Step, result: StageResult) -> StageResult | Failure:
+        """Check a result against what the stage was asked for: no row lost, no chain that stands still."""
+        mismatch = _row_mismatch(step, result, self._handed_on)
+        if mismatch is not None:
+            return mismatch
+        if step.stage is not Stage.FETCH or self._context.fetch_counted:
+            return result
+        return _fetch_failure(self._context, result) or result
+
+
+def start_timed_out(attempt: Attempt, now: datetime) -> Failure | None:
+    """Return why a Job whose pod does not start is given up; None while it is waited for."""
+    obstacle = attempt.obstacle
+    if obstacle is None or obstacle.kind in CAPACITY_OBSTACLES or now - obstacle.since < POD_START_GRACE:
+        return None
+    waited = int(POD_START_GRACE.total_seconds())
+    return Failure(
+        reason=obstacle.kind,
+        message=f"the pod has not started for {waited} s: {obstacle.message}",
+    )
+
+
+def _fetch_failure(context: BatchContext, result: StageResult) -> Failure | None:
+    """Return why the result of a fetch cannot be accepted; None if it can."""
+    changed = _source_changed(context.replayed, result) if context.replayed is not None else None
+    if changed is not None:
+        return changed
+    if context.fetch_limit is not None and result.read > context.fetch_limit:
+        return Failure(
+            reason="LimitExceeded",
+            message=f"read {result.read} records, at most {context.fetch_limit} were asked for",
+        )
+    if context.chained and not result.exhausted:
+        if result.next_cursor is None:
+            return Failure(reason="ResultInvalid", message="neither exhausted nor a nextCursor in the result")
+        if result.next_cursor == context.cursor:
+            return Failure(
+                reason="NoProgress",
+                message="the fetch returned the cursor that it was given, and did not say exhausted",
+            )
+    return None
+
+
+def _source_changed(before: UnpublishedBatch, result: StageResult) -> Failure | None:
+    """Return a failure if a replayed batch ends elsewhere than where the next one began: rows lost, or repeated."""
+    cursor = result.next_cursor
+    if result.read != before.read:
+        what = f"read {result.read} records where the run that is resumed read {before.read}"
+    elif before.next is not None and cursor is not None and cursor_digest(cursor) != before.next:
+        what = "ended at another cursor than in the run that is resumed"
+    else:
+        return None
+    message = f"the source has changed: the batch {what}, and the batch after it began there"
+    return Failure(reason="SourceChanged", message=message)
+
+
+def _row_mismatch(step: Step, result: StageResult, handed_on: int | None) -> Failure | None:
+    """Return a failure if rows went missing, or appeared, between two stages or inside one."""
+    if handed_on is not None and result.read != handed_on:
+        return Failure(
+            reason="RowsMismatch",
+            message=f"read {result.read} rows of the {handed_on} that the stage before handed on",
+        )
+    if step.stage is not Stage.FETCH and result.read != result.written + result.rejected:
+        return Failure(
+            reason="RowsMismatch",
+            message=f"read {result.read} rows, but wrote {result.written} and rejected {result.rejected}",
+        )
+    return None

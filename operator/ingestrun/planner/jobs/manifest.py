@@ -1,0 +1,313 @@
+"""The Job of an attempt: its manifest, and whether a Job that was found is that one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ingestrun.model import contract as k
+from ingestrun.model import names
+from ingestrun.model.contract import Stage
+from ingestrun.model.run import IngestRun
+from ingestrun.model.spec import CancellationPolicy
+from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
+from ingestrun.planner.actions import CreateJob, DeleteJobs
+from ingestrun.planner.batch.pipeline import Step
+from ingestrun.planner.batch.retry import with_memory_limit
+from ingestrun.planner.batch.state import NextAttempt
+from ingestrun.planner.jobs.image_pins import image_of
+
+WORKER_RESOURCES: Final = {"requests": {"cpu": "100m", "memory": "192Mi"}, "limits": {"memory": "1Gi"}}
+WORKER_USER: Final = 65532
+_LABEL_VALUE: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerImage:
+    """The image that runs the built-in source, hooks and sink."""
+
+    name: str
+    pull_policy: str = "IfNotPresent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckEndpoint:
+    """Where the Job's pod may ask whether its run is cancelled, and the token that it needs for that."""
+
+    url: str
+    token: str = field(repr=False)
+
+
+CheckEndpointFor = Callable[[IngestRun, int], CheckEndpoint | None]
+"""Return the endpoint of the check for a Job of this run whose pod has this deadline (seconds); None: no check."""
+
+
+def job_manifest(
+    run: IngestRun, create: CreateJob, *, worker: WorkerImage, check: CheckEndpoint | None = None
+) -> dict[str, Any]:
+    """Return the Job to create.
+
+    `backoffLimit: 0` and `restartPolicy: Never`, because the planner alone retries, so that none happens behind a
+    cancel. Pods are restricted, without a service-account token, and owned by the run through their Job.
+    The deadline is the pod's, so that waiting for room costs no attempt (docs/decisions/0007-deadline-on-the-pod.md).
+    """
+    attempt = create.attempt
+    labels, queue = job_labels(run, create), queue_labels(run, create)
+    template = run.spec.pod_template
+    pod_spec: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "activeDeadlineSeconds": attempt.step.deadline_seconds,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": WORKER_USER,
+            "runAsGroup": WORKER_USER,
+            "fsGroup": WORKER_USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(run, create, worker, check)],
+        "volumes": [{"name": "tmp", "emptyDir": {}}, *_workspace_volume(run), *template.volumes],
+    }
+    for key, value in (
+        ("serviceAccountName", template.service_account_name),
+        ("nodeSelector", template.node_selector),
+        ("tolerations", template.tolerations),
+        ("imagePullSecrets", [ref.model_dump() for ref in template.image_pull_secrets]),
+        ("priorityClassName", template.priority_class_name),
+    ):
+        if value:
+            pod_spec[key] = value
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": job_name(run, create),
+            "namespace": run.metadata.namespace,
+            "labels": {**queue, **labels},
+            "ownerReferences": [owner_reference(run)],
+        },
+        "spec": {
+            **({"suspend": True} if names.LABEL_QUEUE in queue else {}),
+            "backoffLimit": 0,
+            "completions": 1,
+            "parallelism": 1,
+            "podReplacementPolicy": "Failed",
+            "template": {
+                "metadata": {
+                    "labels": {**template.labels, **labels},
+                    **({"annotations": template.annotations} if template.annotations else {}),
+                },
+                "spec": pod_spec,
+            },
+        },
+    }
+
+
+def job_name(run: IngestRun, create: CreateJob) -> str:
+    """Return the Job's one possible name."""
+    attempt = create.attempt
+    return names.job_name(
+        run_name=run.metadata.name,
+        run_uid=run.metadata.uid,
+        batch=attempt.batch,
+        step_name=attempt.step.job_part,
+        attempt=attempt.number,
+    )
+
+
+def job_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
+    """Return the labels that say which attempt a Job is."""
+    attempt = create.attempt
+    labels = {
+        names.LABEL_RUN_UID: run.metadata.uid,
+        names.LABEL_BATCH: str(attempt.batch),
+        names.LABEL_STAGE: attempt.step.stage.value,
+        names.LABEL_STEP: str(attempt.step.index),
+        names.LABEL_ATTEMPT: str(attempt.number),
+        "app.kubernetes.io/managed-by": names.OPERATOR_NAME,
+    }
+    if _LABEL_VALUE.fullmatch(run.metadata.name):
+        labels[names.LABEL_RUN] = run.metadata.name
+    return labels
+
+
+def delete_selector(run_uid: str, spent: DeleteJobs) -> str:
+    """Return the label selector of the Jobs to delete."""
+    terms = [f"{names.LABEL_RUN_UID}={run_uid}"]
+    if not spent.clean_up:
+        terms.append(f"{names.LABEL_STAGE}!={Stage.ON_CANCEL.value}")
+    for operator, batches in (("in", spent.batches), ("notin", spent.kept)):
+        if batches:
+            terms.append(f"{names.LABEL_BATCH} {operator} ({','.join(map(str, batches))})")
+    return ",".join(terms)
+
+
+def queue_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
+    """Return Kueue's labels as the run carries them, because Kueue reads a Job's own. A clean-up has none.
+
+    With a queue the Job is created suspended. Kueue's webhook would do that, and its controller would suspend a Job
+    that escaped it; but where neither runs, a Job that asks for a queue must not start without being admitted.
+    """
+    if create.attempt.step.stage is Stage.ON_CANCEL or not run.metadata.labels.get(names.LABEL_QUEUE):
+        return {}
+    return {label: run.metadata.labels[label] for label in names.QUEUE_LABELS if run.metadata.labels.get(label)}
+
+
+def owner_reference(run: IngestRun) -> dict[str, Any]:
+    """Return the run as controlling owner: deleting it ends its Jobs, with the operator down too."""
+    return {
+        "apiVersion": f"{names.GROUP}/{names.VERSION}",
+        "kind": names.KIND,
+        "name": run.metadata.name,
+        "uid": run.metadata.uid,
+        "controller": True,
+        "blockOwnerDeletion": False,
+    }
+
+
+def adoptable(run: IngestRun, create: CreateJob, found: Mapping[str, Any]) -> bool:
+    """Tell whether a Job found under the name is the one to create: every label of the operator and the owner agree."""
+    meta = found["metadata"]
+    labels = meta.get("labels") or {}
+    ours = all(labels.get(key) == value for key, value in job_labels(run, create).items())
+    owned = any(
+        ref.get("uid") == run.metadata.uid and ref.get("controller") for ref in meta.get("ownerReferences") or ()
+    )
+    return ours and owned
+
+
+def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: CheckEndpoint | None) -> dict[str, Any]:
+    step, own = create.attempt.step, create.attempt.step.container
+    container: dict[str, Any] = {
+        "name": step.stage.value,
+        "image": image_of(run, step, worker=worker.name, worker_policy=worker.pull_policy),
+        "env": _environment(run, create, check),
+        "terminationMessagePath": k.TERMINATION_LOG,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108  (the pod's own emptyDir)
+            *([{"name": "workspace", "mountPath": k.WORKSPACE_MOUNT}] if run.spec.workspace else []),
+            *run.spec.pod_template.volume_mounts,
+        ],
+    }
+    resources = _resources(create)
+    if resources:
+        container["resources"] = resources
+    if own is None:
+        container["imagePullPolicy"] = worker.pull_policy
+        return container
+    for key, value in (
+        ("imagePullPolicy", own.image_pull_policy),
+        ("command", own.command),
+        ("args", own.args),
+        ("envFrom", [source.model_dump(by_alias=True, exclude_none=True) for source in own.env_from]),
+    ):
+        if value:
+            container[key] = value
+    return container
+
+
+def _resources(create: CreateJob) -> Mapping[str, Any]:
+    step, memory = create.attempt.step, create.attempt.memory
+    resources: Mapping[str, Any] = {}
+    if step.resources is not None:
+        resources = step.resources.model_dump(exclude_defaults=True)
+    elif step.container is None:
+        resources = WORKER_RESOURCES
+    return with_memory_limit(resources, memory.limit) if memory is not None else resources
+
+
+def _environment(run: IngestRun, create: CreateJob, check: CheckEndpoint | None) -> list[dict[str, Any]]:
+    """Return the variables of the container contract (docs/contract.md), then the user's own."""
+    attempt, step, meta = create.attempt, create.attempt.step, run.metadata
+    values: dict[str, str | None] = {
+        k.ENV_CONTRACT: k.VERSION,
+        k.ENV_RUN_NAME: meta.name,
+        k.ENV_RUN_NAMESPACE: meta.namespace,
+        k.ENV_RUN_UID: meta.uid,
+        k.ENV_BATCH: str(attempt.batch),
+        k.ENV_STAGE: step.stage.value,
+        k.ENV_HOOK: step.name if step.stage is Stage.HOOK else None,
+        k.ENV_ATTEMPT: str(attempt.number),
+        k.ENV_CURSOR: create.cursor,
+        k.ENV_LIMIT: str(create.limit) if create.limit is not None else None,
+        k.ENV_IDEMPOTENCY_KEY: f"{run.origin_uid}/{attempt.batch}",
+        k.ENV_CONFIG: step.config,
+    }
+    if step.stage is Stage.ON_CANCEL:
+        values |= _cancellation_environment(run)
+    elif check is not None:
+        values |= {k.ENV_CANCELLATION_URL: check.url, k.ENV_CANCELLATION_TOKEN: check.token}
+    values |= _partition_environment(run, step) | _workspace_environment(run, attempt)
+    env: list[dict[str, Any]] = [
+        {"name": name, "value": _literal(value)} for name, value in values.items() if value is not None
+    ]
+    if step.authorization is not None:
+        env.append({"name": ENV_HTTP_AUTHORIZATION, "valueFrom": {"secretKeyRef": step.authorization.model_dump()}})
+    if step.container is not None:
+        env += [variable.model_dump(by_alias=True, exclude_none=True) for variable in step.container.env]
+    return env
+
+
+def _partition_environment(run: IngestRun, step: Step) -> dict[str, str | None]:
+    partitions = run.spec.batches.partitions
+    if step.stage is not Stage.FETCH or partitions is None:
+        return {}
+    file = f"{k.WORKSPACE_MOUNT}/{partitions.file}" if partitions.file is not None else None
+    return {k.ENV_PARTITIONS: str(partitions.total), k.ENV_PARTITION_FILE: file}
+
+
+def _workspace_environment(run: IngestRun, attempt: NextAttempt) -> dict[str, str | None]:
+    """Return where the stage reads and writes; nothing without a workspace."""
+    if run.spec.workspace is None:
+        return {}
+    step, meta, number = attempt.step, run.metadata, attempt.number
+    values: dict[str, str | None] = {k.ENV_WORKSPACE: k.WORKSPACE_MOUNT}
+    if attempt.input_attempt is not None:
+        values[k.ENV_INPUT] = _directory(run, attempt.batch, step.index - 1, attempt.input_attempt)
+    if step.stage in (Stage.FETCH, Stage.HOOK):
+        values[k.ENV_OUTPUT] = _directory(run, attempt.batch, step.index, number)
+    if step.stage is Stage.HOOK:
+        rejects = f"{k.WORKSPACE_MOUNT}/rejects/{meta.name}/{meta.uid}"
+        values[k.ENV_REJECTS] = f"{rejects}/{attempt.batch}-{step.name}-{number}"
+    return values
+
+
+def _cancellation_environment(run: IngestRun) -> dict[str, str | None]:
+    record = run.status.cancellation
+    if record is None:
+        return {}
+    return {
+        k.ENV_BATCH: None,
+        k.ENV_IDEMPOTENCY_KEY: f"{run.metadata.uid}/on-cancel",
+        k.ENV_CANCEL_REASON: record.reason or "",
+        k.ENV_CANCEL_POLICY: (record.policy or CancellationPolicy.DRAIN).value,
+        k.ENV_CANCEL_REQUESTED_BY: record.requested_by or "",
+        k.ENV_PUBLISHED: str(run.status.batches.published | record.published),
+    }
+
+
+def _directory(run: IngestRun, batch: int, step: int, attempt: int) -> str:
+    """Return a directory of one attempt alone, so that a lost pod that still writes cannot spoil a later one."""
+    return f"{k.WORKSPACE_MOUNT}/.ingestrun/{run.metadata.uid}/{batch}/{step}-{attempt}"
+
+
+def _literal(value: str) -> str:
+    """Escape $(NAME), which Kubernetes expands in a variable's value: a cursor is data and must arrive as it is."""
+    return value.replace("$(", "$$(")
+
+
+def _workspace_volume(run: IngestRun) -> list[dict[str, Any]]:
+    if run.spec.workspace is None:
+        return []
+    claim = run.spec.workspace.persistent_volume_claim.claim_name
+    return [{"name": "workspace", "persistentVolumeClaim": {"claimName": claim}}]

@@ -1,0 +1,79 @@
+"""Which Jobs are deleted, and when: never before the stored status counts their batch, and many by one call.
+
+While a run goes on, Jobs of published and of failed batches are deleted as soon as there are enough of them to be
+worth a call. The Jobs of the newest failed batches stay with their pods, so that `kubectl logs` has something to
+show. A minute after the end all others are deleted; with `secondsAfterFinished` these are, too, in their time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.run import IngestRun
+from ingestrun.planner.actions import DeleteJobs
+from ingestrun.planner.batch.attempt import Attempt
+from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
+
+DELETE_BATCHES: Final = 32
+"""How many batches' Jobs are deleted by one call while the run goes on, so that each batch costs a 32nd of a call."""
+MAX_DELETE_BATCHES: Final = 512
+"""How many batches one call may name: their numbers are part of a URL, seven characters each and a comma."""
+
+
+def jobs_to_delete(run: IngestRun, attempts: Sequence[Attempt]) -> DeleteJobs | None:
+    """Return the Jobs that may be deleted while the run goes on; None while there are too few to be worth a call.
+
+    The stored status decides, and not the planned one, so that what is deleted is counted whatever becomes of the
+    plan's own write.
+    """
+    batches = run.status.batches
+    kept = kept_failed_batches(run)
+    ended = {
+        attempt.batch
+        for attempt in attempts
+        if not attempt.job.deleting
+        and (attempt.batch in batches.published or attempt.batch in batches.failed)
+        and attempt.batch not in kept
+    }
+    if len(ended) < DELETE_BATCHES:
+        return None
+    return DeleteJobs(batches=IndexRanges(sorted(ended)[:MAX_DELETE_BATCHES]))
+
+
+def jobs_to_delete_after_end(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) -> DeleteJobs | None:
+    """Return the Jobs that may be deleted once the run has ended and its status says Drained; None if none is left."""
+    expire_at = jobs_expire_at(run)
+    if expire_at is not None and now >= expire_at:
+        return DeleteJobs(batches=None, clean_up=True) if attempts else None
+    return jobs_to_delete_except_kept(run, [attempt for attempt in attempts if attempt.step != ON_CANCEL_STEP])
+
+
+def jobs_to_delete_except_kept(run: IngestRun, attempts: Sequence[Attempt]) -> DeleteJobs | None:
+    """Return all Jobs but those of the newest failed batches; None if none is left.
+
+    The status of a run that has Failed does not say what became of the batches that were in flight. Their Jobs are
+    the only trace, and stay as well. A cancelled run's status does say it.
+    """
+    kept = kept_failed_batches(run)
+    if run.status.cancellation is None:
+        kept = kept | run.status.batches.in_flight
+    if all(attempt.job.deleting or attempt.batch in kept for attempt in attempts):
+        return None
+    return DeleteJobs(batches=None, kept=kept)
+
+
+def jobs_expire_at(run: IngestRun) -> datetime | None:
+    """Return when an ended run's last Jobs are deleted; None: with the run."""
+    seconds = run.spec.job_retention.seconds_after_finished
+    if seconds is None or run.status.completion_time is None:
+        return None
+    return run.status.completion_time + timedelta(seconds=seconds)
+
+
+def kept_failed_batches(run: IngestRun) -> IndexRanges:
+    """Return the newest failed batches, whose Jobs stay for their logs. By index, the order in which they began."""
+    number = run.spec.job_retention.failed_batches
+    return IndexRanges(list(run.status.batches.failed)[-number:] if number else ())

@@ -1,0 +1,77 @@
+"""The planner: from a snapshot of a run to its new status and to what is created, deleted and announced.
+
+Pure: it knows no client and no clock of its own, keeps nothing, and decides the same from the same state. So
+a restarted operator needs no memory, an event that was missed costs nothing, and each rule has a table test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ingestrun.planner.actions import CreateRejection, Decision, Plan
+from ingestrun.planner.run.active import progress, stalled
+from ingestrun.planner.run.cancel import cancel
+from ingestrun.planner.run.concurrency import replacement_cause, start_block
+from ingestrun.planner.run.drain import drain
+from ingestrun.planner.run.resume import TakenOver, resume
+from ingestrun.planner.snapshot import Snapshot
+from ingestrun.planner.status import conditions as c
+from ingestrun.planner.status.events import events_between, skipped_events
+from ingestrun.planner.status.writer import finish_status
+
+
+def plan(snapshot: Snapshot) -> Plan:
+    """Decide for one run, from the snapshot alone: what its status becomes, and what to do once that is stored."""
+    decision = _decide(snapshot)
+    return decision if isinstance(decision, Plan) else _finish(snapshot, decision)
+
+
+def _decide(snapshot: Snapshot) -> Decision | Plan:
+    """Choose by where the run stands: ended, being deleted, to be cancelled, or active."""
+    run = snapshot.run
+    if run.status.ended:
+        return drain(snapshot)
+    if run.metadata.deletion_timestamp is not None:
+        return Plan(status=run.status)
+    if run.spec.cancel or snapshot.parent is not None:
+        return cancel(snapshot)
+    cause = replacement_cause(run, snapshot.peers)
+    if run.cancel_requested:
+        # Only the label asks for it: a request was taken back, or the operator labelled the run before its own cancel.
+        cause = cause or stalled(snapshot)
+    if run.cancel_requested or cause is not None:
+        return cancel(snapshot, cause=cause)
+    return _begin_or_progress(snapshot)
+
+
+def _begin_or_progress(snapshot: Snapshot) -> Decision | Plan:
+    """Let an active run begin if no other run prevents it, from where it resumes; or go on."""
+    block = start_block(snapshot.run, snapshot.peers)
+    if block is not None:
+        if block.final:
+            rejection = CreateRejection(
+                reason=block.reason, message=block.message, retry_at=snapshot.now, permanent=True
+            )
+            snapshot = replace(snapshot, rejection=rejection)
+        return progress(snapshot, block=block)
+    resumed = resume(snapshot)
+    if resumed is None:
+        return progress(snapshot)
+    if not isinstance(resumed, TakenOver):
+        return resumed
+    begun = progress(replace(snapshot, run=snapshot.run.model_copy(update={"status": resumed.status})))
+    return replace(begun, plan=replace(begun.plan, events=(*begun.plan.events, resumed.event)))
+
+
+def _finish(snapshot: Snapshot, decision: Decision) -> Plan:
+    """Finish the status, once, and add the Events that its change deserves."""
+    run, before = snapshot.run, snapshot.run.status
+    status = finish_status(
+        run, decision.plan.status, phase=decision.phase, conditions=decision.conditions, now=snapshot.now
+    )
+    if decision.pins is not None and (decision.pins_needed or status != before):
+        status = status.replace(images=list(decision.pins))
+    events = [*events_between(before, status), *decision.plan.events]
+    if any(event.reason == c.DRAINED for event in events):
+        events += skipped_events({*snapshot.skipped, *decision.plan.skips})
+    return replace(decision.plan, status=status, events=tuple(events))

@@ -1,0 +1,1 @@
+"""The life of a run: schedule, backpressure, completion, cancel, drain and resume."""

@@ -1,0 +1,198 @@
+"""A run that has not ended and is not to be cancelled: it ends now, waits, or starts more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+
+from ingestrun.model.run import IngestRun
+from ingestrun.model.status import ImagePin, Phase
+from ingestrun.planner.actions import CancelCause, Decision, DeleteJob, Plan
+from ingestrun.planner.batch.attempt import NO_POD_RECHECK, QUEUED_AFTER
+from ingestrun.planner.batch.state import CAPACITY_OBSTACLES, POD_START_GRACE, BatchState
+from ingestrun.planner.jobs.image_pins import image_drift_events, newly_pinned, pinned_images
+from ingestrun.planner.jobs.retention import jobs_to_delete
+from ingestrun.planner.run.backpressure import Backpressure, backpressure_deadline, checkpointed_jobs
+from ingestrun.planner.run.cancel import cancel
+from ingestrun.planner.run.completion import (
+    FIRST_ATTEMPT,
+    backpressure_timed_out,
+    completion_of,
+    deadline_of,
+    stale_at,
+    stale_cause,
+)
+from ingestrun.planner.run.concurrency import StartBlock
+from ingestrun.planner.run.schedule import Schedule, nothing_scheduled, schedule
+from ingestrun.planner.snapshot import Snapshot
+from ingestrun.planner.status import conditions as c
+from ingestrun.planner.status.conditions import ConditionUpdate
+from ingestrun.planner.status.events import Event, memory_raised_events
+from ingestrun.planner.status.writer import active_conditions, describe_failure
+
+
+def progress(snapshot: Snapshot, *, block: StartBlock | None = None) -> Decision:
+    """Decide for an active run. `block` is why it may not begin, because of another run of its concurrency key."""
+    run = snapshot.run
+    pins = pinned_images(run, snapshot.stages)
+    drift = _image_drift(snapshot, pins)
+    end = completion_of(snapshot)
+    if end is not None:
+        return _with_events(end, drift)
+
+    may_start = not run.spec.suspend and block is None
+    scheduled = schedule(snapshot) if may_start else nothing_scheduled(snapshot)
+    due = list(scheduled.rechecks)
+    over = _time_over(snapshot, scheduled, due)
+    if over is not None:
+        return over
+
+    status, creates = scheduled.status, scheduled.creates
+    phase = Phase.SUSPENDED if run.spec.suspend else Phase.RUNNING if status.batches.claimed else Phase.PENDING
+    fresh = newly_pinned(run.status.images, pins)
+    next_attempts = (batch.next_attempt for batch in snapshot.in_flight if batch.next_attempt is not None)
+    return Decision(
+        plan=Plan(
+            status=status,
+            creates=creates,
+            job_deletions=(*_unfinished_of_failed(snapshot), *checkpointed_jobs(run, snapshot.stages)),
+            bulk_deletion=scheduled.bulk_deletion or jobs_to_delete(run, snapshot.stages),
+            events=(*drift, *memory_raised_events(run.status, status, next_attempts)),
+            unmet_demand=scheduled.backpressure.unmet_demand if scheduled.backpressure is not None else 0,
+            requeue_at=min(due, default=None),
+        ),
+        phase=phase,
+        conditions=[
+            *active_conditions(phase, _reconciling(snapshot, phase, scheduled.backpressure, block)),
+            *_backpressured(run, scheduled.backpressure),
+            *_suspended(run),
+        ],
+        pins=pins if fresh else None,
+        pins_needed=any(create.attempt.step.index in fresh for create in creates),
+    )
+
+
+def stalled(snapshot: Snapshot) -> CancelCause | None:
+    """Return a cause if the run has stood still for too long, whatever it could start now."""
+    still = stale_at(snapshot, snapshot.status)
+    return stale_cause(snapshot.run) if still is not None and snapshot.now >= still else None
+
+
+def _time_over(snapshot: Snapshot, scheduled: Schedule, due: list[datetime]) -> Decision | None:
+    """End the run if one of its times is over; else add to `due` when they will be, and when Jobs need a look."""
+    now, status, held = snapshot.now, scheduled.status, scheduled.backpressure
+    still = stale_at(snapshot, status)
+    begins = any(create.attempt.number == FIRST_ATTEMPT for create in scheduled.creates)
+    if still is not None and not begins:
+        if now >= still:
+            return cancel(snapshot, cause=stale_cause(snapshot.run))
+        due.append(still)
+    if held is not None and held.reason is not None and not scheduled.creates:
+        gives_up = backpressure_deadline(snapshot)
+        if gives_up is not None and now >= gives_up:
+            return backpressure_timed_out(snapshot, status, held.reason, held.message)
+        due += [gives_up] if gives_up is not None else []
+    deadline = deadline_of(snapshot.run, status, now=now)
+    due += [deadline] if deadline is not None else []
+    due += [at for batch in snapshot.in_flight for at in _rechecks(batch, now)]
+    return None
+
+
+def _image_drift(snapshot: Snapshot, pins: list[ImagePin]) -> tuple[Event, ...]:
+    """Return Events about batches that ended now and ran another image than the pinned one."""
+    before, after = snapshot.run.status.batches, snapshot.status.batches
+    ended = (after.published | after.failed) - before.published - before.failed
+    attempts = (attempt for attempt in snapshot.stages if attempt.batch in ended)
+    return image_drift_events(pins, snapshot.run, attempts)
+
+
+def _with_events(decision: Decision, events: tuple[Event, ...]) -> Decision:
+    return replace(decision, plan=replace(decision.plan, events=(*decision.plan.events, *events)))
+
+
+def _unfinished_of_failed(snapshot: Snapshot) -> Iterator[DeleteJob]:
+    """Yield the Jobs of failed batches that still run, or wait."""
+    failed = snapshot.status.batches.failed
+    for attempt in snapshot.stages:
+        if not attempt.state.finished and not attempt.job.deleting and attempt.batch in failed:
+            yield DeleteJob(job=attempt.job, pod=attempt.pod)
+
+
+def _rechecks(batch: BatchState, now: datetime) -> Iterator[datetime]:
+    """Yield when a Job whose pod does not start, or that has no pod, needs a look although no event comes."""
+    if batch.obstacle is not None and batch.obstacle.kind not in CAPACITY_OBSTACLES:
+        yield batch.obstacle.since + POD_START_GRACE
+    attempt = batch.running
+    if attempt is None:
+        return
+    if attempt.queued:
+        reported = (attempt.job.created or now) + QUEUED_AFTER
+        if reported > now:
+            yield reported
+        return
+    at = attempt.lacks_pod_at
+    if at is not None:
+        yield max(at, now + NO_POD_RECHECK) if now >= at else at
+
+
+def _reconciling(
+    snapshot: Snapshot, phase: Phase, held: Backpressure | None, block: StartBlock | None
+) -> ConditionUpdate:
+    """Return the condition Reconciling: what the run is doing, or what keeps it."""
+    reason, message = _activity(snapshot, phase, held)
+    if block is not None:
+        reason, message = block.reason, block.message
+    return ConditionUpdate(type=c.RECONCILING, status="True", reason=reason, message=message)
+
+
+def _activity(snapshot: Snapshot, phase: Phase, held: Backpressure | None) -> tuple[str, str]:
+    """Return what a run is doing, or what keeps it, as reason and message."""
+    stuck = next((batch for batch in snapshot.in_flight if batch.obstacle is not None), None)
+    if stuck is not None and stuck.running is not None and stuck.obstacle is not None:
+        message = f"batch {stuck.index}, Job {stuck.running.job.name}: {stuck.obstacle.message}"
+        return "PodNotStarting", message
+    if held is not None and held.reason is not None:
+        return "Backpressured", held.message
+    if phase is Phase.RUNNING:
+        if _waits_for_admission(snapshot):
+            return "Queued", "its Jobs are suspended until Kueue, or whoever suspended them, admits them"
+        retried = [
+            batch
+            for batch in snapshot.batches
+            if batch.next_attempt is not None and batch.next_attempt.number and batch.failures
+        ]
+        if retried:
+            return "Retrying", describe_failure(retried[0].failures[-1])
+    return phase.value, ""
+
+
+def _waits_for_admission(snapshot: Snapshot) -> bool:
+    """Tell whether all Jobs that the run has wait to be admitted, and have for longer than an admission takes."""
+    running = [batch.running for batch in snapshot.batches if batch.running is not None]
+    return bool(running) and all(
+        attempt.queued and (attempt.job.created is None or snapshot.now >= attempt.job.created + QUEUED_AFTER)
+        for attempt in running
+    )
+
+
+def _backpressured(run: IngestRun, held: Backpressure | None) -> list[ConditionUpdate]:
+    """Return the condition Backpressured. Empty while Jobs are still counted, or if the run was never held back."""
+    if held is not None:
+        if held.reason is None:
+            return []
+        return [ConditionUpdate(type=c.BACKPRESSURED, status="True", reason=held.reason, message=held.message)]
+    if run.status.condition(c.BACKPRESSURED) is None:
+        return []
+    # A suspended run asks for nothing; once it does again, the wait begins anew.
+    reason = "Suspended" if run.spec.suspend else "CapacityAvailable"
+    return [ConditionUpdate(type=c.BACKPRESSURED, status="False", reason=reason)]
+
+
+def _suspended(run: IngestRun) -> list[ConditionUpdate]:
+    """Return the condition Suspended; empty if the run never was."""
+    if run.spec.suspend:
+        return [ConditionUpdate(type=c.SUSPENDED, status="True", reason="Suspended")]
+    if run.status.condition(c.SUSPENDED) is None:
+        return []
+    return [ConditionUpdate(type=c.SUSPENDED, status="False", reason="Resumed")]

@@ -1,0 +1,203 @@
+"""Backpressure: whether there is room in the cluster for one more Job of a run, and how long a run waits for it.
+
+A quota on Jobs counts ended ones too. Batches in flight that each hold ended Jobs and wait for one more could use such
+a quota up and wait for ever. So where a Job is refused for want of room, batches that wait are checkpointed, the first
+ones first: one status write keeps all that their next Jobs need (`Checkpoint`), and only when it is stored are their
+ended Jobs deleted, each by its UID. Nothing is done twice. The room that this frees goes to the run's checkpointed
+batches before its others (`schedule`), so a batch that has taken the last place can be checkpointed in turn: a quota of
+one Job is enough to make progress.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import MAX_CHECKPOINTS
+from ingestrun.model.status import IngestRunStatus
+from ingestrun.planner.actions import CreateRejection, DeleteJob, DeleteJobs
+from ingestrun.planner.batch.attempt import Attempt, JobState
+from ingestrun.planner.batch.ledger import add_retries
+from ingestrun.planner.batch.state import CAPACITY_OBSTACLES, BatchState, is_checkpointed
+from ingestrun.planner.jobs.retention import kept_failed_batches
+from ingestrun.planner.run.fair_sharing import Admission, Capacity
+from ingestrun.planner.snapshot import Snapshot
+from ingestrun.planner.status import conditions as c
+
+DELETED_AT_ONCE: Final = 100
+"""How many batches one call deletes the Jobs of, because the selector is part of the URL."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backpressure:
+    """What prevents some of the due Jobs from being created."""
+
+    reason: str | None
+    """None while the Jobs of an earlier process are still being counted: a moment, not worth a condition."""
+    message: str
+    retry_at: datetime | None
+    admitted: int = 0
+    """Jobs that may be created nevertheless: what the limit leaves, or a single probe."""
+    unmet_demand: int = 0
+    """Jobs that the run would create as soon as it is allowed to: its demand when slots are shared."""
+
+
+def backpressure_of(snapshot: Snapshot, *, wants: int) -> Backpressure | None:
+    """Return what prevents some of the `wants` due Jobs from being created; None if nothing does."""
+    for batch in snapshot.in_flight:
+        if batch.obstacle is not None and batch.obstacle.kind in CAPACITY_OBSTACLES:
+            message = f"batch {batch.index}: {batch.obstacle.message}"
+            return Backpressure(reason=batch.obstacle.kind, message=message, retry_at=None)
+    admission = snapshot.capacity.admit(wants) if snapshot.capacity is not None else None
+    if snapshot.rejection is not None:
+        return _rejected(snapshot, snapshot.rejection, admission, wants=wants)
+    if admission is None or admission.number >= wants:
+        return None
+    return Backpressure(
+        reason=admission.reason,
+        message=admission.message,
+        # A run that gets a slot is woken. The look after the usual interval is for a lost wake-up.
+        retry_at=snapshot.now + retry_interval(snapshot.run),
+        admitted=admission.number,
+        unmet_demand=wants - admission.number,
+    )
+
+
+def _rejected(
+    snapshot: Snapshot, rejection: CreateRejection, admission: Admission | None, *, wants: int
+) -> Backpressure | None:
+    """Return the backpressure after a rejection: one Job is tried when it is due, and none before."""
+    now = snapshot.now
+    due = now >= rejection.retry_at or _quota_freed_since(rejection, snapshot.capacity)
+    if due and not wants:
+        return None
+    admitted = 1 if due and (admission is None or admission.number) else 0
+    waits_for_slot = bool(wants) and not admitted and (due or rejection.reason == "QuotaExceeded")
+    return Backpressure(
+        reason=rejection.reason,
+        message=rejection.message,
+        retry_at=rejection.retry_at if now < rejection.retry_at else now + retry_interval(snapshot.run),
+        admitted=admitted,
+        unmet_demand=1 if waits_for_slot else 0,
+    )
+
+
+def quota_used_up(capacity: Capacity | None) -> bool:
+    """Tell whether a quota on Jobs, which counts ended ones too, is used up as far as is known."""
+    return capacity is not None and capacity.quota is not None and not capacity.quota.free
+
+
+def jobs_to_free_quota(snapshot: Snapshot, *, last_resort: bool = False) -> DeleteJobs | None:
+    """Return the Jobs to delete at once under such a quota: those of batches ended by the stored status.
+
+    Those of failed batches that are kept for their logs are deleted only as a last resort, one batch's at a time.
+    """
+    if snapshot.capacity is None or snapshot.capacity.quota is None:
+        return None
+    batches = snapshot.run.status.batches
+    ended = batches.published | batches.failed
+    if not last_resort:
+        ended = ended - kept_failed_batches(snapshot.run)
+    present = {attempt.batch for attempt in snapshot.stages if attempt.state.finished and not attempt.job.deleting}
+    chosen = sorted(batch for batch in present if batch in ended)[: 1 if last_resort else DELETED_AT_ONCE]
+    return DeleteJobs(batches=IndexRanges(chosen)) if chosen else None
+
+
+def retry_interval(run: IngestRun) -> timedelta:
+    """Return `backpressure.retrySeconds` ± 10 %, derived from the run's UID.
+
+    Derived, so that runs held back together do not all retry at once, and a restart changes nothing.
+    """
+    share = int.from_bytes(hashlib.sha256(run.metadata.uid.encode()).digest()[:4]) / 2**32
+    return timedelta(seconds=run.spec.backpressure.retry_seconds * (0.9 + share / 5))
+
+
+def backpressure_deadline(snapshot: Snapshot) -> datetime | None:
+    """Return when a run that is held back fails by `backpressure.timeoutSeconds`; None if it does not as things are.
+
+    The time counts from the moment since which it is held back and no Job of it has run. A Job that runs, or has ended
+    since, is a sign of room, and waiting for a turn under a limit must not fail a run that gets its turns.
+    """
+    run, attempts = snapshot.run, snapshot.stages
+    seconds = run.spec.backpressure.timeout_seconds
+    if seconds is None or any(attempt.state is JobState.RUNNING for attempt in attempts):
+        return None
+    condition = run.status.condition(c.BACKPRESSURED)
+    held = condition is not None and condition.status == "True"
+    since = condition.last_transition_time if condition is not None and held else snapshot.now
+    signs = [attempt.job.finished_at for attempt in attempts if attempt.job.finished_at is not None]
+    if run.status.last_progress_time is not None:
+        signs.append(run.status.last_progress_time)
+    return max([since, *signs]) + timedelta(seconds=seconds)
+
+
+def rejection_in_status(run: IngestRun, *, now: datetime) -> CreateRejection | None:
+    """Return the rejection that an earlier process got, as the status has it; the next Job is tried at once.
+
+    So the run stays Backpressured, since when it was, until a Job has been accepted.
+    """
+    condition = run.status.condition(c.BACKPRESSURED)
+    if condition is None or condition.status != "True" or condition.reason in ("Unschedulable", "JobLimitReached"):
+        return None
+    return CreateRejection(reason=condition.reason, message=condition.message, retry_at=now)
+
+
+def _quota_freed_since(rejection: CreateRejection, capacity: Capacity | None) -> bool:
+    """Tell whether Jobs have gone since the rejection, so that trying before the interval is over is worth it."""
+    quota = capacity.quota if capacity is not None else None
+    return rejection.reason == "QuotaExceeded" and quota is not None and quota.free > 0
+
+
+def with_checkpoints(
+    status: IngestRunStatus, waiting: Sequence[BatchState], attempts: Iterable[Attempt], *, places: int
+) -> IngestRunStatus:
+    """Return the status with as many of the waiting batches checkpointed as it takes to free that many places.
+
+    Those that are checkpointed already free theirs too. The retries of a newly checkpointed batch are counted here,
+    because its failed attempts are not there any more when the batch is counted.
+    """
+    holds = Counter(attempt.batch for attempt in attempts if not attempt.job.deleting)
+    checkpoints = status.batches.checkpoint_by_batch
+    newly = []
+    for batch in waiting:
+        if places <= 0:
+            break
+        entry = batch.checkpoint
+        full = batch.index not in checkpoints and len(checkpoints) >= MAX_CHECKPOINTS
+        if entry is None or not holds[batch.index] or full:
+            continue
+        places -= holds[batch.index]
+        if checkpoints.get(batch.index) != entry:
+            checkpoints[batch.index] = entry
+            newly.append(batch)
+    if not newly:
+        return status
+    return status.replace(
+        batches=status.batches.replace(checkpoints=[checkpoints[index] for index in sorted(checkpoints)]),
+        retries=add_retries(status.retries, (retry for batch in newly for retry in batch.retried)),
+    )
+
+
+def hold_jobs(batches: Sequence[BatchState], attempts: Iterable[Attempt]) -> bool:
+    """Tell whether one of the batches has a Job: it will end, or be checkpointed, or be deleted, and free its place."""
+    indexes = {batch.index for batch in batches}
+    return any(attempt.batch in indexes for attempt in attempts)
+
+
+def checkpointed_jobs(run: IngestRun, attempts: Iterable[Attempt]) -> tuple[DeleteJob, ...]:
+    """Return the Jobs of which the stored status keeps all that is needed."""
+    checkpoints = run.status.batches.checkpoint_by_batch
+    return tuple(
+        DeleteJob(job=attempt.job, why="kept in the status, to make room")
+        for attempt in attempts
+        if attempt.state.finished
+        and not attempt.job.deleting
+        and attempt.batch in checkpoints
+        and is_checkpointed(checkpoints[attempt.batch], attempt)
+    )

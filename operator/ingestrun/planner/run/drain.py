@@ -1,0 +1,345 @@
+"""What is left for a run that has ended: the drain, the clean-up, the last sweep. Nothing here changes the phase.
+
+Drain: pods that have started may finish, others never start. Terminate: pods that have started get SIGTERM. Either way
+the run is `Drained` only by a live list of Jobs and pods. A minute after the end the Jobs are listed once more, for a
+create that was under way when the run ended and arrived late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Final
+
+from ingestrun.model.contract import StageResult
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.resume import LandedRecords
+from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import NAMED_CHILDREN
+from ingestrun.model.spec import CancellationPolicy
+from ingestrun.model.status import (
+    AfterEndStatus,
+    CancellationStatus,
+    ChildrenStatus,
+    IngestRunStatus,
+    OnCancelStatus,
+    Phase,
+)
+from ingestrun.planner.actions import ChildRun, CreateJob, Decision, DeleteJob, DeletePod, Plan
+from ingestrun.planner.batch.attempt import Attempt, JobState, ObservedPod
+from ingestrun.planner.batch.failure_policy import Failure, outcome_of
+from ingestrun.planner.batch.pipeline import on_cancel_step, steps_of
+from ingestrun.planner.batch.state import CAPACITY_OBSTACLES, NextAttempt, is_checkpointed, start_timed_out
+from ingestrun.planner.jobs.retention import jobs_expire_at, jobs_to_delete_after_end, jobs_to_delete_except_kept
+from ingestrun.planner.run.cancel import cancel_cleared_event, policy_of, skipped_starts
+from ingestrun.planner.snapshot import Snapshot
+from ingestrun.planner.status import conditions as c
+from ingestrun.planner.status.conditions import ConditionUpdate
+from ingestrun.planner.status.events import Event
+from ingestrun.planner.status.writer import pluralize
+
+DRAIN_RECHECK: Final = timedelta(seconds=15)
+SWEEP_AFTER: Final = timedelta(seconds=60)
+"""When an ended run's Jobs are listed once more: longer than any request that was under way can take to arrive."""
+STUCK_AFTER: Final = timedelta(seconds=60)
+"""How long after the end of its grace period a pod that still exists is reported as stuck."""
+
+
+def drain(snapshot: Snapshot) -> Decision:
+    """Decide for an ended run."""
+    run = snapshot.run
+    status = _updated_record(snapshot)
+    decision = _after_drain(snapshot, status) if run.status.drained else _await_drain(snapshot, status)
+    cancelled = status.phase is Phase.CANCELLED
+    plan = decision.plan
+    return replace(
+        decision,
+        plan=replace(
+            plan,
+            skips=skipped_starts(snapshot) if cancelled else (),
+            # The cancel itself may have left the fence to this pass.
+            fence=True if cancelled and plan.fence is None else plan.fence,
+            events=_cancel_cleared_events(run),
+        ),
+    )
+
+
+def _await_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
+    if snapshot.live is None:
+        return Decision(plan=Plan(status=status, requeue_at=snapshot.now))
+    pods = [pod for pod in snapshot.live.pods if not pod.ended]
+    terminate = status.cancellation is not None and status.cancellation.policy is CancellationPolicy.TERMINATE
+    unfinished = sum(1 for attempt in snapshot.stages if not attempt.state.finished)
+    if not unfinished and not pods:
+        return _drained(snapshot, status, terminate=terminate)
+    reason, message = "Draining", pluralize(max(unfinished, len(pods)), "pod has", "pods have") + " not ended"
+    stuck = [pod for pod in pods if _is_stuck(pod, now=snapshot.now)]
+    if stuck:
+        reason, message = "PodStuckTerminating", _stuck_message(stuck)
+    return Decision(
+        plan=Plan(
+            status=status,
+            pod_deletions=tuple(_pods_to_terminate(snapshot, pods)) if terminate else (),
+            job_deletions=unstarted_jobs(snapshot.stages),
+            requeue_at=snapshot.now + DRAIN_RECHECK,
+        ),
+        conditions=[ConditionUpdate(type=c.DRAINED, status="False", reason=reason, message=message)],
+    )
+
+
+def _pods_to_terminate(snapshot: Snapshot, pods: Sequence[ObservedPod]) -> Iterator[DeletePod]:
+    """Yield the deletions of started pods; those that have not started are deleted with their Jobs."""
+    waiting = {attempt.job.uid for attempt in snapshot.stages if attempt.state is JobState.WAITING}
+    grace = snapshot.run.spec.cancellation.grace_period_seconds
+    for pod in pods:
+        if pod.deleting_until is None and pod.job_uid not in waiting:
+            yield DeletePod(name=pod.name, uid=pod.uid, grace_seconds=grace)
+
+
+def _is_stuck(pod: ObservedPod, *, now: datetime) -> bool:
+    return pod.deleting_until is not None and now >= pod.deleting_until + STUCK_AFTER
+
+
+def unstarted_jobs(attempts: Sequence[Attempt]) -> tuple[DeleteJob, ...]:
+    """Return the Jobs whose pods have not started, to be deleted if that is still so.
+
+    The attempts must be listed live, because the cache may be a moment old, and a pod that has started
+    since would be ended with its work, or with the only trace of what it has published.
+    """
+    return tuple(
+        DeleteJob(job=attempt.job, pod=attempt.pod)
+        for attempt in attempts
+        if attempt.state is JobState.WAITING and not attempt.job.deleting
+    )
+
+
+def _drained(snapshot: Snapshot, status: IngestRunStatus, *, terminate: bool) -> Decision:
+    """Declare the run drained, and account for what was in flight, batch by batch."""
+    run, now = snapshot.run, snapshot.now
+    late = published_after_end(run, snapshot.stages)
+    # The checkpoints were of use until here, because they hold what the batches had rejected.
+    status = status.replace(after_end=late.after_end, batches=status.batches.replace(checkpoints=[]))
+    if status.cancellation is not None:
+        published = late.after_end.published if late.after_end is not None else IndexRanges()
+        record = status.cancellation.replace(
+            drained_at=now,
+            published=published,
+            unknown=late.unknown,
+            not_published=run.status.batches.in_flight - published - late.unknown,
+        )
+        status = status.replace(cancellation=record)
+    return Decision(
+        plan=Plan(
+            status=status,
+            bulk_deletion=jobs_to_delete_except_kept(run, snapshot.stages) if terminate else None,
+            requeue_at=now,
+        ),
+        conditions=[
+            ConditionUpdate(
+                type=c.DRAINED, status="True", reason="Drained", message="no pod of this run is left running"
+            ),
+            ConditionUpdate(type=c.RECONCILING, status="False", reason="Finished"),
+        ],
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateResults:
+    """What became of the batches in flight after the run had ended."""
+
+    after_end: AfterEndStatus | None
+    """What was published; None if nothing was."""
+    unknown: IndexRanges
+    """Batches whose publish ended well, but whose result is gone."""
+
+
+def published_after_end(run: IngestRun, attempts: Sequence[Attempt]) -> LateResults:
+    """Return what of the batches in flight at the run's end was published after all.
+
+    The attempts must be listed live once the run is drained; their order does not matter. A batch is published if any
+    attempt of its publish was, whatever came of the others.
+    """
+    publish = steps_of(run.spec)[-1].index
+    results: dict[tuple[int, int], StageResult] = {}
+    lost: set[int] = set()
+    for attempt in _ended_well(run, attempts):
+        outcome = outcome_of(attempt)
+        if isinstance(outcome, StageResult):
+            results[attempt.batch, attempt.step] = outcome
+        elif outcome.reason == "ResultMissing" and attempt.step == publish:
+            lost.add(attempt.batch)
+    written = {batch: result.written for (batch, step), result in results.items() if step == publish}
+    unknown = IndexRanges(lost - written.keys())
+    if not written:
+        return LateResults(after_end=None, unknown=unknown)
+    rejected = sum(result.rejected for (batch, _), result in results.items() if batch in written)
+    checkpoints = run.status.batches.checkpoints
+    rejected += sum(checkpoint.rejected or 0 for checkpoint in checkpoints if checkpoint.batch in written)
+    records = LandedRecords(published=sum(written.values()), rejected=rejected)
+    return LateResults(after_end=AfterEndStatus(published=IndexRanges(written), records=records), unknown=unknown)
+
+
+def _ended_well(run: IngestRun, attempts: Sequence[Attempt]) -> Iterator[Attempt]:
+    """Yield the attempts of batches in flight that ended with 0 and that no checkpoint has counted, the latest last."""
+    in_flight, checkpoints = run.status.batches.in_flight, run.status.batches.checkpoint_by_batch
+    for attempt in sorted(attempts, key=lambda attempt: attempt.number):
+        checkpoint = checkpoints.get(attempt.batch)
+        counted = checkpoint is not None and is_checkpointed(checkpoint, attempt)
+        if attempt.batch in in_flight and attempt.state is JobState.SUCCEEDED and not counted:
+            yield attempt
+
+
+def _after_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
+    """Run the clean-up, sweep once, then delete Jobs as their retention says."""
+    run, now = snapshot.run, snapshot.now
+    status, creates = _advance_clean_up(snapshot, status)
+    sweep_at = (status.completion_time or now) + SWEEP_AFTER
+    late = _late_jobs(snapshot, status)
+    record = status.cancellation
+    unfinished = record is not None and (_clean_up_active(record) or _children_pending(record))
+    swept = now >= sweep_at and snapshot.live is not None and not late
+    finished = swept and not unfinished
+    if now < sweep_at:
+        requeue_at: datetime | None = sweep_at
+    elif unfinished or late:
+        requeue_at = now + DRAIN_RECHECK
+    else:
+        requeue_at = _next_expiry(snapshot)
+    return Decision(
+        plan=Plan(
+            status=status,
+            creates=creates,
+            job_deletions=late,
+            bulk_deletion=jobs_to_delete_after_end(run, snapshot.attempts, now=now) if finished else None,
+            fence=False if swept else None,
+            expirable=finished,
+            requeue_at=requeue_at,
+        )
+    )
+
+
+def _next_expiry(snapshot: Snapshot) -> datetime | None:
+    """Return when the retention of the run's last Jobs is over, if it has any and it is not over yet."""
+    expire_at = jobs_expire_at(snapshot.run) if snapshot.attempts else None
+    return expire_at if expire_at is not None and expire_at > snapshot.now else None
+
+
+def _late_jobs(snapshot: Snapshot, status: IngestRunStatus) -> tuple[DeleteJob, ...]:
+    """Return Jobs that arrived after the drain, and that of a clean-up given up, which must not start after all."""
+    clean_up = snapshot.clean_up
+    late: tuple[DeleteJob, ...] = ()
+    if snapshot.live is not None:
+        late = tuple(
+            DeleteJob(job=attempt.job)
+            for attempt in snapshot.stages
+            if not attempt.state.finished and not attempt.job.deleting
+        )
+    if clean_up is None or clean_up.state is not JobState.WAITING or clean_up.job.deleting:
+        return late
+    return (*late, DeleteJob(job=clean_up.job, pod=clean_up.pod)) if _clean_up_failed(status) else late
+
+
+def _advance_clean_up(snapshot: Snapshot, status: IngestRunStatus) -> tuple[IngestRunStatus, tuple[CreateJob, ...]]:
+    """Take the clean-up one step further. It is claimed before it is created, and not created again once seen."""
+    record, step, clean_up = status.cancellation, on_cancel_step(snapshot.run.spec), snapshot.clean_up
+    if record is None or step is None:
+        return status, ()
+    before = record.on_cancel
+    create = CreateJob(attempt=NextAttempt(batch=0, step=step, number=0, input_attempt=None))
+    if before is None:
+        claimed = record.replace(on_cancel=OnCancelStatus(state="Claimed"))
+        return status.replace(cancellation=claimed), (create,)
+    if before.state in ("Succeeded", "Failed"):
+        return status, ()
+    if clean_up is None and before.state == "Claimed":
+        return status, (create,)
+    return status.replace(cancellation=record.replace(on_cancel=_clean_up_status(clean_up, now=snapshot.now))), ()
+
+
+def _clean_up_status(clean_up: Attempt | None, *, now: datetime) -> OnCancelStatus:
+    if clean_up is None:
+        return OnCancelStatus(state="Failed", message="its Job is gone, and its result with it")
+    return _clean_up_result(clean_up) if clean_up.state.finished else _clean_up_progress(clean_up, now=now)
+
+
+def _clean_up_progress(clean_up: Attempt, *, now: datetime) -> OnCancelStatus:
+    """Return the status of a clean-up that runs, or waits.
+
+    It waits for room as long as it takes; what prevents its pod otherwise is waited for no longer than with a stage.
+    """
+    refused = start_timed_out(clean_up, now)
+    if refused is not None:
+        return OnCancelStatus(state="Failed", message=f"{refused.reason}: {refused.message}")
+    obstacle = clean_up.obstacle
+    full = obstacle is not None and obstacle.kind in CAPACITY_OBSTACLES
+    return OnCancelStatus(state="Running", message=f"waits for room: {obstacle.message}" if obstacle and full else "")
+
+
+def _clean_up_result(clean_up: Attempt) -> OnCancelStatus:
+    """Return how a clean-up ended. Its exit code decides, because it hands nothing on; but cut short it is not done."""
+    outcome = outcome_of(clean_up)
+    cut_short = isinstance(outcome, Failure) and outcome.reason == "DeadlineExceeded"
+    if clean_up.state is JobState.SUCCEEDED and not cut_short:
+        return OnCancelStatus(state="Succeeded")
+    why = f"{outcome.reason}: {outcome.message}" if isinstance(outcome, Failure) else ""
+    return OnCancelStatus(state="Failed", message=why)
+
+
+def _clean_up_active(record: CancellationStatus) -> bool:
+    return record.on_cancel is not None and record.on_cancel.state in ("Claimed", "Running")
+
+
+def _clean_up_failed(status: IngestRunStatus) -> bool:
+    record = status.cancellation
+    return record is not None and record.on_cancel is not None and record.on_cancel.state == "Failed"
+
+
+def _children_pending(record: CancellationStatus) -> bool:
+    """Tell whether runs below have not followed yet, so that the record of them is not complete."""
+    return record.children is not None and record.children.waiting > 0
+
+
+def _updated_record(snapshot: Snapshot) -> IngestRunStatus:
+    """Return the status with what may still change in the record of a cancel: the policy, and the runs below."""
+    run, status = snapshot.run, snapshot.run.status
+    record = status.cancellation
+    if record is None:
+        return status
+    policy, children = policy_of(run, snapshot.parent), _children_status(record, snapshot.children)
+    return status.replace(cancellation=record.replace(policy=policy, children=children))
+
+
+def _children_status(record: CancellationStatus, children: Sequence[ChildRun]) -> ChildrenStatus | None:
+    if not record.cascade or not children:
+        return record.children
+    ended = sorted(child.name for child in children if child.phase in (Phase.SUCCEEDED, Phase.FAILED))
+    cancelled = sum(1 for child in children if child.phase is Phase.CANCELLED)
+    return ChildrenStatus(
+        cancelled=cancelled,
+        ended_before=len(ended),
+        ended_before_names=ended[:NAMED_CHILDREN],
+        waiting=len(children) - cancelled - len(ended),
+    )
+
+
+def _cancel_cleared_events(run: IngestRun) -> tuple[Event, ...]:
+    """Return the answer to a `spec.cancel` that was taken back; once, because the write notes the generation."""
+    record, status = run.status.cancellation, run.status
+    if record is None or record.parent is not None or run.spec.cancel:
+        return ()
+    cancelled = status.condition(c.CANCELLED)
+    if cancelled is not None and cancelled.reason != "Requested":
+        return ()  # the operator cancelled it by itself, so no request was taken back
+    if status.observed_generation == run.metadata.generation:
+        return ()
+    return (cancel_cleared_event(run),)
+
+
+def _stuck_message(stuck: Sequence[ObservedPod]) -> str:
+    first = stuck[0]
+    more = f" and {len(stuck) - 1} more" if len(stuck) > 1 else ""
+    return (
+        f"pod {first.name} on node {first.node or '?'}{more} should have ended and has not: look at the node; "
+        "if it is gone for good, delete the pod with --grace-period=0 --force"
+    )

@@ -1,0 +1,237 @@
+"""How far a run has come: what it has fetched and not published, and what an ended run leaves to one that resumes it.
+
+A chain's cursor has moved past the batches that are fetched and not published, so nothing else knows where each began.
+They are written with the count of the fetch and dropped with that of the publish, in writes that happen anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.resume import LandedRecords, SavedState, UnpublishedBatch, cursor_digest
+from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import UNPUBLISHED_BYTES, UNPUBLISHED_FREE_BYTES, UNPUBLISHED_STATUS_BYTES
+from ingestrun.model.spec import Container, IngestRunSpec
+from ingestrun.model.stages import STAGE_SETTINGS
+from ingestrun.model.status import AfterEndStatus, BatchesStatus, IngestRunStatus, RecordsStatus
+from ingestrun.planner.batch.ledger import cursor_of
+from ingestrun.planner.batch.state import BatchState
+from ingestrun.planner.jobs.image_pins import repository
+
+
+def with_unpublished(run: IngestRun, status: IngestRunStatus, seen: Sequence[BatchState]) -> IngestRunStatus:
+    """Return the status with the unpublished batches as they are now.
+
+    `run` has the status before, `seen` what has ended since.
+    """
+    before = run.status.batches
+    if run.spec.batches.cursor is None:
+        return status
+    known = {batch.batch for batch in before.unpublished}
+    opened = [
+        UnpublishedBatch(
+            batch=batch.index,
+            cursor=cursor_of(run, run.status),
+            read=batch.fetched.read,
+            next=cursor_digest(batch.fetched.next_cursor) if batch.fetched.next_cursor is not None else None,
+        )
+        for batch in seen
+        if batch.fetched is not None and batch.index not in before.fetched and batch.index not in known
+    ]
+    unpublished = [batch for batch in (*before.unpublished, *opened) if batch.batch not in status.batches.published]
+    if unpublished == before.unpublished:
+        return status
+    return status.replace(batches=status.batches.replace(unpublished=_fit(status, unpublished)))
+
+
+def unrecoverable(batches: BatchesStatus) -> IndexRanges:
+    """Return the batches to replay whose beginning is not known any more, for want of room."""
+    return batches.replay - IndexRanges(batch.batch for batch in batches.unpublished)
+
+
+def unpublished_bytes(unpublished: Iterable[UnpublishedBatch]) -> int:
+    """Return how many bytes of the status they take."""
+    return sum(len(batch.model_dump_json(by_alias=True, exclude_none=True).encode()) + 1 for batch in unpublished)
+
+
+def _fit(status: IngestRunStatus, unpublished: list[UnpublishedBatch]) -> list[UnpublishedBatch]:
+    """Return as many as there is room for. Those still to be replayed are always kept; of the rest, the failed first.
+
+    A batch in flight will most likely be published, and so needs it least.
+    """
+    if unpublished_bytes(unpublished) <= UNPUBLISHED_FREE_BYTES:
+        return unpublished
+    bare = status.replace(batches=status.batches.replace(unpublished=[]))
+    rest = len(bare.model_dump_json(by_alias=True, exclude_none=True).encode())
+    left = min(UNPUBLISHED_BYTES, UNPUBLISHED_STATUS_BYTES - rest)
+    kept = []
+    for batch in sorted(unpublished, key=lambda batch: _rank(status.batches, batch)):
+        size = unpublished_bytes([batch])
+        if size <= left or batch.batch not in status.batches.fetched:
+            kept.append(batch)
+            left -= size
+    return sorted(kept, key=lambda batch: batch.batch)
+
+
+def _rank(batches: BatchesStatus, batch: UnpublishedBatch) -> tuple[int, int]:
+    need = 0 if batch.batch not in batches.fetched else 1 if batch.batch in batches.failed else 2
+    return need, batch.batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunProgress:
+    """How far an ended run has come, whether read from it or from a state that a user has saved."""
+
+    of: str
+    """For messages."""
+    origin_uid: str
+    fetched: IndexRanges
+    published: IndexRanges
+    unpublished: tuple[UnpublishedBatch, ...]
+    exhausted: bool
+    cursor: str | None
+    records: RecordsStatus
+
+    def leaves_same_as(self, other: RunProgress) -> bool:
+        """Tell whether the same is left to be done. The counts so far may differ."""
+        left = (self.published, self.unpublished, self.exhausted, self.cursor)
+        return left == (other.published, other.unpublished, other.exhausted, other.cursor)
+
+    def initial_batches(self, spec: IngestRunSpec) -> BatchesStatus:
+        """Return what the ranges of a run that goes on from here begin with.
+
+        A batch that was being fetched at the end begins where the chain stands.
+        """
+        chained = spec.batches.cursor is not None
+        end = max(self.fetched.end, *(batch.batch + 1 for batch in self.unpublished), 0)
+        claimed = IndexRanges.span(0, end - 1)
+        return BatchesStatus(
+            claimed=claimed,
+            # Partitions that were read stay so, because what they read is counted once. Those of a chain are fetched
+            # again, and checked against what they read before.
+            fetched=self.published if chained else self.fetched,
+            published=self.published,
+            replay=claimed - self.published,
+            unpublished=list(self.unpublished),
+            exhausted=self.exhausted,
+        )
+
+
+def progress_of_run(ended: IngestRun) -> RunProgress:
+    """Return how far an ended run has come, what was published after its end included."""
+    status, late = ended.status, ended.status.after_end or AfterEndStatus()
+    return _progress(
+        of=f"run {ended.metadata.name}",
+        origin_uid=ended.origin_uid,
+        batches=status.batches,
+        late=late.published,
+        cursor=status.cursor,
+        records=status.records,
+        landed_records=late.records,
+    )
+
+
+def progress_of_saved_state(saved: SavedState) -> RunProgress:
+    """Read a saved state.
+
+    Raises:
+        ValueError: its index ranges are not well-formed, or a batch is twice among the unpublished.
+    """
+    numbers = [batch.batch for batch in saved.batches.unpublished]
+    if len(set(numbers)) != len(numbers):
+        raise ValueError("the saved state has a batch twice in batches.unpublished")
+    batches = BatchesStatus(
+        fetched=_ranges("batches.fetched", saved.batches.fetched),
+        published=_ranges("batches.published", saved.batches.published),
+        exhausted=saved.batches.exhausted,
+        unpublished=sorted(saved.batches.unpublished, key=lambda batch: batch.batch),
+    )
+    return _progress(
+        of="the saved state",
+        origin_uid=saved.uid,
+        batches=batches,
+        late=_ranges("afterEnd.published", saved.after_end.published),
+        cursor=saved.cursor,
+        records=RecordsStatus(**saved.records.model_dump()),
+        landed_records=saved.after_end.records,
+    )
+
+
+def _ranges(field: str, text: str) -> IndexRanges:
+    try:
+        return IndexRanges.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{field} of the saved state: {error}") from None
+
+
+def _progress(
+    *,
+    of: str,
+    origin_uid: str,
+    batches: BatchesStatus,
+    late: IndexRanges,
+    cursor: str | None,
+    records: RecordsStatus,
+    landed_records: LandedRecords,
+) -> RunProgress:
+    published = batches.published | late
+    return RunProgress(
+        of=of,
+        origin_uid=origin_uid,
+        fetched=batches.fetched | published,
+        published=published,
+        unpublished=tuple(batch for batch in batches.unpublished if batch.batch not in published),
+        exhausted=batches.exhausted,
+        cursor=cursor,
+        records=RecordsStatus(
+            fetched=records.fetched,
+            rejected=records.rejected + landed_records.rejected,
+            published=records.published + landed_records.published,
+        ),
+    )
+
+
+def differences(old: IngestRunSpec, new: IngestRunSpec) -> Iterator[str]:
+    """Yield the fields, as paths, in which two runs differ and must not, if one is to resume the other.
+
+    What is read and where it is published must be the same. How may differ, because that is often why a run failed: an
+    image's tag, resources, time-outs, hooks, credentials, `batches.size` and `limit`.
+    """
+    yield from _differing("", _comparable_spec(old), _comparable_spec(new))
+
+
+def _differing(path: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differing(f"{path}.{key}" if path else key, old.get(key), new.get(key))
+    elif old != new:
+        yield path
+
+
+def _comparable_spec(spec: IngestRunSpec) -> dict[str, Any]:
+    batches = spec.batches.model_dump(by_alias=True, exclude_none=True, exclude={"size", "limit"})
+    source = (
+        spec.source.model_dump(by_alias=True, exclude_none=True, exclude=set(STAGE_SETTINGS)) if spec.source else {}
+    )
+    for how in ("timeoutSeconds", "authorization"):
+        source.get("http", {}).pop(how, None)
+    return {
+        "source": source,
+        "fetch": _comparable_container(spec.fetch),
+        "sink": spec.sink.model_dump(by_alias=True, exclude_none=True, exclude=set(STAGE_SETTINGS))
+        if spec.sink
+        else None,
+        "publish": _comparable_container(spec.publish),
+        "workspace": spec.workspace.model_dump(by_alias=True) if spec.workspace else None,
+        "batches": batches,
+    }
+
+
+def _comparable_container(container: Container | None) -> dict[str, Any] | None:
+    if container is None:
+        return None
+    described = container.model_dump(by_alias=True, exclude_none=True, include={"command", "args", "env", "env_from"})
+    return {"image": repository(container.image), **described}

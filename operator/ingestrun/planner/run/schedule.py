@@ -1,0 +1,129 @@
+"""What a running run starts now: the stages and retries that are due, then new batches, as far as there is room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from ingestrun.model.contract import Stage
+from ingestrun.model.run import IngestRun
+from ingestrun.model.status import IngestRunStatus
+from ingestrun.planner.actions import CreateJob, DeleteJobs
+from ingestrun.planner.batch.ledger import claimable, cursor_of, fetch_limit, next_claims, replay_limit
+from ingestrun.planner.batch.pipeline import steps_of
+from ingestrun.planner.batch.state import BatchState, NextAttempt
+from ingestrun.planner.run.backpressure import (
+    Backpressure,
+    backpressure_of,
+    hold_jobs,
+    jobs_to_free_quota,
+    quota_used_up,
+    with_checkpoints,
+)
+from ingestrun.planner.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What to start, and what prevents the rest."""
+
+    status: IngestRunStatus
+    """With the new batches claimed, and with those checkpointed that wait for room."""
+    creates: tuple[CreateJob, ...] = ()
+    backpressure: Backpressure | None = None
+    bulk_deletion: DeleteJobs | None = None
+    """Jobs to delete at once, because they use up a quota."""
+    rechecks: tuple[datetime, ...] = ()
+    """When more is due."""
+
+
+@dataclass(slots=True)
+class _Candidates:
+    """What is due: batches in flight whose next attempt may start, and how many new batches may be claimed."""
+
+    ready: list[BatchState]
+    claims: int
+    status: IngestRunStatus
+    bulk_deletion: DeleteJobs | None
+    rechecks: list[datetime] = field(default_factory=list)
+
+
+def nothing_scheduled(snapshot: Snapshot) -> Schedule:
+    """Return the schedule of a run that may start nothing now; Jobs that use up a quota are deleted all the same."""
+    return Schedule(status=snapshot.status, bulk_deletion=jobs_to_free_quota(snapshot))
+
+
+def schedule(snapshot: Snapshot) -> Schedule:
+    """Decide which of the batches in flight, and of those not begun, start an attempt now."""
+    run, now, status = snapshot.run, snapshot.now, snapshot.status
+    waiting = [batch for batch in snapshot.in_flight if batch.next_attempt is not None]
+    free = run.spec.parallelism - len(snapshot.in_flight)
+    due = _Candidates(
+        ready=[batch for batch in waiting if batch.next_attempt is not None and batch.next_attempt.due(now)],
+        claims=max(0, min(free, claimable(run.spec, status.batches, status.records))),
+        status=status,
+        bulk_deletion=jobs_to_free_quota(snapshot),
+        rechecks=[at for batch in waiting if (at := _not_before(batch)) is not None and at > now],
+    )
+    backpressure = backpressure_of(snapshot, wants=len(due.ready) + due.claims)
+    if backpressure is not None:
+        _hold_back(snapshot, due, backpressure)
+    creates = [_create_job(run, due.status, batch.next_attempt) for batch in due.ready if batch.next_attempt]
+    status = due.status
+    if due.claims:
+        claimed = next_claims(status.batches, due.claims)
+        fetch = steps_of(run.spec)[0]
+        creates += [
+            _create_job(run, status, NextAttempt(batch=index, step=fetch, number=0, input_attempt=None))
+            for index in claimed
+        ]
+        batches = status.batches.replace(
+            claimed=status.batches.claimed | claimed, replay=status.batches.replay - claimed
+        )
+        status = status.replace(batches=batches, start_time=status.start_time or now)
+    return Schedule(
+        status=status,
+        creates=tuple(creates),
+        backpressure=backpressure,
+        bulk_deletion=due.bulk_deletion,
+        rechecks=tuple(due.rechecks),
+    )
+
+
+def _hold_back(snapshot: Snapshot, due: _Candidates, backpressure: Backpressure) -> None:
+    """Cut the candidates down to what is admitted, and make room under a quota that is used up."""
+    attempts, now = snapshot.stages, snapshot.now
+    # Batches in flight come before new ones; among them those that were checkpointed, because their Jobs were deleted
+    # to free the quota.
+    checkpoints = due.status.batches.checkpoint_by_batch
+    due.ready.sort(key=lambda batch: (batch.index not in checkpoints, batch.index))
+    if due.bulk_deletion is None and quota_used_up(snapshot.capacity):
+        missing = len(due.ready) - backpressure.admitted
+        if missing > 0:
+            checkpointed = with_checkpoints(due.status, due.ready, attempts, places=missing)
+            due.rechecks += [now] if checkpointed is not due.status else []
+            due.status = checkpointed
+        if not hold_jobs(snapshot.in_flight, attempts):
+            due.bulk_deletion = jobs_to_free_quota(snapshot, last_resort=True)
+    due.ready = due.ready[: backpressure.admitted]
+    due.claims = min(due.claims, backpressure.admitted - len(due.ready))
+    if backpressure.retry_at is not None and backpressure.retry_at > now:
+        due.rechecks.append(backpressure.retry_at)
+
+
+def _not_before(batch: BatchState) -> datetime | None:
+    return batch.next_attempt.not_before if batch.next_attempt is not None else None
+
+
+def _create_job(run: IngestRun, status: IngestRunStatus, following: NextAttempt) -> CreateJob:
+    if following.step.stage is not Stage.FETCH:
+        return CreateJob(attempt=following)
+    partitions = run.spec.batches.partitions
+    replayed = status.batches.pending_replays.get(following.batch)
+    if replayed is not None:
+        return CreateJob(attempt=following, cursor=replayed.cursor, limit=replay_limit(replayed))
+    if partitions is None:
+        limit = fetch_limit(run.spec, status.records)
+        return CreateJob(attempt=following, cursor=cursor_of(run, status), limit=limit)
+    value = partitions.values[following.batch] if partitions.values is not None else str(following.batch)
+    return CreateJob(attempt=following, cursor=value)

@@ -1,0 +1,54 @@
+"""Conditions of a run, right for kstatus (so for Flux) and for `kubectl wait`.
+
+Source: kstatus reads `Reconciling=True` as in progress and `Stalled=True` as failed; a run that has ended has
+`Finished=True` whatever its end, so that one `kubectl wait` covers every outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, Literal
+
+from ingestrun.model.size_budget import MESSAGE_CHARS
+from ingestrun.model.status import Condition
+from ingestrun.model.text import truncate
+
+SUCCEEDED: Final = "Succeeded"
+FINISHED: Final = "Finished"
+CANCELLED: Final = "Cancelled"
+DRAINED: Final = "Drained"
+BACKPRESSURED: Final = "Backpressured"
+SUSPENDED: Final = "Suspended"
+RECONCILING: Final = "Reconciling"
+STALLED: Final = "Stalled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConditionUpdate:
+    """What a condition is to say now; the time of its last transition follows from what it said before."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str = ""
+
+
+def merge_conditions(
+    old: Iterable[Condition], updates: Iterable[ConditionUpdate], *, now: datetime, generation: int
+) -> list[Condition]:
+    """Return the old conditions, each replaced by the update of its type; a new time only if its status changed."""
+    conditions = {condition.type: condition for condition in old}
+    for update in updates:
+        before = conditions.get(update.type)
+        unchanged = before is not None and before.status == update.status
+        conditions[update.type] = Condition(
+            type=update.type,
+            status=update.status,
+            reason=update.reason,
+            message=truncate(update.message, MESSAGE_CHARS),
+            observed_generation=generation,
+            last_transition_time=before.last_transition_time if before is not None and unchanged else now,
+        )
+    return list(conditions.values())

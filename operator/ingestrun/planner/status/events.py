@@ -1,0 +1,159 @@
+"""The Events of a run: which ones a change of its status deserves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from ingestrun.model.contract import Stage
+from ingestrun.model.ranges import IndexRanges
+from ingestrun.model.spec import CancellationPolicy
+from ingestrun.model.status import AttemptId, IngestRunStatus, Phase
+from ingestrun.model.text import truncate_bytes
+from ingestrun.planner.batch.state import NextAttempt
+from ingestrun.planner.status import conditions as c
+
+WAITING_FOR_DRAIN: Final = "WaitingForDrain"
+WAITING_FOR_REPLACED: Final = "WaitingForReplaced"
+WAIT_REASONS: Final = (WAITING_FOR_DRAIN, WAITING_FOR_REPLACED)
+"""Why a run waits for another before its first batch; each has one Event."""
+NOTE_BYTES: Final = 1024
+"""events.k8s.io/v1 refuses a longer note, in bytes of UTF-8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """An Event to post: `action` is what the operator did, `note` why."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    action: str
+    note: str
+
+
+def normal(reason: str, note: str, *, action: str) -> Event:
+    """Return an Event about something that went as it should."""
+    return Event(type="Normal", reason=reason, action=action, note=truncate_bytes(note, NOTE_BYTES))
+
+
+def warning(reason: str, note: str, *, action: str) -> Event:
+    """Return an Event about something that somebody may have to look at."""
+    return Event(type="Warning", reason=reason, action=action, note=truncate_bytes(note, NOTE_BYTES))
+
+
+def events_between(old: IngestRunStatus, new: IngestRunStatus) -> list[Event]:
+    """Return the Events that the step from `old` to `new` deserves."""
+    return [
+        *_failure_events(old, new),
+        *_progress_events(old, new),
+        *_end_events(old, new),
+        *_cancellation_events(old, new),
+    ]
+
+
+def memory_raised_events(old: IngestRunStatus, new: IngestRunStatus, starts: Iterable[NextAttempt]) -> list[Event]:
+    """Return an Event for each next attempt that gets more memory, once its failure is new in the status."""
+    fresh = {failure.id for failure in new.failures} - {failure.id for failure in old.failures}
+    return [
+        normal(
+            "MemoryRaised",
+            f"batch {start.batch}, {start.step.label}, attempt {start.number + 1}: memory limit {start.memory}",
+            action="RaiseMemory",
+        )
+        for start in starts
+        if start.memory is not None
+        and start.memory.before is not None
+        and (start.batch, start.step.label, start.number - 1) in fresh
+    ]
+
+
+def skipped_events(starts: Iterable[AttemptId]) -> list[Event]:
+    """Return at most two Events about all that a cancel kept from starting, however many attempts that are."""
+    whole: set[int] = set()
+    by_stage: dict[str, set[int]] = {}
+    for batch, stage, attempt in starts:
+        # A batch that was tried before has begun, so it is its next attempt that is skipped.
+        unbegun = stage == Stage.FETCH.value and attempt == 0
+        (whole if unbegun else by_stage.setdefault(stage, set())).add(batch)
+    events = []
+    if whole:
+        events.append(normal("BatchSkipped", f"not begun after the cancel: batch {IndexRanges(whole)}", action="Skip"))
+    if by_stage:
+        parts = (f"{stage} of batch {IndexRanges(found)}" for stage, found in sorted(by_stage.items()))
+        events.append(normal("StageSkipped", f"not started after the cancel: {'; '.join(parts)}", action="Skip"))
+    return events
+
+
+def _failure_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
+    known = {failure.id for failure in old.failures}
+    for failure in new.failures:
+        if failure.id not in known:
+            place = f"batch {failure.batch}, {failure.stage}, attempt {failure.attempt + 1}"
+            yield warning("StageFailed", f"{place}: {failure.reason}: {failure.message}", action="Judge")
+    gone = new.batches.failed - old.batches.failed
+    if gone:
+        yield warning("BatchFailed", f"given up: batch {gone}", action="GiveUp")
+
+
+def _progress_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
+    if old.start_time is None and new.start_time is not None:
+        yield normal("Started", "the first batch is claimed", action="Start")
+    if _became(old, new, c.BACKPRESSURED):
+        held = new.condition(c.BACKPRESSURED)
+        yield warning("Backpressured", f"{held.reason}: {held.message}" if held else "", action="Wait")
+    for reason in WAIT_REASONS:
+        if _became(old, new, c.RECONCILING, reason=reason):
+            waiting = new.condition(c.RECONCILING)
+            yield normal(reason, waiting.message if waiting else "", action="Wait")
+    if _became(old, new, c.RECONCILING, reason="PodNotStarting"):
+        stuck = new.condition(c.RECONCILING)
+        yield warning("PodNotStarting", stuck.message if stuck else "", action="Wait")
+    if old.phase is not Phase.SUSPENDED and new.phase is Phase.SUSPENDED:
+        yield normal("Suspended", "nothing new is started until spec.suspend is cleared", action="Suspend")
+    if old.phase is Phase.SUSPENDED and new.phase is Phase.RUNNING:
+        yield normal("Resumed", "spec.suspend is cleared", action="Resume")
+
+
+def _end_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
+    if new.phase is old.phase or new.phase is None or not new.phase.ended:
+        return
+    end = new.condition(c.SUCCEEDED)
+    make = warning if new.phase is Phase.FAILED else normal
+    action = "Cancel" if new.phase is Phase.CANCELLED else "Finish"
+    yield make(new.phase.value, end.message if end and end.message else new.phase.value, action=action)
+
+
+def _cancellation_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
+    before, now = old.cancellation, new.cancellation
+    if now is None:
+        return
+    if now.policy is CancellationPolicy.TERMINATE and (before is None or before.policy is not now.policy):
+        yield normal("Terminating", "pods that run get SIGTERM", action="Terminate")
+    if _became(old, new, c.DRAINED, status="False", reason="PodStuckTerminating"):
+        stuck = new.condition(c.DRAINED)
+        yield warning("PodStuckTerminating", stuck.message if stuck else "", action="Drain")
+    if _became(old, new, c.DRAINED):
+        drained = new.condition(c.DRAINED)
+        landed = f"; published all the same: batch {now.published}" if now.published else ""
+        yield normal("Drained", (drained.message if drained else "") + landed, action="Drain")
+    yield from _clean_up_events(old, new)
+
+
+def _clean_up_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
+    before = old.cancellation.on_cancel if old.cancellation is not None else None
+    now = new.cancellation.on_cancel if new.cancellation is not None else None
+    if now is None or now == before or now.state not in ("Succeeded", "Failed"):
+        return
+    make = normal if now.state == "Succeeded" else warning
+    yield make(f"OnCancel{now.state}", now.message or "the clean-up has ended well", action="CleanUp")
+
+
+def _became(
+    old: IngestRunStatus, new: IngestRunStatus, kind: str, *, status: str = "True", reason: str | None = None
+) -> bool:
+    """Tell whether the condition has got this status (and reason), and had not before."""
+    now, before = new.condition(kind), old.condition(kind)
+    if now is None or now.status != status or (reason is not None and now.reason != reason):
+        return False
+    return before is None or before.status != status or (reason is not None and before.reason != reason)

@@ -1,0 +1,147 @@
+"""How a decision is written into the status: phase, conditions, counters, and what makes it fit its bytes.
+
+Everything in a status is bounded by itself. Only maximally fragmented ranges together with every other field at its
+maximum can exceed the object's budget; then what people can do without is cut (`fit_status`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Final
+
+from ingestrun.model.base import KubeModel
+from ingestrun.model.run import IngestRun
+from ingestrun.model.size_budget import MESSAGE_CHARS, SHORT_MESSAGE_CHARS, STATUS_BYTES, UNMEASURED_RANGES_BYTES
+from ingestrun.model.spec import IngestRunSpec
+from ingestrun.model.status import Condition, IngestRunStatus, Phase, StageFailure
+from ingestrun.model.text import truncate
+from ingestrun.planner.status import conditions as c
+from ingestrun.planner.status.conditions import ConditionUpdate
+
+_END_CHARS: Final = 100
+
+
+def finish_status(
+    run: IngestRun,
+    status: IngestRunStatus,
+    *,
+    phase: Phase | None,
+    conditions: Iterable[ConditionUpdate],
+    now: datetime,
+) -> IngestRunStatus:
+    """Return the status with phase, conditions and progress set, within its bytes; `phase` None leaves the phase."""
+    generation = run.metadata.generation
+    partitions = run.spec.batches.partitions
+    done = len(status.batches.published)
+    ended = (phase or status.phase or Phase.PENDING).ended
+    if ended and status.condition(c.SUSPENDED) is not None:
+        conditions = [*conditions, ConditionUpdate(type=c.SUSPENDED, status="False", reason="Finished")]
+    finished = status.replace(
+        phase=phase or status.phase,
+        observed_generation=generation,
+        batches=status.batches.replace(
+            active=0 if ended else len(status.batches.in_flight),
+            progress=f"{done}/{partitions.total}" if partitions is not None else str(done),
+        ),
+        conditions=c.merge_conditions(status.conditions, conditions, now=now, generation=generation),
+    )
+    return fit_status(finished, beside=saved_state_bytes(run.spec))
+
+
+def backpressure_over(status: IngestRunStatus) -> list[ConditionUpdate]:
+    """Return the end of the condition Backpressured for a run that ends, if it has the condition."""
+    if status.condition(c.BACKPRESSURED) is None:
+        return []
+    return [ConditionUpdate(type=c.BACKPRESSURED, status="False", reason="Finished")]
+
+
+def active_conditions(phase: Phase, reconciling: ConditionUpdate) -> list[ConditionUpdate]:
+    """Return the conditions of every run that has not ended; `reconciling` is its Reconciling."""
+    return [
+        ConditionUpdate(type=c.SUCCEEDED, status="Unknown", reason=reconciling.reason, message=reconciling.message),
+        ConditionUpdate(type=c.FINISHED, status="False", reason=phase.value),
+        reconciling,
+    ]
+
+
+def describe_failure(failure: StageFailure) -> str:
+    """Describe one failed attempt. If it is too long, cut it in the middle, because its end says what follows."""
+    text = f"batch {failure.batch}, {failure.stage}, attempt {failure.attempt + 1}: {failure.reason}: {failure.message}"
+    if len(text) <= MESSAGE_CHARS:
+        return text
+    return text[: MESSAGE_CHARS - _END_CHARS - 1] + "…" + text[-_END_CHARS:]
+
+
+def pluralize(number: int, one: str, many: str) -> str:
+    """Return the number with the noun that fits it."""
+    return f"{number} {one if number == 1 else many}"
+
+
+def saved_state_bytes(spec: IngestRunSpec) -> int:
+    """Return how many bytes of the object a saved state takes, as the spec has it."""
+    state = spec.resume_from.saved_state if spec.resume_from is not None else None
+    return _bytes_of(state) if state is not None else 0
+
+
+def fit_status(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
+    """Return the status within its bytes: logs are dropped first, then older failures, then the ends of long messages.
+
+    Last go the names of children, the clean-up's message and the one failure left. `beside` is how many of the bytes
+    a saved state takes.
+    """
+    batches, cancellation = status.batches, status.cancellation
+    ranges = (batches.claimed, batches.fetched, batches.published, batches.failed, batches.replay)
+    names_children = cancellation is not None and cancellation.children is not None
+    if not beside and not names_children and sum(len(str(each)) for each in ranges) <= UNMEASURED_RANGES_BYTES:
+        return status
+    for shortened in _STEPS:
+        if _bytes_of(status) + beside <= STATUS_BYTES:
+            break
+        status = shortened(status)
+    return status
+
+
+def _bytes_of(part: KubeModel) -> int:
+    return len(part.model_dump_json(by_alias=True, exclude_none=True).encode())
+
+
+def _without_logs(status: IngestRunStatus) -> IngestRunStatus:
+    return status.replace(failures=[failure.replace(log=None) for failure in status.failures])
+
+
+def _latest_failure(status: IngestRunStatus) -> IngestRunStatus:
+    return status.replace(failures=status.failures[-1:])
+
+
+def _short_conditions(status: IngestRunStatus) -> IngestRunStatus:
+    """Shorten all messages but that of `Succeeded`, because the columns of `kubectl get -o wide` show it."""
+
+    def short(condition: Condition) -> Condition:
+        return condition.replace(message=truncate(condition.message, SHORT_MESSAGE_CHARS))
+
+    conditions = [each if each.type == c.SUCCEEDED else short(each) for each in status.conditions]
+    return status.replace(conditions=conditions)
+
+
+def _short_record(status: IngestRunStatus) -> IngestRunStatus:
+    """Keep of the children only how many there are, and of the clean-up only how it stands."""
+    record = status.cancellation
+    if record is None:
+        return status
+    children = record.children.replace(ended_before_names=[]) if record.children is not None else None
+    on_cancel = record.on_cancel.replace(message="") if record.on_cancel is not None else None
+    return status.replace(cancellation=record.replace(children=children, on_cancel=on_cancel))
+
+
+def _without_failures(status: IngestRunStatus) -> IngestRunStatus:
+    return status.replace(failures=[])
+
+
+_STEPS: Final[tuple[Callable[[IngestRunStatus], IngestRunStatus], ...]] = (
+    _without_logs,
+    _latest_failure,
+    _short_conditions,
+    _short_record,
+    _without_failures,
+)

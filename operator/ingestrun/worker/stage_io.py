@@ -1,0 +1,268 @@
+"""How stages hand rows on: a directory of Parquet files, which appears as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ingestrun.worker.columns import InexactCastError, cast_to_schema, common_schema, with_text_column
+from ingestrun.worker.errors import PermanentError, RetryableError
+from ingestrun.worker.shutdown import Stop
+
+DATA_FILE: Final = "data.parquet"
+ROW_GROUP_ROWS: Final = 65_536
+"""Most rows that are held in memory at a time; also the size of a row group."""
+_BUFFER_BYTES: Final = 64 * 2**20
+
+
+def sync_directory(path: Path) -> None:
+    """Sync a directory to disk, so that the names in it survive a crash of the node."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Yield a directory to fill; it gets its final name when the block ends, and is removed if the block raises.
+
+    A directory that has the final name already is replaced, because only an earlier pod of the same attempt can have
+    made it. What such a pod left unfinished beside it is removed.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in final.parent.glob(f".{final.name}.tmp-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex[:12]}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_directory(temporary)
+        if final.exists():
+            final.rename(temporary.with_name(temporary.name + "-old"))
+        temporary.rename(final)
+        sync_directory(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_name(temporary.name + "-old"), ignore_errors=True)
+
+
+class ParquetFileWriter:
+    """Writes a Parquet file whose schema is known from the start; `close` syncs it to disk."""
+
+    def __init__(self, path: Path, schema: pa.Schema, metadata: Mapping[str, str] | None = None) -> None:
+        self.schema = schema
+        # A file of Python's own, because Arrow's can't be synced.
+        self._file: BinaryIO = path.open("wb")
+        self._writer = pq.ParquetWriter(self._file, schema, compression="zstd")
+        if metadata:
+            self._writer.add_key_value_metadata(dict(metadata))
+
+    def write(self, table: pa.Table) -> None:
+        """Append one row group."""
+        if table.num_rows:
+            self._writer.write_table(table, row_group_size=max(table.num_rows, 1))
+
+    def close(self) -> None:
+        """Write the footer, and wait until everything is on disk."""
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        # Errors of closing are dropped, because the first error is the one that explains what happened.
+        for part in (self._writer, self._file):
+            try:
+                part.close()
+            except (OSError, ValueError, pa.ArrowException):
+                continue
+
+
+class OutputWriter:
+    """Writes a stage's `data.parquet` from tables whose common schema emerges on the way.
+
+    Small tables are gathered into row groups. When a later table does not fit the schema so far, a new part is begun;
+    at the end the parts are written again under the schema that fits all.
+    """
+
+    def __init__(self, directory: Path, stop: Stop, limit: int | None = None) -> None:
+        self.rows = 0
+        self._limit = limit
+        self._directory = directory
+        self._stop = stop
+        self._schema = pa.schema([])
+        self._buffer: list[pa.Table] = []
+        self._buffer_rows = 0
+        self._buffer_bytes = 0
+        self._part: ParquetFileWriter | None = None
+        self._part_paths: list[Path] = []
+
+    def add(self, table: pa.Table) -> None:
+        """Add rows.
+
+        Raises:
+            PermanentError: the types of a column have no common one.
+        """
+        self.rows += table.num_rows
+        self._stop.set_progress(self.rows, self._limit)
+        self._stop.raise_if_stopped()
+        self._buffer.append(table)
+        self._buffer_rows += table.num_rows
+        self._buffer_bytes += table.nbytes
+        if self._buffer_rows >= ROW_GROUP_ROWS or self._buffer_bytes >= _BUFFER_BYTES:
+            self._flush()
+
+    def finish(self) -> Path:
+        """Write what is buffered and complete `data.parquet`, also if there are no rows."""
+        self._flush()
+        if self._part is None:
+            self._open_part()
+        self._close_part()
+        target = self._directory / DATA_FILE
+        if len(self._part_paths) == 1:
+            self._part_paths[0].rename(target)
+            return target
+        self._merge_parts(target)
+        for path in self._part_paths:
+            path.unlink()
+        return target
+
+    def abort(self) -> None:
+        """Close the open file after an error."""
+        if self._part is not None:
+            self._part.__exit__(Exception)
+
+    def _flush(self) -> None:
+        if not self._buffer:
+            return
+        schema = common_schema([self._schema, *(table.schema for table in self._buffer)])
+        while True:
+            try:
+                table = pa.concat_tables([cast_to_schema(buffered, schema) for buffered in self._buffer])
+                break
+            except InexactCastError as error:
+                schema = with_text_column(schema, error.column)
+        part = self._part
+        if part is None or not schema.equals(self._schema):
+            self._close_part()
+            self._schema = schema
+            part = self._open_part()
+        part.write(table)
+        self._buffer, self._buffer_rows, self._buffer_bytes = [], 0, 0
+
+    def _open_part(self) -> ParquetFileWriter:
+        path = self._directory / f"_part-{len(self._part_paths):05d}"
+        self._part = ParquetFileWriter(path, self._schema)
+        self._part_paths.append(path)
+        return self._part
+
+    def _close_part(self) -> None:
+        if self._part is not None:
+            self._part.close()
+            self._part = None
+
+    def _merge_parts(self, target: Path) -> None:
+        schema = self._schema
+        while True:
+            try:
+                with ParquetFileWriter(target, schema) as merged:
+                    for path in self._part_paths:
+                        for table in _read_tables(path):
+                            self._stop.raise_if_stopped()
+                            merged.write(cast_to_schema(table, schema))
+                return
+            except InexactCastError as error:
+                schema = with_text_column(schema, error.column)
+
+
+@contextmanager
+def open_output(final: Path, stop: Stop, limit: int | None = None) -> Iterator[OutputWriter]:
+    """Yield the writer of a stage's output directory, which appears when the block ends without an exception.
+
+    `limit` is the most rows that there can be, if that is known.
+    """
+    with atomic_directory(final) as directory:
+        output = OutputWriter(directory, stop, limit)
+        try:
+            yield output
+            output.finish()
+            stop.commit_point()
+        except BaseException:
+            output.abort()
+            raise
+
+
+class InputReader:
+    """Reads what the stage before handed on: all Parquet files of a directory, in the order of their names."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the files' schemas and counts.
+
+        Raises:
+            RetryableError: the directory does not exist.
+            PermanentError: it has no Parquet file, or one that is broken, or a file that is not Parquet.
+        """
+        if not directory.is_dir():
+            # Never "no rows": a network file system may show it a moment later, a lost volume never does.
+            raise RetryableError(f"the stage before left nothing: there is no directory {directory}")
+        paths = sorted(path for path in directory.iterdir() if not path.name.startswith((".", "_")))
+        foreign = [path.name for path in paths if path.suffix != ".parquet"]
+        if foreign or not paths:
+            found = f"holds {foreign[0]!r}" if foreign else "is empty"
+            raise PermanentError(f"{directory} {found}: stages hand on files named *.parquet, and at least one")
+        self.directory = directory
+        self._paths = paths
+        self.rows = 0
+        schemas = []
+        for path in paths:
+            metadata = _read_metadata(path)
+            schemas.append(metadata.schema.to_arrow_schema().remove_metadata())
+            self.rows += metadata.num_rows
+        self.schema = common_schema(schemas)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yield the rows under the common schema, at most `ROW_GROUP_ROWS` at a time.
+
+        Raises:
+            PermanentError: a value does not fit the schema, or a file is broken.
+        """
+        for path in self._paths:
+            try:
+                for table in _read_tables(path):
+                    yield cast_to_schema(table, self.schema)
+            except InexactCastError as error:
+                raise PermanentError(
+                    f"column {error.column!r} in {path} does not fit {self.schema.field(error.column).type}, "
+                    "its type with the other files of the directory"
+                ) from None
+
+
+def _read_metadata(path: Path) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise PermanentError(f"{path} is no Parquet file, or not a whole one") from None
+
+
+def _read_tables(path: Path) -> Iterator[pa.Table]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=ROW_GROUP_ROWS):
+            yield pa.Table.from_batches([batch]).replace_schema_metadata(None)

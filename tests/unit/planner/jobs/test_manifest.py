@@ -1,0 +1,53 @@
+"""The manifest of a Job: what of it a rule of Kubernetes' own depends on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.fakes.world import manifest
+
+from ingestrun.model.run import IngestRun
+from ingestrun.model.spec import IngestRunSpec
+from ingestrun.planner.actions import CreateJob
+from ingestrun.planner.batch.pipeline import Step, on_cancel_step, steps_of
+from ingestrun.planner.batch.state import NextAttempt
+from ingestrun.planner.jobs.manifest import WorkerImage, job_manifest
+
+IMAGE = {"image": "example/worker:1"}
+
+
+def run_of(**spec: Any) -> IngestRun:
+    body = manifest(**spec)
+    body["metadata"] |= {"uid": "u-1", "generation": 1, "resourceVersion": "1"}
+    body["metadata"]["creationTimestamp"] = "2026-11-23T12:00:00Z"
+    return IngestRun.read({**body, "status": {"observedGeneration": -1}})
+
+
+def fetch(spec: IngestRunSpec) -> Step:
+    return steps_of(spec)[0]
+
+
+def clean_up(spec: IngestRunSpec) -> Step:
+    step = on_cancel_step(spec)
+    assert step is not None
+    return step
+
+
+@pytest.mark.parametrize(
+    ("step_of", "spec", "seconds"),
+    [
+        (fetch, {"fetch": {**IMAGE, "activeDeadlineSeconds": 90}}, 90),
+        (fetch, {}, 3600),
+        (clean_up, {"onCancel": {**IMAGE, "activeDeadlineSeconds": 90}}, 90),
+        (clean_up, {"onCancel": IMAGE}, 300),
+    ],
+)
+def test_the_deadline_is_the_pods_and_the_job_has_none_that_waiting_could_meet(
+    step_of: Any, spec: dict[str, Any], seconds: int
+) -> None:
+    run = run_of(**spec)
+    create = CreateJob(attempt=NextAttempt(batch=0, step=step_of(run.spec), number=0, input_attempt=None))
+    job = job_manifest(run, create, worker=WorkerImage(name="example/worker:1"))
+    assert "activeDeadlineSeconds" not in job["spec"]
+    assert job["spec"]["template"]["spec"]["activeDeadlineSeconds"] == seconds
