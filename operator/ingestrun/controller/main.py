@@ -17,7 +17,7 @@ from ingestrun.controller import logs
 from ingestrun.controller.operator import Access, run
 from ingestrun.controller.settings import Settings
 from ingestrun.kube.errors import KubeError
-from ingestrun.kube.lease import LeaseLost
+from ingestrun.kube.leader_election import LeaseLost
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 EXIT_LEASE_LOST = 70

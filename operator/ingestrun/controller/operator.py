@@ -28,7 +28,7 @@ from ingestrun.controller.watch.resync import resync_forever
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.client import KubernetesCluster
 from ingestrun.kube.connection import Connection, load_configuration
-from ingestrun.kube.lease import LeaseLost, run_as_leader
+from ingestrun.kube.leader_election import LeaseLost, run_as_leader
 from ingestrun.kube.protocol import RunKey
 from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage
 

@@ -6,9 +6,9 @@
    either way the API server, not the cache, has just said that this run is not cancelled.
 3. Between two creates the newest watched request to cancel is looked at, so a cancel never waits behind them.
 
-Passes for one run never overlap (`watch.workqueue`), and one replica acts (`kube.lease`). So when `phase=Cancelled` is
-written, every create of this run has been answered, or has timed out; a timed-out one is swept (`planner.run.drain`).
-If a create may still arrive, the fence is armed before that write.
+Passes for one run never overlap (`watch.workqueue`), and one replica acts (`kube.leader_election`). So when
+`phase=Cancelled` is written, every create of this run has been answered, or has timed out; a timed-out one is swept
+(`planner.run.drain`). If a create may still arrive, the fence is armed before that write.
 """
 
 from __future__ import annotations

@@ -107,14 +107,14 @@ class RunCache:
     def upsert_run(self, body: Object) -> RunKey:
         """Take a run's body, unless it, or a newer one of the same run, is known already."""
         meta = body["metadata"]
-        key = RunKey(namespace=meta["namespace"], name=meta["name"])
+        key = RunKey.of(body)
         before = self._runs.get(key)
         if before is not None:
             if before["metadata"]["uid"] != meta["uid"]:
                 self.remove_run(key)
             elif _resource_version(before) == _resource_version(body) or _version(before) > _version(body):
                 return key
-        body = self._compactor.compact(body)
+        body = self._compactor.compact(body, before=before)
         self._runs[key] = body
         self._keys[meta["uid"]] = key
         for parent in parents_of(body):
@@ -348,8 +348,9 @@ def parents_of(body: Object) -> list[RunKey]:
     meta = body["metadata"]
     named = [(body.get("spec") or {}).get("parentRef") or {}]
     named += [ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == names.KIND]
-    keys = [RunKey(namespace=meta["namespace"], name=ref["name"]) for ref in named if ref.get("name")]
-    return [key for key in dict.fromkeys(keys) if key.name != meta["name"]]
+    own = RunKey.of(body)
+    keys = [own.sibling(ref["name"]) for ref in named if ref.get("name")]
+    return [key for key in dict.fromkeys(keys) if key != own]
 
 
 def cancelled_with_cascade(body: Object) -> bool:
@@ -361,7 +362,7 @@ def cancelled_with_cascade(body: Object) -> bool:
 def predecessor_named_by(body: Object) -> RunKey | None:
     """Return the run that `spec.resumeFrom` names."""
     name = ((body.get("spec") or {}).get("resumeFrom") or {}).get("name")
-    return RunKey(namespace=body["metadata"]["namespace"], name=name) if name else None
+    return RunKey.of(body).sibling(name) if name else None
 
 
 def awaited_predecessor(body: Object) -> RunKey | None:

@@ -27,12 +27,16 @@ class BodyCompactor:
     def __init__(self) -> None:
         self._specs: OrderedDict[str, Any] = OrderedDict()
 
-    def compact(self, body: Object) -> Object:
-        """Return a copy of the body with all that the operator reads. Its parts must not be changed."""
+    def compact(self, body: Object, *, before: Object | None = None) -> Object:
+        """Return a copy of the body with all that the operator reads. Its parts must not be changed.
+
+        `before` is the compact body of an earlier version, whose spec is mostly the same.
+        """
         compact = {sys.intern(key): _intern(value) for key, value in body.items() if key not in ("metadata", "spec")}
         compact["metadata"] = _compact_metadata(body["metadata"])
         if "spec" in body:
-            compact["spec"] = self._shared_spec(body["spec"])
+            known = before.get("spec") if before is not None else None
+            compact["spec"] = known if known == body["spec"] else self._shared_spec(body["spec"])
         return compact
 
     def _shared_spec(self, spec: Any) -> Any:

@@ -37,7 +37,7 @@ class EventHandlers:
 
     def run(self, event_type: str | None, body: Object) -> None:
         """Take in that a run was added, changed or deleted."""
-        meta, key = body["metadata"], _key(body)
+        meta, key = body["metadata"], RunKey.of(body)
         if event_type != "DELETED":
             self._cache.upsert_run(body)
             if not self._cache.memories.has_taken_up(meta["uid"], str(meta.get("resourceVersion", ""))):
@@ -96,7 +96,7 @@ class EventHandlers:
         changed = ConcurrentRun.read(body)
         for other in peers:
             if other["metadata"]["uid"] != changed.uid and affects(changed, ConcurrentRun.read(other), gone=gone):
-                self._queue.add(_key(other), "peer")
+                self._queue.add(RunKey.of(other), "peer")
 
     def _wake_relatives(self, key: RunKey, body: Object) -> None:
         """Wake the runs below for a cascading cancel, the run above for its outcome, and runs that wait to resume."""
@@ -104,7 +104,7 @@ class EventHandlers:
             self._queue.add(waiting, "resume")
         if _cascades(body):
             for child in self._cache.children_of(key):
-                self._queue.add(_key(child), "parent")
+                self._queue.add(RunKey.of(child), "parent")
         for parent in parents_of(body):
             above = self._cache.run(parent)
             if above is not None and _cascades(above) and not self._cache.is_archived(above["metadata"]["uid"]):
@@ -114,10 +114,6 @@ class EventHandlers:
 def _cascades(body: Object) -> bool:
     cancellation = (body.get("status") or {}).get("cancellation") or {}
     return bool(cancellation.get("cascade"))
-
-
-def _key(body: Object) -> RunKey:
-    return RunKey(namespace=body["metadata"]["namespace"], name=body["metadata"]["name"])
 
 
 class NoDiffBase(kopf.DiffBaseStorage):
