@@ -14,7 +14,7 @@ from typing import Any
 from ingestrun.controller.reconcile.reconciler import Reconciler
 from ingestrun.controller.state.cache import RunCache
 from ingestrun.controller.state.usage import Usage
-from ingestrun.controller.watch.handlers import EventHandlers
+from ingestrun.controller.watch.handlers import SETTLE_SECONDS, EventHandlers
 from ingestrun.kube.errors import KubeError
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage
@@ -136,7 +136,10 @@ class World:
 
     def add_after(self, key: RunKey, seconds: float, trigger: str) -> None:
         """Ask for a look once nothing else is asked for: as if the time had passed."""
-        self.settling[key] = trigger
+        if seconds < SETTLE_SECONDS:
+            self.asked[key] = trigger
+        else:
+            self.settling[key] = trigger
 
     def forget(self, key: RunKey) -> None:
         self.due.pop(key, None)

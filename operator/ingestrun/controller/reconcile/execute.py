@@ -22,10 +22,10 @@ from typing import Any, Final
 import structlog
 
 from ingestrun.controller.reconcile.gates import ConcurrencyGate, claim_predecessor
-from ingestrun.controller.reconcile.observe import POD_GRACE_SECONDS, refresh, watched_cancelled_parent
+from ingestrun.controller.reconcile.observe import refresh, watched_cancelled_parent
 from ingestrun.controller.reconcile.recorder import EventRecorder
 from ingestrun.controller.state.cache import RunCache
-from ingestrun.controller.state.memory import RunMemory
+from ingestrun.controller.state.memory import POD_GRACE_SECONDS, RunMemory
 from ingestrun.kube.errors import (
     AlreadyExists,
     Conflict,

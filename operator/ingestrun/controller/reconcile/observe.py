@@ -39,9 +39,6 @@ from ingestrun.planner.snapshot import Snapshot
 
 logger = structlog.get_logger("ingestrun")
 
-POD_GRACE_SECONDS: Final = 0.5
-"""How long an ended Job waits for the end of its pod to be watched, because the two watches race. Then the pods are
-listed."""
 FRESH_QUOTA_REFUSAL: Final = timedelta(minutes=10)
 """How long a run whose pod a quota refuses comes before those with more Jobs; its pod may be one that never fits."""
 
@@ -148,14 +145,11 @@ class Observer:
         if not lacking:
             memory.awaiting_pods = {}
             return attempts
-        clock = time.monotonic()
-        since = {attempt.job.uid: memory.awaiting_pods.get(attempt.job.uid, clock) for attempt in lacking}
-        memory.awaiting_pods = since
-        young = {job for job, first in since.items() if first is not None and clock - first < POD_GRACE_SECONDS}
-        if any(first is not None and job not in young for job, first in since.items()):
+        young, grace_is_over = memory.await_pods([attempt.job.uid for attempt in lacking], now=time.monotonic())
+        if grace_is_over:
             await self._list_live(run, memory)
             attempts = self._cache.attempts(uid)
-            memory.awaiting_pods = {job: first if job in young else None for job, first in since.items()}
+            memory.keep_awaiting(young)
         return [
             replace(attempt, state=JobState.RUNNING) if attempt.job.uid in young else attempt for attempt in attempts
         ]

@@ -5,11 +5,17 @@ Nothing in it has to survive a restart: a new process asks the API server, or is
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Final
 
 from ingestrun.model.status import AttemptId
 from ingestrun.planner.actions import CreateRejection
+
+POD_GRACE_SECONDS: Final = 0.5
+"""How long an ended Job waits for the end of its pod to be watched, because the two watches race. Then the pods are
+listed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,6 +41,20 @@ class RunMemory:
     pods were listed since then, and its pod was not among them or had not ended."""
     drain_checked_at: datetime | None = None
     """When the Jobs of the ended run were last listed live."""
+
+    def await_pods(self, job_uids: Iterable[str], *, now: float) -> tuple[frozenset[str], bool]:
+        """Note the ended Jobs whose pod's end has not been seen (`now` is monotonic), in place of those noted before.
+
+        Returns the Jobs that are still within the grace, and whether that of another is over, so that pods are listed.
+        """
+        self.awaiting_pods = {uid: self.awaiting_pods.get(uid, now) for uid in job_uids}
+        waiting = {uid: since for uid, since in self.awaiting_pods.items() if since is not None}
+        young = frozenset(uid for uid, since in waiting.items() if now - since < POD_GRACE_SECONDS)
+        return young, len(young) < len(waiting)
+
+    def keep_awaiting(self, young: Collection[str]) -> None:
+        """Await the pods of these Jobs alone: all pods were listed, and what is missing of others is missing for good."""
+        self.awaiting_pods = {uid: since if uid in young else None for uid, since in self.awaiting_pods.items()}
 
     @property
     def awaits_pods(self) -> bool:

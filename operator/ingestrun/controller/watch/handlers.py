@@ -22,6 +22,8 @@ from ingestrun.planner.run.concurrency import ConcurrentRun, affects
 
 logger = structlog.get_logger("ingestrun.watch")
 
+BURST_SECONDS: Final = 0.05
+"""Wait after a major change of a Job or a pod, so that stages which end together cost one pass and one write."""
 SETTLE_SECONDS: Final = 1.0
 """Wait after a minor change of a Job or a pod, so that a pod on its way to its end costs one pass, not four."""
 WATCH_SECONDS: Final = 300
@@ -83,10 +85,7 @@ class EventHandlers:
         key = self._cache.key_of(run_uid)
         if key is None or change is Change.NONE or self._cache.is_archived(run_uid):
             return
-        if change is Change.MAJOR:
-            self._queue.add(key, trigger)
-        else:
-            self._queue.add_after(key, SETTLE_SECONDS, trigger)
+        self._queue.add_after(key, BURST_SECONDS if change is Change.MAJOR else SETTLE_SECONDS, trigger)
 
     def _wake_peers(self, body: Object, *, gone: bool) -> None:
         """Wake the runs of the same concurrency key for which the change makes room, or that have to make room."""
