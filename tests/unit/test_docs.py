@@ -28,6 +28,7 @@ FOLDERS: Final = (
     "operator", "planner", "controller", "kube", "model", "worker", "tests", "dev", "docs", "crds", "manifests",
 )  # fmt: skip
 PATH: Final = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*")
+FENCED: Final = re.compile(r"^\s*```.*?^\s*```", re.MULTILINE | re.DOTALL)
 CODE: Final = re.compile(r"`([^`]+)`")
 TEST: Final = re.compile(r"\btest_\w+")
 LINK: Final = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -83,9 +84,14 @@ def test_code_is_not_prose() -> None:
     assert [line for _, line in prose(text)] == ["one", "- two", "  three", "four"]
 
 
+def code_spans(path: Path) -> list[str]:
+    """Return what stands in backticks in a document's prose and tables."""
+    return CODE.findall(FENCED.sub("", path.read_text()))
+
+
 @each_document
 def test_paths_exist(path: Path) -> None:
-    named = {found for code in CODE.findall(path.read_text()) for found in PATH.findall(code)}
+    named = {found for code in code_spans(path) for found in PATH.findall(code)}
     assert not [name for name in sorted(named) if not exists(name, beside=path.parent)]
 
 
@@ -98,7 +104,7 @@ def exists(name: str, *, beside: Path) -> bool:
 
 @each_document
 def test_tests_exist(path: Path) -> None:
-    named = {found for code in CODE.findall(path.read_text()) for found in TEST.findall(code)}
+    named = {found for code in code_spans(path) for found in TEST.findall(code)}
     # A name that ends in an underscore is cut short in the document.
     assert not [
         name
