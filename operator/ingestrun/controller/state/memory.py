@@ -53,7 +53,7 @@ class RunMemory:
         return young, len(young) < len(waiting)
 
     def keep_awaiting(self, young: Collection[str]) -> None:
-        """Await the pods of these Jobs alone: all pods were listed, and what is missing of others is missing for good."""
+        """Await the pods of these Jobs alone: of others, what a list lacks is missing for good."""
         self.awaiting_pods = {uid: since if uid in young else None for uid, since in self.awaiting_pods.items()}
 
     @property

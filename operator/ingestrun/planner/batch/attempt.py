@@ -252,7 +252,7 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
         started=ended or phase == "Running" or _has_started(container),
         ended=ended,
         exit_code=terminated.get("exitCode"),
-        reason=terminated.get("reason", status.get("reason")),
+        reason=terminated.get("reason") or status.get("reason"),
         message=terminated.get("message"),
         obstacle=_obstacle(meta, spec, status, state) if phase == "Pending" else None,
         pod_reason=status.get("reason"),
