@@ -27,6 +27,7 @@ from tests.race.calls import is_event, is_watch
 from tests.race.generator import run_spec
 from tests.race.history import OPERATOR, AuditTail, call_name, microseconds
 
+from dev.bench.process import resident_mib
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.size_budget import MAX_FAILED_BATCHES, MAX_PARALLELISM
 
@@ -209,7 +210,7 @@ def test_scale(
     operator.start()
     say(f"\n{stretch.name}; {PARALLELISM} in flight")
     began, most, cancelled = time.monotonic(), 0, False
-    say(f"  operator's memory {_memory(operator)} MiB")
+    say(f"  operator's memory {resident_mib(operator.pid)} MiB")
     try:
         versions = Versions(cluster, cluster.create_run(namespace, stretch.spec(), name=RUN))
         while course.phase not in ENDED:
@@ -217,7 +218,7 @@ def test_scale(
             for entry in tail.poll():
                 for part in course.add(entry):
                     most = max(most, len(cluster.jobs(namespace)))
-                    say(part.line(largest=versions.largest_since(), memory=_memory(operator)))
+                    say(part.line(largest=versions.largest_since(), memory=resident_mib(operator.pid)))
             if stretch.phase == "Cancelled" and course.published >= stretch.batches and not cancelled:
                 cluster.cancel(namespace, RUN)
                 cancelled = True
@@ -235,9 +236,3 @@ def test_scale(
         pytest.fail(f"not all is published: {run['status']}")
     if versions.largest >= OBJECT_BYTES:
         pytest.fail(f"a version of the object has {versions.largest} bytes")
-
-
-def _memory(operator: Operator) -> int:
-    """Read the operator's resident memory in MiB."""
-    lines = Path(f"/proc/{operator.pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) // 1024

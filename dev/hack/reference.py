@@ -19,7 +19,7 @@ HEAD: Final = """\
 <!-- Made from crds/ingestruns.yaml: change that, then run `python dev/hack/reference.py`. -->
 
 `apiVersion: {group}/{version}`, `kind: {kind}`; for kubectl also `{short}`. Everything that can be set is on this page:
-a field that is not here is refused (by kubectl, which asks the API server to be strict) or dropped.
+a field that is not here is rejected (by kubectl, which asks the API server to be strict) or dropped.
 
 `[]` stands for each item of a list, `*` for each name of a map. A field in **bold** must be set where its parent is.
 """
@@ -47,7 +47,8 @@ def render(document: Schema) -> str:
         f"{_one_line(spec['description'])}\n",
         _table(_rows("spec", spec)),
         "## Rules\n",
-        "What the API server refuses, and what it says then. These rules hold with the operator down.\n",
+        "The API server rejects a request that breaks one of these rules, with this message, also with the operator "
+        "down.\n",
         "\n".join(_rules(root)) + "\n",
         "## status\n",
         f"{_one_line(status['description'])}\n",

@@ -21,8 +21,7 @@ import pytest
 import yaml
 from kubernetes import client, config
 
-from ingestrun.kube.answers import error_for
-from ingestrun.kube.errors import Denied
+from ingestrun.kube.errors import Denied, error_for
 from ingestrun.model import names
 from ingestrun.model.run import IngestRun
 from ingestrun.planner.actions import CreateJob

@@ -104,7 +104,6 @@ class FakeCluster(Cluster):
         *,
         namespaces: Iterable[str] = ("default",),
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        run_uid_label: str = RUN_UID_LABEL,
     ) -> None:
         self.now = now
         self.namespaces = set(namespaces)
@@ -128,7 +127,6 @@ class FakeCluster(Cluster):
         self.largest_run = 0
         """Bytes of JSON of the largest run ever stored."""
         self.revision = 0
-        self._run_uid_label = run_uid_label
         self._objects: dict[Kind, dict[tuple[str, str], Json]] = {kind: {} for kind in get_args(Kind)}
         self._watchers: list[Watcher] = []
         self._late: list[Callable[[], object]] = []
@@ -139,8 +137,9 @@ class FakeCluster(Cluster):
     async def get_run(self, key: RunKey) -> Object:
         return await self._call("get", "ingestruns", key.namespace, key.name, None, lambda: self.run(key))
 
-    async def list_runs(self) -> Sequence[Object]:
-        return await self._call("list", "ingestruns", "", "", None, lambda: self._select("IngestRun"))
+    async def list_runs(self, read: Callable[[Object], T]) -> Sequence[T]:
+        found = await self._call("list", "ingestruns", "", "", None, lambda: self._select("IngestRun"))
+        return [read(body) for body in found]
 
     async def list_runs_in(self, *, namespace: str) -> Sequence[Object]:
         return await self._call("list", "ingestruns", namespace, "", None, lambda: self._select("IngestRun", namespace))
@@ -176,11 +175,18 @@ class FakeCluster(Cluster):
         return await self._call("patch", "ingestruns/status", key.namespace, key.name, body, commit)
 
     async def list_jobs(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
-        selector = f"{self._run_uid_label}={run_uid}"
+        selector = f"{RUN_UID_LABEL}={run_uid}"
         return await self._call("list", "jobs", namespace, "", None, lambda: self._select("Job", namespace, selector))
 
-    async def list_all_jobs(self) -> Sequence[Object]:
-        return await self._call("list", "jobs", "", "", None, lambda: self._select("Job", None, self._run_uid_label))
+    async def list_all_jobs(self, read: Callable[[Object], T]) -> Sequence[T]:
+        label = RUN_UID_LABEL
+        found = await self._call("list", "jobs", "", "", None, lambda: self._select("Job", None, label))
+        return [read(body) for body in found]
+
+    async def list_all_pods(self, read: Callable[[Object], T]) -> Sequence[T]:
+        label = RUN_UID_LABEL
+        found = await self._call("list", "pods", "", "", None, lambda: self._select("Pod", None, label))
+        return [read(body) for body in found]
 
     async def list_failed_creates(self, *, namespace: str) -> Sequence[Object]:
         def commit() -> Sequence[Object]:
@@ -190,7 +196,7 @@ class FakeCluster(Cluster):
         return await self._call("list", "events", namespace, "", None, commit)
 
     async def list_pods(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
-        selector = f"{self._run_uid_label}={run_uid}"
+        selector = f"{RUN_UID_LABEL}={run_uid}"
         return await self._call("list", "pods", namespace, "", None, lambda: self._select("Pod", namespace, selector))
 
     async def create_job(self, job: Object) -> Object:
@@ -219,9 +225,9 @@ class FakeCluster(Cluster):
     async def get_job(self, *, namespace: str, name: str) -> Object:
         return await self._call("get", "jobs", namespace, name, None, lambda: self.job(name, namespace))
 
-    async def delete_job(self, *, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> None:
+    async def delete_job(self, *, namespace: str, name: str, uid: str) -> None:
         assert uid, "delete_job needs the UID"
-        body: Json = {"preconditions": {"uid": uid}, "gracePeriodSeconds": grace_seconds}
+        body: Json = {"preconditions": {"uid": uid}}
 
         def commit() -> None:
             job = self._objects["Job"].get((namespace, name))
@@ -782,7 +788,7 @@ class FakeCluster(Cluster):
 
     def _check_fence(self, job: Json) -> None:
         labels = job["metadata"].get("labels") or {}
-        uid = labels.get(self._run_uid_label)
+        uid = labels.get(RUN_UID_LABEL)
         if not self.fence or uid is None or labels.get(STAGE_LABEL) == "on-cancel":
             return
         for run in self._objects["IngestRun"].values():

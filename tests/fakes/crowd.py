@@ -17,10 +17,12 @@ from typing import Any, cast
 
 from ingestrun.controller.reconcile.reconciler import Reconciler
 from ingestrun.controller.state.cache import RunCache
+from ingestrun.controller.state.usage import Usage
 from ingestrun.controller.watch.handlers import EventHandlers
 from ingestrun.kube.errors import AlreadyExists, Conflict
 from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.planner.jobs.manifest import WorkerImage
+from ingestrun.planner.run.fair_sharing import JobLimits
 from tests.fakes import selectors
 from tests.fakes.shapes import Json, merge_patch
 from tests.fakes.world import KEY, environment, manifest
@@ -161,10 +163,10 @@ class Crowd:
 
     def __init__(self, *, clock: Callable[[], float] = lambda: 0.0) -> None:
         self.cluster = CrowdCluster()
-        self.store = RunCache()
+        self.store = RunCache(Usage(JobLimits(), wake=lambda _: None))
         self.now = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
         self._clock = clock
-        self._asked = False
+        self._asked = self._settling = False
         self._due: datetime | None = None
         self.most_facts = 0
         """The most Jobs that the operator ever knew of at once."""
@@ -184,6 +186,9 @@ class Crowd:
     def add(self, key: RunKey, trigger: str) -> None:
         self._asked = True
 
+    def add_after(self, key: RunKey, seconds: float, trigger: str) -> None:
+        self._settling = True
+
     def forget(self, key: RunKey) -> None:
         self._due = None
 
@@ -195,8 +200,8 @@ class Crowd:
     async def settle(self) -> int:
         """Take passes until nobody asks for one; how many there were."""
         passes = 0
-        while self._asked or (self._due is not None and self._due <= self.now):
-            self._asked, self._due = False, None
+        while self._asked or self._settling or (self._due is not None and self._due <= self.now):
+            self._asked, self._settling, self._due = False, False, None
             delay = await self.reconciler.reconcile(KEY, "test")
             passes += 1
             if delay is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from ingestrun.controller.reconcile.reconciler import Reconciler
 from ingestrun.controller.state.cache import RunCache
 from ingestrun.controller.state.usage import Usage
-from ingestrun.controller.watch.handlers import EventHandlers
+from ingestrun.controller.watch.handlers import SETTLE_SECONDS, EventHandlers
 from ingestrun.kube.errors import KubeError
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage
@@ -97,6 +97,7 @@ class World:
         self.check: CheckEndpointFor | None = None
         self.due: dict[RunKey, datetime] = {}
         self.asked: dict[RunKey, str] = {}
+        self.settling: dict[RunKey, str] = {}
         self.deaf: set[str] = set()
         """Kinds whose watch has fallen silent."""
         self.start()
@@ -105,6 +106,7 @@ class World:
     def start(self) -> None:
         """A new operator process: it knows nothing but what the server shows it."""
         self.asked.clear()
+        self.settling.clear()
         self.due.clear()
         self.store = RunCache(Usage(self.caps, wake=lambda key: self.add(key, "room")))
         self.reconciler = Reconciler(
@@ -132,6 +134,13 @@ class World:
     def add(self, key: RunKey, trigger: str) -> None:
         self.asked[key] = trigger
 
+    def add_after(self, key: RunKey, seconds: float, trigger: str) -> None:
+        """Ask for a look once nothing else is asked for: as if the time had passed."""
+        if seconds < SETTLE_SECONDS:
+            self.asked[key] = trigger
+        else:
+            self.settling[key] = trigger
+
     def forget(self, key: RunKey) -> None:
         self.due.pop(key, None)
 
@@ -152,8 +161,11 @@ class World:
                 del self.due[key]
                 self.asked[key] = "timer"
         if not self.asked:
+            self.asked, self.settling = self.settling, {}
+        if not self.asked:
             return False
         key, trigger = self.asked.popitem()
+        self.settling.pop(key, None)
         try:
             delay = await self.reconciler.reconcile(key, trigger)
         except KubeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -22,14 +23,8 @@ ROOT = Path(__file__).parents[2]
 BASE = ROOT / "manifests" / "base"
 DEMO = ROOT / "dev" / "demo" / "cluster"
 NAME, NAMESPACE = "ingestrun-operator", "ingestrun-system"
-GROUPS = {
-    "ingestruns": "ingestrun.dev",
-    "ingestruns/status": "ingestrun.dev",
-    "jobs": "batch",
-    "pods": "",
-    "events": "events.k8s.io",
-    "secrets": "",
-}
+GROUPS = {"ingestruns": "ingestrun.dev", "jobs": "batch", "pods": ""}
+"""Of the resources that kopf watches."""
 CHECK_KEY = "ingestrun-operator-check-key"
 OWN_SECRET = {("", "secrets", "get"), ("", "secrets", "update")}
 """In the operator's own namespace, of that one name."""
@@ -41,12 +36,13 @@ JOB = {"metadata": {"namespace": "n", "name": "j"}}
 KEY = RunKey(namespace="n", name="r")
 CALLS: dict[str, Callable[[Cluster], Coroutine[Any, Any, object]]] = {
     "get_run": lambda c: c.get_run(KEY),
-    "list_runs": lambda c: c.list_runs(),
+    "list_runs": lambda c: c.list_runs(dict),
     "list_runs_in": lambda c: c.list_runs_in(namespace="n"),
     "list_runs_of": lambda c: c.list_runs_of(namespace="n", concurrency_key="k"),
     "write_status": lambda c: c.write_status(KEY, resource_version="1", status={}),
     "list_jobs": lambda c: c.list_jobs(namespace="n", run_uid="u"),
-    "list_all_jobs": lambda c: c.list_all_jobs(),
+    "list_all_jobs": lambda c: c.list_all_jobs(dict),
+    "list_all_pods": lambda c: c.list_all_pods(dict),
     "list_failed_creates": lambda c: c.list_failed_creates(namespace="n"),
     "list_pods": lambda c: c.list_pods(namespace="n", run_uid="u"),
     "create_job": lambda c: c.create_job(JOB),
@@ -85,19 +81,37 @@ def rights(role: dict[str, Any]) -> set[Right]:
     }
 
 
-class NoServer:
-    """Answers every request with an empty object."""
+PATH = re.compile(
+    r"/(?:api|apis/(?P<group>[^/]+))/v[^/]+(?:/namespaces/[^/]+)?/(?P<plural>[^/]+)(?:/(?P<name>[^/]+)(?P<part>/[^/]+)?)?"
+)
 
-    async def request(self, *_: object, **__: object) -> object:
+
+def right(method: str, path: str) -> Right:
+    """Return the right that a request needs, as the API server derives it."""
+    parts = PATH.fullmatch(path)
+    assert parts, path
+    on_one = {"GET": "get", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+    on_all = {"GET": "list", "POST": "create", "DELETE": "deletecollection"}
+    verb = (on_one if parts["name"] else on_all)[method]
+    return parts["group"] or "", parts["plural"] + (parts["part"] or ""), verb
+
+
+class NoServer:
+    """Answers every request with an empty object, and notes the right that it needs."""
+
+    def __init__(self) -> None:
+        self.used: set[Right] = set()
+
+    async def request(self, method: str, path: str, **_: object) -> object:
+        self.used.add(right(method, path))
         return {}
 
 
 async def used_rights() -> set[Right]:
     """What the operator's own calls and kopf's watches need, as RBAC names it."""
-    used: set[Right] = set()
-    cluster = KubernetesCluster(
-        cast(Connection, NoServer()), on_call=lambda verb, resource, *_: used.add((GROUPS[resource], resource, verb))
-    )
+    server = NoServer()
+    used = server.used
+    cluster = KubernetesCluster(cast(Connection, server))
     for call in CALLS.values():
         await call(cluster)
     for handler in registry(cast(Any, None))._watching.get_all_handlers():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -15,10 +17,13 @@ from ingestrun.controller import logs
 from ingestrun.controller.operator import Access, run
 from ingestrun.controller.settings import Settings
 from ingestrun.kube.errors import KubeError
-from ingestrun.kube.lease import LeaseLost
+from ingestrun.kube.leader_election import LeaseLost
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 EXIT_LEASE_LOST = 70
+GC_THRESHOLDS: Final = (10_000, 20, 20)
+"""Numbers of new containers, and of collections of them, that start the next collection. By default the 700th new
+container starts it, and one watch event has hundreds, nearly all of which are freed without the collector."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure(fmt=settings.log_format or ("console" if options.dev else "json"), level=settings.log_level)
     in_cluster = not (options.dev or options.kubeconfig or options.context) and SERVICE_ACCOUNT.exists()
     access = Access(in_cluster=in_cluster, kubeconfig=options.kubeconfig, context=options.context)
+    tune_garbage_collector()
     try:
         return asyncio.run(run(settings, access, elect=options.lease or not options.dev))
     except LeaseLost as lost:
@@ -55,6 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KubeError, OSError) as error:
         print(f"ingestrun-operator: {error}", file=sys.stderr)  # noqa: T201
         return 1
+
+
+def tune_garbage_collector() -> None:
+    """Spare the collector what is never garbage: it took a fifth of the operator's CPU time.
+
+    The modules imported until now are most of the heap, and each full collection would visit them.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ingestrun.controller.watch.resync import resync_forever
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.client import KubernetesCluster
 from ingestrun.kube.connection import Connection, load_configuration
-from ingestrun.kube.lease import LeaseLost, run_as_leader
+from ingestrun.kube.leader_election import LeaseLost, run_as_leader
 from ingestrun.kube.protocol import RunKey
 from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage
 
@@ -156,20 +156,23 @@ async def _operate(
         return connection_info(await access.configuration())
 
     posting = asyncio.create_task(events.run(), name="events")
-    resync = asyncio.create_task(
-        resync_forever(cluster, cache, queue, seconds=settings.resync_seconds, health=health),
-        name="resync",
-    )
-    watching = asyncio.create_task(
-        kopf.operator(
+    listed = asyncio.Event()
+
+    async def watch() -> None:
+        await listed.wait()
+        await kopf.operator(
             registry=handlers,
             settings=operator_settings(),
             standalone=True,
             clusterwide=not settings.namespace_list,
             namespaces=settings.namespace_list,
-        ),
-        name="kopf",
+        )
+
+    resync = asyncio.create_task(
+        resync_forever(cluster, cache, queue, seconds=settings.resync_seconds, health=health, tried=listed),
+        name="resync",
     )
+    watching = asyncio.create_task(watch(), name="kopf")
     try:
         await asyncio.wait({resync, watching}, return_when=asyncio.FIRST_COMPLETED)
     finally:

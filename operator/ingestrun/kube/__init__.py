@@ -1,1 +1,1 @@
-"""The boundary to the API server: one Protocol, its implementation on kubernetes.aio, few named errors."""
+"""The boundary to the API server: one Protocol, its implementation, leader election, few named errors."""

@@ -1,8 +1,9 @@
 """A connection to the API server: its credentials, its pool, and single requests with a hard end.
 
-`kubernetes.aio` brings the configuration (in-cluster, kubeconfig, exec plugins), the authentication and the
-pool. Its generated methods are left out: they validate every body by pydantic models of one Kubernetes
-version, at milliseconds a call, and drop the fields that those don't know.
+`kubernetes.aio` loads the configuration (in-cluster, kubeconfig, exec plugins), authenticates, and makes the TLS
+context. Requests are aiohttp's own, with their bytes encoded and decoded by orjson: the library's generated methods
+validate every body by pydantic models of one Kubernetes version, which costs milliseconds a call and drops the fields
+that those models don't know; and its plain calls copy each body before they encode it.
 """
 
 from __future__ import annotations
@@ -11,25 +12,26 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Final, cast
-from urllib.parse import urlsplit
+from types import SimpleNamespace
+from typing import Any, Final
+from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
-from kubernetes.aio.client import ApiClient, Configuration
+import orjson
+from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.rest import RESTClientObject
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
-from ingestrun.kube.answers import READS, error_for
-from ingestrun.kube.errors import Forbidden, KubeError, Unavailable, Unknown
+from ingestrun.kube.errors import READS, KubeError, Unavailable, Unknown, error_for
+from ingestrun.model.names import OPERATOR_NAME
 
 REQUEST_TIMEOUT: Final = 5.0
-"""Seconds; see `lease.LeaseSettings` for the arithmetic that binds it to the lease."""
+"""Seconds; see `leader_election.LeaseSettings` for the arithmetic that binds it to the lease."""
 RELOAD_INTERVAL: Final = 10.0
 """Seconds between two reloads of the credentials: a revoked account must not run its exec plugin on every call."""
 LOAD_TIMEOUT: Final = 60.0
@@ -42,18 +44,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Progress:
-    """How far one request came: `sent_at` is the monotonic time just before its first byte was written."""
+    """How far one request came: `sent_at` is the monotonic time just before it was (last) written."""
 
     sent_at: float | None = None
 
 
-_progress: ContextVar[_Progress | None] = ContextVar("ingestrun_request_progress", default=None)
-
-
-async def _note_sent(*_: object) -> None:
-    progress = _progress.get()
-    if progress is not None and progress.sent_at is None:
-        progress.sent_at = time.monotonic()
+async def _note_sent(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: object) -> None:
+    context.trace_request_ctx.sent_at = time.monotonic()
 
 
 def _trace() -> aiohttp.TraceConfig:
@@ -63,7 +60,7 @@ def _trace() -> aiohttp.TraceConfig:
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy that the environment (HTTPS_PROXY, NO_PROXY) has for this address, if any."""
+    """Return the proxy that the environment (HTTPS_PROXY, NO_PROXY) has for this address, if any."""
     parts = urlsplit(url)
     if not parts.hostname or proxy_bypass(parts.hostname):
         return None
@@ -71,16 +68,16 @@ def proxy_for(url: str) -> str | None:
 
 
 def user_agent() -> str:
-    """How the API server's audit log and metrics name us."""
+    """Return the name under which the API server logs the operator; what is before the slash is its field manager."""
     try:
         version = metadata.version("ingestrun")
     except metadata.PackageNotFoundError:
         version = "0+unknown"
-    return f"ingestrun-operator/{version}"
+    return f"{OPERATOR_NAME}/{version}"
 
 
 async def load_configuration(*, kubeconfig: str | None, context: str | None, in_cluster: bool) -> Configuration:
-    """Credentials and address of the server, read anew at every call.
+    """Read the credentials and the address of the server, anew at every call.
 
     In the cluster the token file is also read again once a minute by the library's own hook. Outside,
     `kubeconfig` None means $KUBECONFIG or ~/.kube/config; exec plugins are run.
@@ -109,9 +106,9 @@ class Connection:
     """An authenticated pool to one API server.
 
     Every request ends within `request_timeout` seconds of being sent, here and (by the `timeout` parameter,
-    which the API server honours for every short request) on the server. No write is ever sent twice, but
-    after a 401, which the server answers before it looks at the request; aiohttp itself may repeat a DELETE
-    on a kept-alive connection that turned out closed, and all of ours are safe to repeat.
+    which the API server honours for every short request) on the server. No write is ever sent twice, with two
+    exceptions: after a 401, which the server answers before it looks at the request; and aiohttp itself may repeat
+    a DELETE or a PUT on a kept-alive connection that turned out closed, and all of these are safe to repeat.
 
     `may_write` is asked right before a write is sent, after any wait for a free slot: the lease puts its own
     clock there, so that a replica that was stalled past its lease sends nothing when it wakes.
@@ -125,7 +122,10 @@ class Connection:
         request_timeout: float = REQUEST_TIMEOUT,
         concurrency: int = 32,
     ) -> None:
-        """`concurrency` bounds the calls under way and sizes the pool: no call waits for a connection."""
+        """Make the pool; connects to nothing yet.
+
+        `concurrency` bounds the calls under way and sizes the pool, so that no call waits for a connection.
+        """
         if request_timeout <= 0 or concurrency < 1:
             raise ValueError("request_timeout must be above 0 seconds and concurrency at least 1")
         self.request_timeout = request_timeout
@@ -136,10 +136,10 @@ class Connection:
         self._reload_lock = asyncio.Lock()
         self._reloaded_at = float("-inf")
         self._generation = 0
-        self._unsettled_until = float("-inf")
+        self._abandoned_until = float("-inf")
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.api = ApiClient(self._prepared(configuration))
-        self.api.user_agent = user_agent()
+        self._configuration = configuration
+        self._session = self._open_session(configuration)
 
     @classmethod
     async def open(
@@ -151,36 +151,39 @@ class Connection:
         request_timeout: float = REQUEST_TIMEOUT,
         concurrency: int = 32,
     ) -> Connection:
-        """Load the credentials; connects to nothing yet. Raises KubeError when there are none."""
+        """Load the credentials and make a pool; connects to nothing yet. Raises KubeError without credentials."""
 
         async def load() -> Configuration:
             return await load_configuration(kubeconfig=kubeconfig, context=context, in_cluster=in_cluster)
 
         return cls(await load(), reload=load, request_timeout=request_timeout, concurrency=concurrency)
 
-    def _prepared(self, configuration: Configuration) -> Configuration:
-        configuration.trace_configs = [_trace()]
-        # aiohttp would look for a proxy and for ~/.netrc at every single request, on two other threads.
+    def _open_session(self, configuration: Configuration) -> aiohttp.ClientSession:
+        """Make a pool for these credentials."""
+        # Without `trust_env`: aiohttp would look for a proxy and for ~/.netrc at every request, on two other threads.
         configuration.proxy = configuration.proxy or proxy_for(configuration.host)
-        configuration.client_session_kwargs = {"trust_env": False}
-        configuration.connection_pool_maxsize = self._concurrency
-        configuration.retries = None
-        return configuration
+        tls = RESTClientObject(configuration).ssl_context
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self._concurrency, ssl=tls),
+            headers={"Accept": "application/json", "User-Agent": user_agent()},
+            timeout=aiohttp.ClientTimeout(total=self.request_timeout),
+            trace_configs=[_trace()],
+        )
 
     async def close(self) -> None:
         """Close the pool; requests under way fail."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.api.close()  # type: ignore[no-untyped-call]
+        await self._session.close()
 
-    async def settled(self) -> None:
-        """Wait until no write that was cut off (cancelled, timed out, disconnected) can still be under way.
+    async def wait_for_abandoned_writes(self) -> None:
+        """Wait until no write that was abandoned (cancelled, timed out, disconnected) can still be under way.
 
-        At most `request_timeout` seconds. Before the lease is given back: otherwise the next leader could
-        start while a request of ours, whose answer we no longer await, is still being served.
+        That takes `request_timeout` seconds at most. Call it before the lease is given back: otherwise the next
+        leader could start while the server still handles a request whose answer nobody here awaits.
         """
-        await asyncio.sleep(max(0.0, self._unsettled_until - time.monotonic()))
+        await asyncio.sleep(max(0.0, self._abandoned_until - time.monotonic()))
 
     async def request(
         self,
@@ -190,69 +193,73 @@ class Connection:
         query: Sequence[tuple[str, str]] = (),
         body: Any = None,
         content_type: str = "application/json",
-    ) -> Any:
-        """Send one request and return the JSON of its answer.
+    ) -> Mapping[str, Any]:
+        """Send one request and return the JSON object of its answer.
 
         Raises the KubeError that the answer means; when there is no answer: Unknown for a write of which a
         byte may have left, Unavailable otherwise.
         """
+        data = None if body is None else _encode(body)
+        url = f"{path}?{urlencode([*query, ('timeout', f'{int(self.request_timeout * 1000)}ms')], quote_via=quote)}"
+        headers = {"Content-Type": content_type}
         async with self._slots:
             generation = self._generation
-            status, answer = await self._send(method, path, query, body, content_type)
-            if status == 401 and await self._renewed(generation):
-                status, answer = await self._send(method, path, query, body, content_type)
+            status, answer = await self._send(method, url, headers, data)
+            if status == 401 and await self._reload_credentials(generation):
+                status, answer = await self._send(method, url, headers, data)
         if not 200 <= status < 300:
             raise error_for(status, answer, method=method)
-        try:
-            return json.loads(answer)
-        except ValueError as error:
-            said = f"HTTP {status} to {method} without JSON: is this a Kubernetes API server?"
-            raise (Unavailable if method in READS else Unknown)(said) from error
+        found = _decode(answer)
+        if found is None:
+            message = f"HTTP {status} to {method} without a JSON object: is this a Kubernetes API server?"
+            raise (Unavailable if method in READS else Unknown)(message)
+        return found
 
-    async def _send(
-        self,
-        method: str,
-        path: str,
-        query: Sequence[tuple[str, str]],
-        body: Any,
-        content_type: str,
-    ) -> tuple[int, bytes]:
+    async def _send(self, method: str, url: str, headers: Mapping[str, str], data: bytes | None) -> tuple[int, bytes]:
         progress = _Progress()
-        token = _progress.set(progress)
         write = method not in READS
         answered = False
         try:
             async with asyncio.timeout(self.request_timeout):
-                request = await self.api.param_serialize(
-                    method,
-                    path,
-                    query_params=[*query, ("timeout", f"{int(self.request_timeout * 1000)}ms")],
-                    header_params={"Accept": "application/json", "Content-Type": content_type},
-                    body=body,
-                    auth_settings=["BearerToken"],
-                )
+                configuration, session = self._configuration, self._session
+                authorization = await _authorization(configuration)
                 if write and not self.may_write():
                     raise Unavailable("this replica does not hold the lease: nothing was sent")
-                response = await self.api.call_api(
-                    *request, _request_timeout=self.request_timeout, _preload_content=False
+                response = await session.request(
+                    method,
+                    configuration.host + url,
+                    headers={**headers, **authorization},
+                    data=data,
+                    proxy=configuration.proxy,
+                    proxy_headers=configuration.proxy_headers,
+                    server_hostname=configuration.tls_server_name,
+                    trace_request_ctx=progress,
                 )
-                content = cast(bytes, await response.read())  # type: ignore[no-untyped-call]
-                status = cast(int, response.status)
-                answered = status < 500
-                return status, content
+                content = await response.read()
+                answered = response.status < 500
+                return response.status, content
         except (TimeoutError, aiohttp.ClientError, OSError, ConfigException) as error:
-            said = str(error) or type(error).__name__
+            message = str(error) or type(error).__name__
             if isinstance(error, TimeoutError):
-                said = f"no answer to {method} within {self.request_timeout} s"
+                message = f"no answer to {method} within {self.request_timeout} s"
             maybe_done = write and progress.sent_at is not None
-            raise (Unknown if maybe_done else Unavailable)(said) from error
+            raise (Unknown if maybe_done else Unavailable)(message) from error
         finally:
-            _progress.reset(token)
             if write and progress.sent_at is not None and not answered:
-                self._unsettled_until = max(self._unsettled_until, progress.sent_at + self.request_timeout)
+                self._abandoned_until = max(self._abandoned_until, progress.sent_at + self.request_timeout)
 
-    async def _renewed(self, generation: int) -> bool:
-        """Whether there are newer credentials than those of `generation`; loads them if nobody else has."""
+    async def _reload_credentials(self, generation: int) -> bool:
+        """Load newer credentials than those of `generation`, unless another call has; return whether there are any.
+
+        The reload goes on when the caller gives up: an exec plugin may take longer than a try of the election, and
+        would otherwise be stopped halfway at every try.
+        """
+        task = asyncio.create_task(self._reload_once(generation), name="credentials")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _reload_once(self, generation: int) -> bool:
         async with self._reload_lock:
             if self._generation != generation:
                 return True
@@ -261,33 +268,48 @@ class Connection:
             self._reloaded_at = time.monotonic()
             try:
                 configuration = await self._reload()
-                client = RESTClientObject(self._prepared(configuration))
+                session = self._open_session(configuration)
             except (KubeError, OSError, ValueError) as error:
                 logger.warning("the API server refused our credentials; no new ones: %s", error)
                 return False
-            old, self.api.rest_client = self.api.rest_client, client
-            self.api.configuration = configuration
+            old, self._session = self._session, session
+            self._configuration = configuration
             self._generation += 1
             self._retire(old)
             return True
 
-    def _retire(self, client: RESTClientObject) -> None:
+    def _retire(self, session: aiohttp.ClientSession) -> None:
         """Close a replaced pool once the requests that use it have had their time."""
 
         async def close_later() -> None:
             with suppress(asyncio.CancelledError):
                 await asyncio.sleep(self.request_timeout + 1)
-            await client.close()
+            await session.close()
 
         task = asyncio.create_task(close_later())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def renew_credentials(self) -> None:
-        """After a 401 outside `request` (the lease's). Raises Forbidden when there are no newer ones."""
-        task = asyncio.create_task(self._renewed(self._generation))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        # The lease's own time-out must not stop an exec plugin halfway, at every try anew.
-        if not await asyncio.shield(task):
-            raise Forbidden("the API server refuses our credentials, and no newer ones can be loaded")
+
+async def _authorization(configuration: Configuration) -> Mapping[str, str]:
+    """Build the header that authenticates a request; the in-cluster token file is read again once a minute."""
+    token = (await configuration.auth_settings()).get("BearerToken")
+    return {token["key"]: token["value"]} if token and token["value"] else {}
+
+
+def _encode(body: Any) -> bytes:
+    """Encode a request's body."""
+    try:
+        return orjson.dumps(body)
+    except TypeError:
+        # Half of a surrogate pair, or an integer beyond 64 bits: the server decides about them, not the encoder.
+        return json.dumps(body).encode()
+
+
+def _decode(answer: bytes) -> Mapping[str, Any] | None:
+    """Decode an answer; return None if it is not a JSON object."""
+    try:
+        found = orjson.loads(answer)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

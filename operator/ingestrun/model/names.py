@@ -1,14 +1,20 @@
-"""Labels, annotations and the names of Jobs."""
+"""Names: of the operator, its resource, labels and annotations; the key of a run, and the names of Jobs."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 GROUP: Final = "ingestrun.dev"
 VERSION: Final = "v1alpha1"
 KIND: Final = "IngestRun"
 PLURAL: Final = "ingestruns"
+
+OPERATOR_NAME: Final = "ingestrun-operator"
+"""Name of the operator: its lease, its user agent and so its field manager, `managed-by` on its Jobs, and
+`requestedBy` of a cancel that the operator decided by itself."""
 
 LABEL_RUN: Final = f"{GROUP}/run"
 """The run's name if it fits a label's 63 characters. It is for people; code selects by the UID."""
@@ -30,6 +36,27 @@ QUEUE_LABELS: Final = (LABEL_QUEUE, "kueue.x-k8s.io/priority-class")
 ANNOTATION_REQUESTED_BY: Final = f"{GROUP}/cancel-requested-by"
 
 _HASH_CHARS: Final = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunKey:
+    """Identity of a run: the key of the queue, of the stores and of the logs."""
+
+    namespace: str
+    name: str
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> RunKey:
+        """Return the key of a run, given its JSON."""
+        meta = body["metadata"]
+        return cls(namespace=meta["namespace"], name=meta["name"])
+
+    def sibling(self, name: str) -> RunKey:
+        """Return the key of the run of that name in the same namespace."""
+        return RunKey(namespace=self.namespace, name=name)
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
 
 
 def job_name(*, run_name: str, run_uid: str, batch: int, step_name: str, attempt: int) -> str:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from ingestrun.model.base import KubeModel
-from ingestrun.model.names import ANNOTATION_REQUESTED_BY, LABEL_CANCELLED
+from ingestrun.model.names import ANNOTATION_REQUESTED_BY, LABEL_CANCELLED, OPERATOR_NAME, RunKey
 from ingestrun.model.spec import IngestRunSpec
 from ingestrun.model.status import IngestRunStatus
-
-OPERATOR_MANAGER: Final = "ingestrun-operator"
-"""The field manager of the operator's own writes: its user agent up to the slash."""
 
 
 def cancel_requested(body: Mapping[str, Any]) -> bool:
@@ -35,7 +32,8 @@ def _latched(labels: Mapping[str, str], managed_fields: Iterable[Mapping[str, An
         for entry in managed_fields
         if f"f:{LABEL_CANCELLED}" in entry.get("fieldsV1", {}).get("f:metadata", {}).get("f:labels", {})
     }
-    return owners <= {OPERATOR_MANAGER}
+    # The field manager of the operator's own writes is its user agent up to the slash.
+    return owners <= {OPERATOR_NAME}
 
 
 class Metadata(KubeModel):
@@ -51,6 +49,11 @@ class Metadata(KubeModel):
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
     managed_fields: list[dict[str, Any]] = []
+
+    @property
+    def key(self) -> RunKey:
+        """The key of the run that has this metadata."""
+        return RunKey(namespace=self.namespace, name=self.name)
 
     @property
     def cancel_requested_by(self) -> str | None:

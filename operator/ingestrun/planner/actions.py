@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final
 
 from ingestrun.model.ranges import IndexRanges
-from ingestrun.model.run import OPERATOR_MANAGER, IngestRun
+from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import AttemptId, ImagePin, IngestRunStatus, Phase
 from ingestrun.planner.batch.attempt import ObservedJob, ObservedPod
 from ingestrun.planner.batch.state import NextAttempt
 from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.events import Event
-
-OPERATOR: Final = OPERATOR_MANAGER
-"""The requester of a cancel that the operator decided by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

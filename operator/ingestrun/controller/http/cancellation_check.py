@@ -57,7 +57,7 @@ class CancellationCheckServer:
         if self._key.value is None:
             return None
         meta = run.metadata
-        key = RunKey(namespace=meta.namespace, name=meta.name)
+        key = meta.key
         expiry = int(self._clock()) + TOKEN_WAIT_SECONDS + deadline_seconds
         return CheckEndpoint(
             url=self._url + PATH.format(namespace=key.namespace, name=key.name),

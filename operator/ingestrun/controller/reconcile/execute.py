@@ -6,9 +6,9 @@
    in both cases the API server, not the cache, has just confirmed that this run is not cancelled.
 3. Between two creates the newest watched request to cancel is looked at, so a cancel never waits behind them.
 
-Passes for one run never overlap (`watch.workqueue`), and one replica acts (`kube.lease`). So when `phase=Cancelled` is
-written, every create of this run has been answered, or has timed out; a timed-out one is swept (`planner.run.drain`).
-If a create may still arrive, the fence is armed before that write.
+Passes for one run never overlap (`watch.workqueue`), and one replica acts (`kube.leader_election`). So when
+`phase=Cancelled` is written, every create of this run has been answered, or has timed out; a timed-out one is swept
+(`planner.run.drain`). If a create may still arrive, the fence is armed before that write.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any, Final
 import structlog
 
 from ingestrun.controller.reconcile.gates import ConcurrencyGate, claim_predecessor
-from ingestrun.controller.reconcile.observe import POD_GRACE_SECONDS, refresh, watched_cancelled_parent
+from ingestrun.controller.reconcile.observe import refresh, watched_cancelled_parent
 from ingestrun.controller.reconcile.recorder import EventRecorder
 from ingestrun.controller.state.cache import RunCache
-from ingestrun.controller.state.memory import RunMemory
+from ingestrun.controller.state.memory import POD_GRACE_SECONDS, RunMemory
 from ingestrun.kube.errors import (
     AlreadyExists,
     Conflict,
@@ -176,6 +176,7 @@ class Executor:
             memory.must_read = True
             raise
         self._cache.upsert_run(body)
+        memory.version = body["metadata"]["resourceVersion"]
         newest = self._cache.parsed(key)
         same = newest.metadata.resource_version == body["metadata"]["resourceVersion"]
         return newest if same else IngestRun.read(body)

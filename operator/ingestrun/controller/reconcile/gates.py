@@ -135,7 +135,7 @@ class ConcurrencyGate:
         while newer is not None:
             others = [peer for peer in peers if peer.uid != newer.uid]
             try:
-                body = await self._cluster.get_run(RunKey(namespace=key.namespace, name=newer.name))
+                body = await self._cluster.get_run(key.sibling(newer.name))
             except NotFound:
                 peers = others
             else:
@@ -222,7 +222,7 @@ class ResumeGate:
         resumer = None
         by = old.status.resumed_by
         if by is not None and by.uid != run.metadata.uid:
-            resumer = await self._read(RunKey(namespace=run.metadata.namespace, name=by.name))
+            resumer = await self._read(run.metadata.key.sibling(by.name))
         return (Predecessor(run=old, resumer=resumer),)
 
     async def _chain_of(self, run: IngestRun, origin: str) -> Sequence[Predecessor]:
@@ -264,10 +264,9 @@ class ResumeGate:
 async def claim_predecessor(cluster: Cluster, cache: RunCache, claim: ClaimPredecessor) -> None:
     """Claim the rest of a run. If that run has changed meanwhile, the next observation shows it."""
     meta = claim.of.metadata
-    key = RunKey(namespace=meta.namespace, name=meta.name)
     status = claim.status.model_dump(mode="json", by_alias=True, exclude_none=True)
     try:
-        body = await cluster.write_status(key, resource_version=meta.resource_version, status=status)
+        body = await cluster.write_status(meta.key, resource_version=meta.resource_version, status=status)
     except (Conflict, NotFound):
         return
     cache.upsert_run(body)
@@ -280,4 +279,4 @@ def _predecessor_key(run: IngestRun) -> RunKey:
     wanted = run.spec.resume_from
     assert wanted is not None  # noqa: S101  (for the type checker)
     assert wanted.name is not None  # noqa: S101
-    return RunKey(namespace=run.metadata.namespace, name=wanted.name)
+    return run.metadata.key.sibling(wanted.name)

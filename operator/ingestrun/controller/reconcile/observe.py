@@ -39,9 +39,6 @@ from ingestrun.planner.snapshot import Snapshot
 
 logger = structlog.get_logger("ingestrun")
 
-POD_GRACE_SECONDS: Final = 0.5
-"""Seconds that an ended Job waits for the watched end of its pod, because the two watches race. Then the pods are
-listed."""
 FRESH_QUOTA_REFUSAL: Final = timedelta(minutes=10)
 """Time for which a run whose pod a quota refuses has precedence over those with more Jobs; the pod may never fit."""
 
@@ -76,7 +73,6 @@ class Observer:
     ) -> Snapshot | Wait:
         """Return a snapshot that lacks its capacity. Raises KubeError when the API server could not be asked."""
         ended = run.status.ended
-        listed_before = self._cache.has_synced(run.metadata.uid)
         if memory.unanswered_create is None:
             # A claim is stored before its first create is sent. So a run first seen without a claim can't have
             # creates by an earlier process.
@@ -85,20 +81,24 @@ class Observer:
         if pause > 0:
             return Wait(pause)
         live = None
-        if ended or not listed_before:
+        synced = self._cache.has_synced(run.metadata.uid)
+        if ended or not synced:
             live = await self._list_live(run, memory)
-            if not ended and not listed_before and memory.rejection is None:
-                memory.rejection = rejection_in_status(run, now=self._clock())
+        first_pass = not memory.observed
+        if first_pass and not ended and memory.rejection is None:
+            memory.rejection = rejection_in_status(run, now=self._clock())
         attempts = await self._await_pod_results(run, memory)
         attempts = await self._explain_missing_pods(key, run, attempts)
-        ask_parents = not listed_before or self._pod_saw_cancel(key, attempts)
+        ask_parents = first_pass or not synced or self._pod_saw_cancel(key, attempts)
+        parent = await self._cancelled_parent(key, ask=ask_parents)
+        memory.observed = True
         return Snapshot(
             run=run,
             attempts=attempts,
             now=self._clock(),
             rejection=memory.rejection,
             live=live,
-            parent=await self._cancelled_parent(key, ask=ask_parents),
+            parent=parent,
             children=self._children(key) if ended else (),
             peers=peers,
             predecessors=predecessors,
@@ -145,14 +145,11 @@ class Observer:
         if not lacking:
             memory.awaiting_pods = {}
             return attempts
-        clock = time.monotonic()
-        since = {attempt.job.uid: memory.awaiting_pods.get(attempt.job.uid, clock) for attempt in lacking}
-        memory.awaiting_pods = since
-        young = {job for job, first in since.items() if first is not None and clock - first < POD_GRACE_SECONDS}
-        if any(first is not None and job not in young for job, first in since.items()):
+        young, grace_is_over = memory.await_pods([attempt.job.uid for attempt in lacking], now=time.monotonic())
+        if grace_is_over:
             await self._list_live(run, memory)
             attempts = self._cache.attempts(uid)
-            memory.awaiting_pods = {job: first if job in young else None for job, first in since.items()}
+            memory.keep_awaiting(young)
         return [
             replace(attempt, state=JobState.RUNNING) if attempt.job.uid in young else attempt for attempt in attempts
         ]

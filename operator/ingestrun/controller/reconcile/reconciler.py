@@ -96,6 +96,7 @@ class Reconciler:
         memory = self._cache.memories.recall(uid)
         try:
             run = self._cache.parsed(key)
+            memory.version = run.metadata.resource_version
         except ValueError as error:
             logger.error("the run cannot be read: it was stored under another CRD", error=str(error))
             return Done()

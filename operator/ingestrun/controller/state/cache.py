@@ -1,26 +1,47 @@
-"""What the watches have shown: the newest body of each run, and the facts of its Jobs and pods.
+"""The cache of runs: the newest body of each that was seen, and the facts of its Jobs and pods.
 
-Nothing in here is trusted with a start: every status write carries the resourceVersion that was planned
-from, and an old one is refused. Facts arrive late or not at all; then a pass changes nothing, or is repeated.
+Nothing in it is trusted with a start, because every status write carries the resourceVersion that was planned from, and
+an old one is refused. Facts arrive late or not at all; then a pass changes nothing, or is repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
+from ingestrun.controller.state.compact import BodyCompactor
 from ingestrun.controller.state.memory import RunMemories
 from ingestrun.controller.state.usage import Usage
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
 from ingestrun.model.run import IngestRun, cancel_requested
-from ingestrun.planner.batch.attempt import Attempt, ObservedJob, ObservedPod, attempt_of, ended_by_suspension
+from ingestrun.model.status import Phase
+from ingestrun.planner.batch.attempt import (
+    Attempt,
+    JobState,
+    ObservedJob,
+    ObservedPod,
+    attempt_of,
+    ended_by_suspension,
+)
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
 from ingestrun.planner.run.concurrency import ConcurrentRun, concurrency_key_of
 
-MAX_PARSED: Final = 500
-"""How many runs are kept as read: what a burst of events is about."""
+MAX_PARSED: Final = 200
+"""Runs that are kept as parsed: as many as a burst of events is about."""
+
+
+class Change(enum.Enum):
+    """Importance of what an event has changed."""
+
+    NONE = enum.auto()
+    """The facts are as they were."""
+    MINOR = enum.auto()
+    """Only facts have changed that a later pass may take into account as well: a pod got a node, or runs."""
+    MAJOR = enum.auto()
+    """The run has to be looked at now."""
 
 
 @dataclass(slots=True)
@@ -28,179 +49,196 @@ class _Children:
     jobs: dict[str, ObservedJob] = field(default_factory=dict)
     pods: dict[str, ObservedPod] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
-    """Jobs whose pod has ended well: the Job controller says so of the Job a second or two later."""
+    """Jobs whose pod has ended well; the Job controller reports that of the Job a second or two later."""
     active: set[str] = field(default_factory=set)
-    """The unfinished Jobs, as the operator's caps count them."""
-    primed: bool = False
-    """Whether the Jobs were listed from the server since this process began: before, none missing means nothing."""
+    """The unfinished Jobs, as the operator's limits count them."""
+    synced: bool = False
+    """The Jobs were listed from the server since this process began. Before, a missing Job means nothing."""
+
+    def attempt(self, job_uid: str) -> Attempt | None:
+        """Return a Job with its pods; None if the Job is not known."""
+        job = self.jobs.get(job_uid)
+        return attempt_of(job, [pod for pod in self.pods.values() if pod.job_uid == job_uid]) if job else None
 
 
 class RunCache:
-    """One process's view of all runs. Not thread-safe: everything happens on one event loop."""
+    """The view that one process has of all runs. Not thread-safe: everything happens on one event loop."""
 
-    def __init__(self, usage: Usage | None = None) -> None:
-        """`usage` is told of each Job that comes, ends or goes."""
-        self.usage = usage or Usage()
+    def __init__(self, usage: Usage) -> None:
+        """Keep `usage` up to date with each Job that comes, ends or goes."""
+        self.usage = usage
         self.memories = RunMemories()
+        self._compactor = BodyCompactor()
         self._runs: dict[RunKey, Object] = {}
         self._keys: dict[str, RunKey] = {}
         self._children: dict[str, _Children] = {}
-        self._closed: set[str] = set()
-        self._below: dict[RunKey, set[RunKey]] = {}
+        self._archived: set[str] = set()
+        self._runs_below: dict[RunKey, set[RunKey]] = {}
         self._parsed: dict[RunKey, tuple[Object, IngestRun]] = {}
-        self._sharing: dict[tuple[str, str], set[RunKey]] = {}
-        self._resumers: dict[RunKey, set[RunKey]] = {}
+        self._peers: dict[tuple[str, str], set[RunKey]] = {}
+        self._resuming: dict[RunKey, set[RunKey]] = {}
+        self._changed_since_sync: set[str] | None = None
+
+    # ---- runs
 
     def run(self, key: RunKey) -> Object | None:
-        """The newest body seen."""
+        """Return the newest body seen."""
         return self._runs.get(key)
 
     def parsed(self, key: RunKey) -> IngestRun:
-        """The newest body seen, read once however often it is asked for. Raises ValueError as `IngestRun.read` does."""
+        """Return the newest body seen, parsed once for all who ask. Raises ValueError as `IngestRun.read` does."""
         body = self._runs[key]
-        known = self._parsed.get(key)
+        known = self._parsed.pop(key, None)
         if known is None or known[0] is not body:
-            if len(self._parsed) >= MAX_PARSED:
-                self._parsed.clear()
-            known = self._parsed[key] = (body, IngestRun.read(body))
+            known = (body, IngestRun.read(body))
+        while len(self._parsed) >= MAX_PARSED:
+            del self._parsed[next(iter(self._parsed))]  # the one that was asked for longest ago
+        self._parsed[key] = known
         return known[1]
 
     def keys(self) -> list[RunKey]:
-        """All runs known."""
+        """Return all runs known."""
         return list(self._runs)
 
     def key_of(self, run_uid: str) -> RunKey | None:
-        """Which run has that UID; None for one not seen yet, or gone."""
+        """Return which run has that UID; None if it has not been seen yet, or is gone."""
         return self._keys.get(run_uid)
 
     def upsert_run(self, body: Object) -> RunKey:
-        """Take a run's body, unless it is known already, or a newer one of the same run."""
+        """Take a run's body, unless it, or a newer one of the same run, is known already."""
         meta = body["metadata"]
-        key = RunKey(namespace=meta["namespace"], name=meta["name"])
+        key = RunKey.of(body)
         before = self._runs.get(key)
         if before is not None:
             if before["metadata"]["uid"] != meta["uid"]:
                 self.remove_run(key)
-            elif before["metadata"].get("resourceVersion") == meta.get("resourceVersion") or _version(
-                before
-            ) > _version(body):
+            elif _resource_version(before) == _resource_version(body) or _version(before) > _version(body):
                 return key
+        body = self._compactor.compact(body, before=before)
         self._runs[key] = body
         self._keys[meta["uid"]] = key
         for parent in parents_of(body):
-            self._below.setdefault(parent, set()).add(key)
-        shared = _concurrency_group(body)
-        if shared is not None:
+            self._runs_below.setdefault(parent, set()).add(key)
+        group = _concurrency_group(body)
+        if group is not None:
             if ConcurrentRun.read(body).over:
-                self._unshare(shared, key)
+                self._leave_group(group, key)
             else:
-                self._sharing.setdefault(shared, set()).add(key)
-        resumed = awaited_predecessor(body)
-        if resumed is not None:
-            self._resumers.setdefault(resumed, set()).add(key)
+                self._peers.setdefault(group, set()).add(key)
+        predecessor = awaited_predecessor(body)
+        if predecessor is not None:
+            self._resuming.setdefault(predecessor, set()).add(key)
         return key
 
     def peers_of(self, body: Object) -> list[Object]:
-        """The runs of this one's namespace and concurrency key, itself included, that are not over yet."""
-        shared = _concurrency_group(body)
-        return [self._runs[key] for key in sorted(self._sharing.get(shared, ()), key=str)] if shared else []
+        """Return the runs of this one's namespace and concurrency key, itself included, that are not over yet."""
+        group = _concurrency_group(body)
+        return [self._runs[key] for key in sorted(self._peers.get(group, ()), key=str)] if group else []
 
     def resuming_runs(self, key: RunKey) -> list[RunKey]:
-        """The runs that wait to resume this one, as far as they have been seen."""
-        known = [run for run in sorted(self._resumers.get(key, ()), key=str) if run in self._runs]
+        """Return the runs that wait to resume this one, as far as they have been seen."""
+        known = [run for run in sorted(self._resuming.get(key, ()), key=str) if run in self._runs]
         return [run for run in known if awaited_predecessor(self._runs[run]) == key]
 
     def children_of(self, key: RunKey) -> list[Object]:
-        """The runs right below this one, as far as they have been seen, in the order of their names."""
-        found = [self._runs[child] for child in sorted(self._below.get(key, ()), key=str) if child in self._runs]
+        """Return the runs right below this one, as far as they have been seen, in the order of their names."""
+        below = sorted(self._runs_below.get(key, ()), key=str)
+        found = [self._runs[child] for child in below if child in self._runs]
         return [body for body in found if key in parents_of(body)]
 
     def cancel_requested(self, key: RunKey) -> bool:
-        """Whether the newest body asks for a cancel; also True when the run is gone or being deleted."""
+        """Tell whether the newest body asks for a cancel; True as well when the run is gone or being deleted."""
         body = self._runs.get(key)
         if body is None or "deletionTimestamp" in body["metadata"]:
             return True
         return cancel_requested(body)
 
     def cancel_pending(self, key: RunKey) -> bool:
-        """Whether the newest body asks for a cancel that has not been applied yet."""
+        """Tell whether the newest body asks for a cancel that has not been applied yet."""
         body = self._runs.get(key)
         return body is not None and cancel_requested(body) and not self.ended(key)
 
     def ended(self, key: RunKey) -> bool:
-        """Whether the run has ended, as far as has been seen: what is left are its drain and its clean-up."""
-        status = self._runs.get(key, {}).get("status") or {}
-        return status.get("phase") in ("Succeeded", "Failed", "Cancelled")
+        """Tell whether the run has ended, as far as has been seen: only its drain and its clean-up are left."""
+        return _ended(self._runs.get(key, {}))
 
     def remove_run(self, key: RunKey) -> None:
         """Drop all that is kept of a run that is gone: its body, its children's facts, its record in `memories`."""
         body = self._runs.pop(key, None)
         self._parsed.pop(key, None)
-        if body is not None:
-            uid = body["metadata"]["uid"]
-            for parent in parents_of(body):
-                self._below.get(parent, set()).discard(key)
-            shared = _concurrency_group(body)
-            if shared is not None:
-                self._unshare(shared, key)
-            resumed = predecessor_named_by(body)
-            if resumed is not None:
-                self._resumers.get(resumed, set()).discard(key)
-            self._keys.pop(uid, None)
-            self._drop_children(uid)
-            self.memories.forget(uid)
-            self._closed.discard(uid)
+        if body is None:
+            return
+        uid = body["metadata"]["uid"]
+        for parent in parents_of(body):
+            self._runs_below.get(parent, set()).discard(key)
+        group = _concurrency_group(body)
+        if group is not None:
+            self._leave_group(group, key)
+        predecessor = predecessor_named_by(body)
+        if predecessor is not None:
+            self._resuming.get(predecessor, set()).discard(key)
+        self._keys.pop(uid, None)
+        self._drop_children(uid)
+        self.memories.forget(uid)
+        self._archived.discard(uid)
 
     def archive(self, run_uid: str) -> None:
-        """Keep no facts of this run's children any more: it has ended and is quiet."""
+        """Keep no facts of this run's children any more, because it has ended and needs nothing."""
         self._drop_children(run_uid)
         self.memories.forget(run_uid)
-        self._closed.add(run_uid)
+        self._archived.add(run_uid)
 
     def unarchive(self, run_uid: str) -> None:
-        """Keep facts of this run's children again: its spec has changed since it was closed."""
-        self._closed.discard(run_uid)
-
-    def prune_orphans(self) -> None:
-        """Forget the Jobs of runs that are not known: gone, with no event left to tell that their Jobs are as well."""
-        for run_uid in [uid for uid in self._children if uid not in self._keys]:
-            self._drop_children(run_uid)
+        """Keep facts of this run's children again, because its spec has changed since it was archived."""
+        self._archived.discard(run_uid)
 
     def is_archived(self, run_uid: str) -> bool:
-        """Whether nothing is left to be done for the run."""
-        return run_uid in self._closed
+        """Tell whether nothing is left to be done for the run."""
+        return run_uid in self._archived
 
-    def upsert_job(self, job: ObservedJob) -> None:
+    # ---- Jobs and pods
+
+    def upsert_job(self, job: ObservedJob) -> Change:
         """Take a Job's facts, unless newer ones are known."""
-        if job.run_uid in self._closed:
-            return
-        jobs = self._of(job.run_uid).jobs
-        before = jobs.get(job.uid)
-        if before is None or _number(job.resource_version) >= _number(before.resource_version):
-            jobs[job.uid] = job
-            self.usage.job_exists(job.run_uid, job.name)
-            self._count(job.run_uid, job, new=before is None)
+        if job.run_uid in self._archived:
+            return Change.NONE
+        children = self._touched(job.run_uid)
+        before = children.jobs.get(job.uid)
+        if before is not None and _number(job.resource_version) < _number(before.resource_version):
+            return Change.NONE
+        shown = _essence(children.attempt(job.uid))
+        children.jobs[job.uid] = job
+        self.usage.job_exists(job.run_uid, job.name)
+        self._count(job.run_uid, job, new=before is None)
+        if before is not None and replace(before, resource_version=job.resource_version) == job:
+            return Change.NONE
+        return Change.MINOR if _essence(children.attempt(job.uid)) == shown else Change.MAJOR
 
     def remove_job(self, *, run_uid: str, job_uid: str) -> None:
-        """A Job is gone."""
-        job = self._of(run_uid).jobs.pop(job_uid, None)
+        """Drop a Job that is gone."""
+        job = self._touched(run_uid).jobs.pop(job_uid, None)
         if job is not None:
             self._count(run_uid, job, gone=True)
 
-    def upsert_pod(self, pod: ObservedPod) -> None:
+    def upsert_pod(self, pod: ObservedPod) -> Change:
         """Take a pod's facts."""
-        if pod.run_uid in self._closed:
-            return
-        children = self._of(pod.run_uid)
+        if pod.run_uid in self._archived:
+            return Change.NONE
+        children = self._touched(pod.run_uid)
+        before = children.pods.get(pod.uid)
+        shown = _essence(children.attempt(pod.job_uid))
         children.pods[pod.uid] = pod
         job = children.jobs.get(pod.job_uid)
         if job is not None and pod.ended and pod.exit_code == 0 and job.uid not in children.done:
             children.done.add(job.uid)
             self._count(pod.run_uid, job)
+        if before is not None and replace(before, resource_version=pod.resource_version) == pod:
+            return Change.NONE
+        return Change.MINOR if job and _essence(children.attempt(pod.job_uid)) == shown else Change.MAJOR
 
     def remove_pod(self, *, run_uid: str, pod_uid: str) -> None:
-        """A pod is gone. What it said is kept as long as its Job is: the Job's verdict may still be due."""
-        children = self._of(run_uid)
+        """Drop a pod that is gone. What it left is kept as long as its Job is, because the Job may still be judged."""
+        children = self._touched(run_uid)
         pod = children.pods.get(pod_uid)
         job = children.jobs.get(pod.job_uid) if pod is not None else None
         if pod is not None and (not pod.ended or job is None or ended_by_suspension(job, pod)):
@@ -208,7 +246,7 @@ class RunCache:
 
     def replace_children(self, run_uid: str, jobs: Iterable[ObservedJob], pods: Iterable[ObservedPod]) -> None:
         """Take a live list in place of what the watches have shown."""
-        children = self._of(run_uid)
+        children = self._touched(run_uid)
         found = {job.uid: job for job in jobs}
         for job in [job for uid, job in children.jobs.items() if uid not in found]:
             self.remove_job(run_uid=run_uid, job_uid=job.uid)
@@ -222,33 +260,66 @@ class RunCache:
         children.pods = kept | listed
         for pod in listed.values():
             self.upsert_pod(pod)
-        children.primed = True
+        children.synced = True
 
     def has_synced(self, run_uid: str) -> bool:
-        """Whether the run's Jobs have been listed live by this process."""
-        return run_uid in self._children and self._children[run_uid].primed
+        """Tell whether the run's Jobs have been listed live by this process."""
+        return run_uid in self._children and self._children[run_uid].synced
 
     def invalidate(self, run_uid: str) -> None:
         """Have the run's Jobs listed live once more at the next pass."""
         if run_uid in self._children:
-            self._children[run_uid].primed = False
+            self._children[run_uid].synced = False
 
     def attempts(self, run_uid: str) -> list[Attempt]:
-        """The run's Jobs with their pods."""
+        """Return the run's Jobs with their pods."""
         children = self._of(run_uid)
         by_job: dict[str, list[ObservedPod]] = {}
         for pod in children.pods.values():
             by_job.setdefault(pod.job_uid, []).append(pod)
         return [attempt_of(job, by_job.get(job.uid, ())) for job in children.jobs.values()]
 
-    def _unshare(self, shared: tuple[str, str], key: RunKey) -> None:
-        keys = self._sharing.get(shared, set())
+    # ---- one list of everything
+
+    def begin_sync(self) -> None:
+        """Note from now on which runs' Jobs or pods change while all of them are listed from the server."""
+        self._changed_since_sync = set()
+
+    def finish_sync(self, jobs: Mapping[str, Iterable[ObservedJob]], pods: Mapping[str, Iterable[ObservedPod]]) -> None:
+        """Take the lists, by run UID, in place of what the watches have shown.
+
+        The Jobs of a run that has changed meanwhile are listed live at its next pass instead, because its part of the
+        lists may be older than what is known.
+        """
+        changed = self._changed_since_sync or set()
+        self._changed_since_sync = None
+        for run_uid in self._keys:
+            if run_uid in changed:
+                self.invalidate(run_uid)
+            elif run_uid not in self._archived:
+                self.replace_children(run_uid, jobs.get(run_uid, ()), pods.get(run_uid, ()))
+        self.prune_orphans()
+
+    def prune_orphans(self) -> None:
+        """Drop the Jobs of runs that are not known: the runs are gone, and no event will show that."""
+        for run_uid in [uid for uid in self._children if uid not in self._keys]:
+            self._drop_children(run_uid)
+
+    # ---- inside
+
+    def _leave_group(self, group: tuple[str, str], key: RunKey) -> None:
+        keys = self._peers.get(group, set())
         keys.discard(key)
         if not keys:
-            self._sharing.pop(shared, None)
+            self._peers.pop(group, None)
 
     def _of(self, run_uid: str) -> _Children:
         return self._children.setdefault(run_uid, _Children())
+
+    def _touched(self, run_uid: str) -> _Children:
+        if self._changed_since_sync is not None:
+            self._changed_since_sync.add(run_uid)
+        return self._of(run_uid)
 
     def _count(self, run_uid: str, job: ObservedJob, *, new: bool = False, gone: bool = False) -> None:
         """Bring the count of Jobs up to date with what has just been learned of one."""
@@ -273,22 +344,49 @@ class RunCache:
 
 
 def parents_of(body: Object) -> list[RunKey]:
-    """The runs that this one says are above it: by `spec.parentRef`, and by owner reference. Itself is none."""
+    """Return the runs above this one: by `spec.parentRef`, and by owner reference. Itself is none."""
     meta = body["metadata"]
     named = [(body.get("spec") or {}).get("parentRef") or {}]
     named += [ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == names.KIND]
-    keys = [RunKey(namespace=meta["namespace"], name=ref["name"]) for ref in named if ref.get("name")]
-    return [key for key in dict.fromkeys(keys) if key.name != meta["name"]]
+    own = RunKey.of(body)
+    keys = [own.sibling(ref["name"]) for ref in named if ref.get("name")]
+    return [key for key in dict.fromkeys(keys) if key != own]
 
 
 def cancelled_with_cascade(body: Object) -> bool:
-    """Whether the run is Cancelled, and those right below it are to follow."""
+    """Tell whether the run is Cancelled, and those right below it have to follow."""
     status = body.get("status") or {}
     return status.get("phase") == "Cancelled" and bool((status.get("cancellation") or {}).get("cascade"))
 
 
-def _resource_version(body: Object) -> str:
-    return str(body["metadata"].get("resourceVersion", ""))
+def predecessor_named_by(body: Object) -> RunKey | None:
+    """Return the run that `spec.resumeFrom` names."""
+    name = ((body.get("spec") or {}).get("resumeFrom") or {}).get("name")
+    return RunKey.of(body).sibling(name) if name else None
+
+
+def awaited_predecessor(body: Object) -> RunKey | None:
+    """Return the run that this one has still to take over from; None if there is none."""
+    if "resumedFrom" in (body.get("status") or {}) or _ended(body):
+        return None
+    return predecessor_named_by(body)
+
+
+def _ended(body: Object) -> bool:
+    phase = (body.get("status") or {}).get("phase")
+    return phase is not None and Phase(phase).ended
+
+
+def _essence(attempt: Attempt | None) -> object:
+    """Return what of an attempt a pass has to look at now; the rest can wait for the next pass.
+
+    Not whether its pod has a node, or runs: that moves a run's deadlines, which are worked out anew when they are over.
+    """
+    if attempt is None:
+        return None
+    state = attempt.state if attempt.state.finished else JobState.WAITING
+    pod_ended = attempt.pod is not None and attempt.pod.ended
+    return state, attempt.obstacle, attempt.queued, attempt.job.deleting, pod_ended
 
 
 def _concurrency_group(body: Object) -> tuple[str, str] | None:
@@ -296,18 +394,8 @@ def _concurrency_group(body: Object) -> tuple[str, str] | None:
     return None if key is None else (body["metadata"]["namespace"], key)
 
 
-def predecessor_named_by(body: Object) -> RunKey | None:
-    """The run that `spec.resumeFrom` names."""
-    name = ((body.get("spec") or {}).get("resumeFrom") or {}).get("name")
-    return RunKey(namespace=body["metadata"]["namespace"], name=name) if name else None
-
-
-def awaited_predecessor(body: Object) -> RunKey | None:
-    """The run that this one has still to take over from; None where there is none."""
-    status = body.get("status") or {}
-    if "resumedFrom" in status or status.get("phase") in ("Succeeded", "Failed", "Cancelled"):
-        return None
-    return predecessor_named_by(body)
+def _resource_version(body: Object) -> str:
+    return str(body["metadata"].get("resourceVersion", ""))
 
 
 def _version(body: Object) -> int:
@@ -315,5 +403,5 @@ def _version(body: Object) -> int:
 
 
 def _number(resource_version: str) -> int:
-    """The resourceVersions of one resource compare as numbers (KEP-5504); one that is no number counts as newest."""
+    """Read a resourceVersion: those of one resource compare as numbers (KEP-5504); any other text counts as newest."""
     return int(resource_version) if resource_version.isdigit() else 2**63

@@ -5,17 +5,28 @@ No record has to survive a restart: a new process asks the API server, or is ref
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Final
 
 from ingestrun.model.status import AttemptId
 from ingestrun.planner.actions import CreateRejection
+
+POD_GRACE_SECONDS: Final = 0.5
+"""Seconds that an ended Job waits for the watched end of its pod, because the two watches race. Then the pods are
+listed."""
 
 
 @dataclass(slots=True, kw_only=True)
 class RunMemory:
     """The record of one run. A pass takes it once, at its beginning, and hands it on to the functions that it calls."""
 
+    version: str | None = None
+    """The newest resourceVersion that a pass has taken up: it has planned from it, or written it itself. So a watch
+    event that shows this version needs no look."""
+    observed: bool = False
+    """A pass of this process has observed the run as a whole."""
     must_read: bool = False
     """True if the run has to be read from the API server before the next plan: the cached one is old."""
     rejection: CreateRejection | None = None
@@ -30,6 +41,20 @@ class RunMemory:
     pods were listed since then, and its pod was not among them or had not ended."""
     drain_checked_at: datetime | None = None
     """Time at which the Jobs of the ended run were last listed live."""
+
+    def await_pods(self, job_uids: Iterable[str], *, now: float) -> tuple[frozenset[str], bool]:
+        """Note the ended Jobs whose pod's end has not been seen (`now` is monotonic), in place of those noted before.
+
+        Returns the Jobs that are still within the grace, and whether that of another is over, so that pods are listed.
+        """
+        self.awaiting_pods = {uid: self.awaiting_pods.get(uid, now) for uid in job_uids}
+        waiting = {uid: since for uid, since in self.awaiting_pods.items() if since is not None}
+        young = frozenset(uid for uid, since in waiting.items() if now - since < POD_GRACE_SECONDS)
+        return young, len(young) < len(waiting)
+
+    def keep_awaiting(self, young: Collection[str]) -> None:
+        """Await the pods of these Jobs alone: of others, what a list lacks is missing for good."""
+        self.awaiting_pods = {uid: since if uid in young else None for uid, since in self.awaiting_pods.items()}
 
     @property
     def awaits_pods(self) -> bool:
@@ -46,6 +71,11 @@ class RunMemories:
     def recall(self, uid: str) -> RunMemory:
         """Return the record of a run that is in the cache; an empty one at first."""
         return self._by_uid.setdefault(uid, RunMemory())
+
+    def has_taken_up(self, uid: str, version: str) -> bool:
+        """Tell whether a pass of the run has taken up that version."""
+        memory = self._by_uid.get(uid)
+        return memory is not None and memory.version == version
 
     def forget(self, uid: str) -> None:
         """Drop the record of a run that is gone, or has ended and needs nothing more."""

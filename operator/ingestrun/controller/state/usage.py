@@ -1,8 +1,8 @@
-"""How many unfinished Jobs there are, by run, by namespace and in all; who waits for one more; who is told of room.
+"""The number of unfinished Jobs by run, by namespace and in all, and the runs that wait for room for one more.
 
-Kept incrementally: an event costs a few additions, a run a few numbers. Between a plan and the answers to its creates
-lie awaits, in which other runs are planned; so what a plan starts is reserved in the same breath, and the caps
-hold exactly however passes interleave.
+It is kept incrementally: an event costs a few additions, a run a few numbers. Other runs are planned between a plan and
+the answers to its creates, so what a plan starts is reserved together with the plan, and the limits hold exactly
+however passes interleave.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class _Run:
     namespace: str
     active: int = 0
     reserved: set[str] = field(default_factory=set)
-    """Names of Jobs whose creates are under way, or were answered by nobody."""
+    """Names of Jobs whose creates are under way, or got no answer."""
     doubtful: set[str] = field(default_factory=set)
-    """Those of them that nobody has answered: they may exist. A live list tells."""
+    """Names of Jobs whose creates got no answer, so that they may exist. A live list decides."""
     turn: int = 0
 
     @property
     def load(self) -> int:
-        """Its Jobs as far as a cap is concerned."""
+        """Return its Jobs as a limit counts them."""
         return self.active + len(self.reserved)
 
 
@@ -36,16 +36,16 @@ class _Run:
 class _Refused:
     message: str
     jobs: int
-    """How many Jobs of ours, finished ones too, there were in the namespace when its quota refused one."""
+    """The operator's Jobs in the namespace, finished ones too, when its quota refused one."""
     until: datetime
 
 
 class Usage:
-    """One process's count of Jobs. Not thread-safe: everything happens on one event loop."""
+    """The count of Jobs that one process keeps. Not thread-safe: everything happens on one event loop."""
 
-    def __init__(self, caps: JobLimits | None = None, *, wake: Callable[[RunKey], None] = lambda _: None) -> None:
-        """`wake` is told of each run that waits and may start something now."""
-        self.caps = caps or JobLimits()
+    def __init__(self, limits: JobLimits, *, wake: Callable[[RunKey], None]) -> None:
+        """Call `wake` with each run that waits and may start something now."""
+        self.limits = limits
         self._wake = wake
         self._known = True
         self._runs: dict[str, _Run] = {}
@@ -58,10 +58,10 @@ class Usage:
         self._refused: dict[str, _Refused] = {}
         self._turns = 0
 
-    # ---- what the store tells
+    # ---- what the cache reports
 
     def adjust(self, run_uid: str, namespace: str, *, active: int, jobs: int) -> None:
-        """So many more (or fewer) unfinished Jobs of a run, and Jobs of any kind."""
+        """Add to the unfinished Jobs of a run, and to the Jobs of any kind; both may be negative."""
         run = self._run(run_uid, namespace)
         run.active += active
         self._add(namespace, active)
@@ -71,17 +71,17 @@ class Usage:
             self._tell()
 
     def job_exists(self, run_uid: str, name: str) -> None:
-        """The Job of that name exists: it is counted as itself from now on."""
+        """Count the Job of that name as itself from now on, because it exists."""
         self._unreserve(run_uid, {name})
 
     def jobs_listed(self, run_uid: str) -> None:
-        """The run's Jobs were listed live: a create that nobody answered has led to one of them, or to nothing."""
+        """Free what unanswered creates reserved: after a live list their Jobs are counted, or do not exist."""
         run = self._runs.get(run_uid)
         if run is not None and run.doubtful:
             self._unreserve(run_uid, run.doubtful)
 
     def forget(self, run_uid: str) -> None:
-        """The run is gone, or quiet for good; its Jobs have been taken off before."""
+        """Drop a run that is gone, or needs nothing more; its Jobs have been taken off before."""
         self._waiting.pop(run_uid, None)
         self._needing.discard(run_uid)
         run = self._runs.get(run_uid)
@@ -90,10 +90,10 @@ class Usage:
             self._tidy(run_uid)
         self._tell()
 
-    # ---- what a pass asks and tells
+    # ---- what a pass asks and reports
 
     def snapshot(self, run_uid: str, namespace: str, *, now: datetime) -> Capacity:
-        """What the plan of this run may count on. Nothing may be awaited between this and `reserve`."""
+        """Return what the plan of this run may count on. Nothing may be awaited between this and `reserve`."""
         for place in [place for place, refused in self._refused.items() if now >= refused.until]:
             del self._refused[place]
         run = self._runs.get(run_uid) or _Run(namespace)
@@ -105,7 +105,7 @@ class Usage:
         )
 
     def reserve(self, key: RunKey, run_uid: str, names: Iterable[str], *, unmet_demand: int) -> None:
-        """The plan starts these Jobs, and would start so many more if it were let."""
+        """Reserve the Jobs that a plan starts, and note how many more it would start if it were allowed to."""
         started = set(names)
         if started or unmet_demand:
             run = self._run(run_uid, key.namespace)
@@ -122,36 +122,36 @@ class Usage:
             self.withdraw(run_uid)
 
     def release(self, run_uid: str) -> None:
-        """The pass is over: what it reserved and has not created is free again."""
+        """Free what the pass has reserved and not created, because it is over."""
         run = self._runs.get(run_uid)
         if run is not None and run.reserved - run.doubtful:
             self._unreserve(run_uid, run.reserved - run.doubtful)
 
     def mark_unanswered(self, run_uid: str, name: str) -> None:
-        """Nobody has answered the create of this Job: it stays reserved until the run's Jobs are listed."""
+        """Keep this Job reserved until the run's Jobs are listed, because its create got no answer."""
         run = self._runs.get(run_uid)
         if run is not None and name in run.reserved:
             run.doubtful.add(name)
 
     def withdraw(self, run_uid: str) -> None:
-        """The pass has failed: until the next one has not, others need not wait for this run to take its turn."""
+        """Withdraw the run's demand until it reconciles successfully."""
         if self._waiting.pop(run_uid, None) is not None:
             self._tidy(run_uid)
             self._tell()
 
     def quota_refused(self, namespace: str, message: str, *, until: datetime) -> None:
-        """A quota of the namespace has refused a Job: there is room for another only once one of ours is gone."""
+        """Note that a quota of the namespace has refused a Job, so that there is room only once a Job is gone."""
         self._refused[namespace] = _Refused(message=message, jobs=self._jobs[namespace], until=until)
 
     def job_admitted(self, namespace: str) -> None:
-        """A Job was taken. With more of them than when one was refused, that refusal says nothing any more."""
+        """Forget a quota's refusal once more Jobs were accepted than there were when it refused one."""
         refused = self._refused.get(namespace)
         if refused is not None and self._jobs[namespace] > refused.jobs:
             del self._refused[namespace]
             self._tell()
 
     def set_pods_refused(self, run_uid: str, namespace: str, *, refused: bool) -> None:
-        """Whether a quota refuses a pod to one of the run's Jobs."""
+        """Note whether a quota refuses a pod to one of the run's Jobs."""
         if refused:
             self._run(run_uid, namespace)
             self._needing.add(run_uid)
@@ -161,18 +161,18 @@ class Usage:
             self._tell()
 
     def start_sync(self) -> None:
-        """The Jobs that earlier processes have left are to be counted: until `complete` no cap lets anything start."""
-        self._known = not self.caps.any
+        """Let nothing start under a limit until `finish_sync`: the Jobs of earlier processes are not counted."""
+        self._known = not self.limits.any
 
     def finish_sync(self) -> None:
-        """They are counted."""
+        """Note that the Jobs of earlier processes are counted."""
         if not self._known:
             self._known = True
             self._tell()
 
     @property
     def synced(self) -> bool:
-        """Whether all Jobs that there are have been counted."""
+        """Tell whether all Jobs that there are have been counted."""
         return self._known
 
     # ---- inside
@@ -208,7 +208,7 @@ class Usage:
                 run = self._runs.get(uid) or _Run(key.namespace)
                 others.append(Demand(uid=uid, namespace=key.namespace, active=run.load, wants=wants, turn=run.turn))
         return Capacity(
-            caps=self.caps,
+            caps=self.limits,
             run=Demand(uid="", namespace=""),
             others=tuple(others),
             in_namespace=self._places(exclude=exclude),
@@ -232,7 +232,7 @@ class Usage:
         return min((run.load for run in others if run.namespace == namespace), default=None)
 
     def _tell(self) -> None:
-        """Wake whoever gets a slot as things are; whoever is woken in vain decides the same as before."""
+        """Wake the runs that would get a slot now. A needless wake-up is harmless: the plan stays the same."""
         if self._waiting:
             for uid in admissions(self._capacity()):
                 self._wake(self._waiting[uid][0])

@@ -1,4 +1,10 @@
-"""What a watch event does here: it updates the store, and asks for a look at the run. No decision is made."""
+"""What watch events do here: they update the cache, and ask for a look at the run. No decision is made.
+
+`EventHandlers` has the handlers, `registry` binds them to kopf. kopf is given `on.event` handlers alone: they write
+nothing (no annotation, no finalizer), and no diff decides anything. kopf's change handlers store what they have seen
+before they have acted on it; one refused write, and a change is never shown again. What these handlers miss, the resync
+makes up for.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from typing import Any, Final, NoReturn
 import kopf
 import structlog
 
-from ingestrun.controller.state.cache import RunCache, parents_of
+from ingestrun.controller.state.cache import Change, RunCache, parents_of
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
@@ -16,105 +22,103 @@ from ingestrun.planner.run.concurrency import ConcurrentRun, affects
 
 logger = structlog.get_logger("ingestrun.watch")
 
+BURST_SECONDS: Final = 0.05
+"""Wait after a major change of a Job or a pod, so that stages which end together cost one pass and one write."""
+SETTLE_SECONDS: Final = 1.0
+"""Wait after a minor change of a Job or a pod, so that a pod on its way to its end costs one pass, not four."""
+WATCH_SECONDS: Final = 300
+"""Duration of one watch request. A stream that has died in silence is noticed by its missing bookmarks."""
+
 
 class EventHandlers:
     """Takes events in any order, doubled or late; types are the API's (None: from a list)."""
 
-    def __init__(self, store: RunCache, queue: WorkQueue[RunKey]) -> None:
-        self._store = store
+    def __init__(self, cache: RunCache, queue: WorkQueue[RunKey]) -> None:
+        self._cache = cache
         self._queue = queue
 
     def run(self, event_type: str | None, body: Object) -> None:
-        """A run was added, changed or deleted."""
-        meta = body["metadata"]
-        key = _key(body)
+        """Take in that a run was added, changed or deleted."""
+        meta, key = body["metadata"], RunKey.of(body)
         if event_type != "DELETED":
-            self._queue.add(self._store.upsert_run(body), "run")
-            self._look_around(key, body)
-            self._wake_rivals(body, gone=False)
+            self._cache.upsert_run(body)
+            if not self._cache.memories.has_taken_up(meta["uid"], str(meta.get("resourceVersion", ""))):
+                self._queue.add(key, "run")
+            self._wake_relatives(key, body)
+            self._wake_peers(body, gone=False)
             return
-        known = self._store.run(key)
+        known = self._cache.run(key)
         if known is not None and known["metadata"]["uid"] == meta["uid"]:
-            self._store.remove_run(key)
+            self._cache.remove_run(key)
             self._queue.forget(key)
-            for waiting in self._store.resuming_runs(key):
+            for waiting in self._cache.resuming_runs(key):
                 self._queue.add(waiting, "resume")
-            self._wake_rivals(body, gone=True)
-
-    def _wake_rivals(self, body: Object, *, gone: bool) -> None:
-        """A run of some concurrency key that waits is made room for; one that is over makes room."""
-        rivals = self._store.peers_of(body)
-        if not rivals:
-            return
-        changed = ConcurrentRun.read(body)
-        for other in rivals:
-            if other["metadata"]["uid"] != changed.uid and affects(changed, ConcurrentRun.read(other), gone=gone):
-                self._queue.add(_key(other), "rival")
-
-    def _look_around(self, key: RunKey, body: Object) -> None:
-        """A cancel goes on to the runs below, what became of them is told above, and one that waits may resume."""
-        for waiting in self._store.resuming_runs(key):
-            self._queue.add(waiting, "resume")
-        cancellation = (body.get("status") or {}).get("cancellation") or {}
-        if cancellation.get("cascade"):
-            for child in self._store.children_of(key):
-                self._queue.add(_key(child), "parent")
-        for parent in parents_of(body):
-            above = self._store.run(parent)
-            record = ((above or {}).get("status") or {}).get("cancellation") or {}
-            if above is not None and record.get("cascade") and not self._store.is_archived(above["metadata"]["uid"]):
-                self._queue.add(parent, "child")
+            self._wake_peers(body, gone=True)
 
     def job(self, event_type: str | None, body: Object) -> None:
-        """A Job with our label was added, changed or deleted."""
+        """Take in that a Job with the run label was added, changed or deleted."""
         try:
             job = read_job(body)
         except MalformedJobError as error:
             logger.warning("ignoring a Job that is not ours", why=str(error))
             return
+        change = Change.MAJOR
         if event_type == "DELETED":
-            self._store.remove_job(run_uid=job.run_uid, job_uid=job.uid)
+            self._cache.remove_job(run_uid=job.run_uid, job_uid=job.uid)
         else:
-            self._store.upsert_job(job)
-        self._look(job.run_uid, "job")
+            change = self._cache.upsert_job(job)
+        self._look(job.run_uid, change, "job")
 
     def pod(self, event_type: str | None, body: Object) -> None:
-        """A pod with our label was added, changed or deleted."""
+        """Take in that a pod with the run label was added, changed or deleted."""
         pod = read_pod(body)
         if pod is None:
             return
+        change = Change.MAJOR
         if event_type == "DELETED":
-            self._store.remove_pod(run_uid=pod.run_uid, pod_uid=pod.uid)
+            self._cache.remove_pod(run_uid=pod.run_uid, pod_uid=pod.uid)
         else:
-            self._store.upsert_pod(pod)
-        self._look(pod.run_uid, "pod")
+            change = self._cache.upsert_pod(pod)
+        self._look(pod.run_uid, change, "pod")
 
-    def _look(self, run_uid: str, trigger: str) -> None:
-        key = self._store.key_of(run_uid)
-        if key is not None and not self._store.is_archived(run_uid):
-            self._queue.add(key, trigger)
+    def _look(self, run_uid: str, change: Change, trigger: str) -> None:
+        key = self._cache.key_of(run_uid)
+        if key is None or change is Change.NONE or self._cache.is_archived(run_uid):
+            return
+        self._queue.add_after(key, BURST_SECONDS if change is Change.MAJOR else SETTLE_SECONDS, trigger)
+
+    def _wake_peers(self, body: Object, *, gone: bool) -> None:
+        """Wake the runs of the same concurrency key for which the change makes room, or that have to make room."""
+        peers = self._cache.peers_of(body)
+        if not peers:
+            return
+        changed = ConcurrentRun.read(body)
+        for other in peers:
+            if other["metadata"]["uid"] != changed.uid and affects(changed, ConcurrentRun.read(other), gone=gone):
+                self._queue.add(RunKey.of(other), "peer")
+
+    def _wake_relatives(self, key: RunKey, body: Object) -> None:
+        """Wake the runs below for a cascading cancel, the run above for its outcome, and runs that wait to resume."""
+        for waiting in self._cache.resuming_runs(key):
+            self._queue.add(waiting, "resume")
+        if _cascades(body):
+            for child in self._cache.children_of(key):
+                self._queue.add(RunKey.of(child), "parent")
+        for parent in parents_of(body):
+            above = self._cache.run(parent)
+            if above is not None and _cascades(above) and not self._cache.is_archived(above["metadata"]["uid"]):
+                self._queue.add(parent, "child")
 
 
-def _key(body: Object) -> RunKey:
-    return RunKey(namespace=body["metadata"]["namespace"], name=body["metadata"]["name"])
-
-
-# The part of kopf: it watches runs, Jobs and pods; each event only says "look at this run".
-#
-# `on.event` handlers alone: they write nothing (no annotation, no finalizer), and no diff decides anything.
-# kopf's change handlers store what they have seen before they have acted on it; one refused write, and a change
-# is never shown again. What these handlers miss, the resync makes up for.
-#
-
-WATCH_SECONDS: Final = 300
-"""How long one watch request lasts; a stream that has died in silence is noticed by its missing bookmarks."""
+def _cascades(body: Object) -> bool:
+    cancellation = (body.get("status") or {}).get("cancellation") or {}
+    return bool(cancellation.get("cascade"))
 
 
 class NoDiffBase(kopf.DiffBaseStorage):
-    """Nothing is remembered, since no handler of ours asks for a diff.
+    """Stores nothing, because no handler asks for a diff.
 
-    kopf builds what it would remember for every event all the same: a deep copy of the object, which took a third of
-    its work on one.
+    kopf builds for every event what it would store: a deep copy of the object, which took a third of its work on one.
     """
 
     def build(self, **_: Any) -> kopf.BodyEssence:
@@ -128,7 +132,7 @@ class NoDiffBase(kopf.DiffBaseStorage):
 
 
 def operator_settings() -> kopf.OperatorSettings:
-    """Set kopf up as we use it: no peering, no scanning, no Events of its own, nothing stored in our objects."""
+    """Return kopf's settings: no peering, no scanning, no Events of its own, nothing stored in objects."""
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.scanning.disabled = True
@@ -149,7 +153,7 @@ def operator_settings() -> kopf.OperatorSettings:
 
 
 def registry(watch: EventHandlers) -> kopf.OperatorRegistry:
-    """The handlers, bound to this process's store and queue."""
+    """Bind the handlers to kopf."""
     handlers = kopf.OperatorRegistry()
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=handlers, id="runs")

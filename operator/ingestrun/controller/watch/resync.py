@@ -1,13 +1,16 @@
-"""The resync: every few minutes all runs are listed, for what the watches have missed.
+"""The resync: every few minutes all runs, Jobs and pods are listed, for what the watches have missed.
 
 kopf does not repeat an `on.event` handler that failed, and a DELETED that fell into a relist is never shown;
-neither may cost a run its progress, or us memory for a run that is gone.
+neither may cost a run its progress, or the process memory for a run that is gone.
+
+The first resync comes before the watches, so that a new process knows all Jobs by a few lists, and not by two for each
+run.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections import defaultdict
 
 import structlog
 
@@ -15,55 +18,65 @@ from ingestrun.controller.http.health import Health
 from ingestrun.controller.state.cache import RunCache
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.errors import KubeError
-from ingestrun.kube.protocol import Cluster, RunKey
-from ingestrun.planner.batch.attempt import MalformedJobError, read_job
+from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.planner.batch.attempt import MalformedJobError, ObservedJob, ObservedPod, read_job, read_pod
 
 logger = structlog.get_logger("ingestrun")
 
 
-async def resync_once(cluster: Cluster, store: RunCache, queue: WorkQueue[RunKey]) -> int:
-    """List all runs, ask for a look at each that is not done with, forget those that are gone.
+async def resync_once(cluster: Cluster, cache: RunCache, queue: WorkQueue[RunKey]) -> int:
+    """List everything, ask for a look at each run that still needs one, and forget the runs that are gone.
 
-    Returns how many there are. The first time, if there are caps on Jobs, it counts the Jobs that are there.
-
-    Raises KubeError when they could not be listed: then nothing is forgotten.
+    Returns how many runs there are. Raises KubeError when they could not be listed: then nothing is forgotten.
     """
-    known = set(store.keys())
-    if not store.usage.synced:
-        # Before the first Job under a cap is created: those that an earlier process has left are counted.
-        for job in await cluster.list_all_jobs():
-            with contextlib.suppress(MalformedJobError):
-                store.upsert_job(read_job(job))
-    seen: set[RunKey] = set()
-    for body in await cluster.list_runs():
-        key = store.upsert_run(body)
-        seen.add(key)
-        if not store.is_archived(body["metadata"]["uid"]):
-            store.invalidate(body["metadata"]["uid"])
-            queue.add(key, "resync")
+    known = set(cache.keys())
+    cache.begin_sync()
+    jobs: dict[str, list[ObservedJob]] = defaultdict(list)
+    for job in await cluster.list_all_jobs(_read_job):
+        if job is not None:
+            jobs[job.run_uid].append(job)
+    pods: dict[str, list[ObservedPod]] = defaultdict(list)
+    for pod in await cluster.list_all_pods(read_pod):
+        if pod is not None:
+            pods[pod.run_uid].append(pod)
+    seen = set(await cluster.list_runs(cache.upsert_run))
     for key in known - seen:
-        store.remove_run(key)
+        cache.remove_run(key)
         queue.forget(key)
-    store.prune_orphans()
-    store.usage.finish_sync()
+    cache.finish_sync(jobs, pods)
+    cache.usage.finish_sync()
+    for key in seen:
+        body = cache.run(key)
+        if body is not None and not cache.is_archived(body["metadata"]["uid"]):
+            queue.add(key, "resync")
     return len(seen)
 
 
 async def resync_forever(
     cluster: Cluster,
-    store: RunCache,
+    cache: RunCache,
     queue: WorkQueue[RunKey],
     *,
     seconds: float,
     health: Health,
+    tried: asyncio.Event,
 ) -> None:
-    """Resync at once and then every so many seconds, sooner after a failure."""
+    """Resync at once and then every so many seconds, sooner after a failure. `tried` is set after the first time."""
     while True:
         health.beat("resync", within=3 * seconds + 60)
         try:
-            await resync_once(cluster, store, queue)
+            await resync_once(cluster, cache, queue)
             pause = seconds
         except KubeError as error:
             logger.warning("resync failed", error=str(error))
             pause = min(10.0, seconds)
+        tried.set()
         await asyncio.sleep(pause)
+
+
+def _read_job(body: Object) -> ObservedJob | None:
+    """Read a Job; return None for one that the operator did not create."""
+    try:
+        return read_job(body)
+    except MalformedJobError:
+        return None

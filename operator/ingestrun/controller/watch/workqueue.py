@@ -1,7 +1,7 @@
-"""A keyed queue: one pass at a time for a key, requests in between coalesced, delayed requests kept by key.
+"""The work queue: one pass at a time for a key, requests in between coalesced, delayed requests kept by key.
 
-kopf's own timers put a finalizer on every object and see it as it was when their cycle began; here a timer is
-nothing but "look at this key again", so whatever it finds is judged from the state of that moment.
+kopf's own timers put a finalizer on every object and see it as it was when their cycle began. Here a timer only asks
+for a look at the key, and the look decides from the state of that moment.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ logger = structlog.get_logger("ingestrun")
 FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 60.0
 PATIENT = 4
-"""How many patient keys are handled side by side."""
+"""Low-priority keys that are handled side by side."""
 
 
 class PrioritySemaphore:
-    """A bounded number of slots; who comes `first` is served before those that wait already, in the order of asking."""
+    """A bounded number of slots. `first` requests are served before others that wait, in the order of asking."""
 
     def __init__(self, number: int) -> None:
         self._free = number
@@ -34,7 +34,7 @@ class PrioritySemaphore:
 
     @property
     def pressed(self) -> bool:
-        """Whether somebody waits who is to be served first."""
+        """Tell whether a `first` request waits."""
         return bool(self._waiting[0])
 
     async def take(self, *, first: bool) -> None:
@@ -52,7 +52,7 @@ class PrioritySemaphore:
             raise
 
     def give(self) -> None:
-        """Give a slot back: to whoever is next."""
+        """Give a slot back, to the next request."""
         for queue in self._waiting:
             while queue:
                 turn = queue.popleft()
@@ -78,9 +78,9 @@ class WorkQueue(Generic[K]):
         patient: Callable[[K], bool] = lambda _: False,
         context: Callable[[K], Context] = lambda _: Context(),
     ) -> None:
-        """At most `concurrency` keys are handled side by side; those that are `urgent` do not queue behind others.
+        """Handle at most `concurrency` keys side by side; those that are `urgent` do not queue behind others.
 
-        Of those that are `patient` a few are handled at a time: what they ask of the server is asked beside the rest.
+        At most PATIENT low-priority keys run at once, so that draining runs' live lists do not delay the others.
         A pass runs in the `context` of its key, because a copy of the asker's context would put
         another run into its log lines.
         """
@@ -96,13 +96,9 @@ class WorkQueue(Generic[K]):
         self._errors: dict[K, int] = {}
         self._closed = False
 
-    def __len__(self) -> int:
-        """How many keys are being handled or wait for a slot."""
-        return len(self._running)
-
     @property
     def pressed(self) -> bool:
-        """Whether an urgent key waits for a slot."""
+        """Tell whether an urgent key waits for a slot."""
         return self._slots.pressed
 
     def add(self, key: K, trigger: str) -> None:
@@ -118,7 +114,7 @@ class WorkQueue(Generic[K]):
         )
 
     def add_after(self, key: K, seconds: float, trigger: str) -> None:
-        """Ask for a look at the key after so many seconds; of several such requests the earliest counts."""
+        """Ask for a look at the key after a delay; of several such requests the earliest counts."""
         if self._closed:
             return
         loop = asyncio.get_running_loop()

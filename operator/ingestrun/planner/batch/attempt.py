@@ -200,11 +200,9 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
         run_uid = labels[LABEL_RUN_UID]
     except (KeyError, ValueError) as error:
         raise MalformedJobError(f"Job {meta.get('name')} lacks the labels of an operator's Job: {error}") from None
-    finished, ended = None, None
-    for condition in status.get("conditions") or ():
-        if condition.get("status") == "True" and condition.get("type") in ("Complete", "Failed"):
-            finished = JobState.SUCCEEDED if condition["type"] == "Complete" else JobState.FAILED
-            ended = condition
+    spec = job.get("spec") or {}
+    finished, ended = _finished(status)
+    ended_at = ended.get("lastTransitionTime") or meta["creationTimestamp"] if finished is not None else None
     return ObservedJob(
         namespace=meta["namespace"],
         name=meta["name"],
@@ -216,15 +214,23 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
         attempt=attempt,
         deleting="deletionTimestamp" in meta,
         finished=finished,
-        finished_at=parse_time(ended.get("lastTransitionTime") or meta["creationTimestamp"]) if ended else None,
-        reason=ended.get("reason") if ended else None,
-        message=_short(ended.get("message")) if ended else None,
+        finished_at=_optional_time(ended_at),
+        reason=ended.get("reason"),
+        message=_short(ended.get("message")),
         image=_image(job),
-        memory_limit=_memory_limit(((job.get("spec") or {}).get("template") or {}).get("spec") or {}),
-        created=parse_time(meta["creationTimestamp"]) if "creationTimestamp" in meta else None,
-        started_at=parse_time(status["startTime"]) if status.get("startTime") else None,
-        suspended=bool((job.get("spec") or {}).get("suspend")),
+        memory_limit=_memory_limit((spec.get("template") or {}).get("spec") or {}),
+        created=_optional_time(meta.get("creationTimestamp")),
+        started_at=_optional_time(status.get("startTime")),
+        suspended=bool(spec.get("suspend")),
     )
+
+
+def _finished(status: Mapping[str, Any]) -> tuple[JobState | None, Mapping[str, Any]]:
+    """Return how a Job has ended, and the condition that says so; None and nothing while it has not."""
+    for condition in status.get("conditions") or ():
+        if condition.get("status") == "True" and condition.get("type") in ("Complete", "Failed"):
+            return JobState.SUCCEEDED if condition["type"] == "Complete" else JobState.FAILED, condition
+    return None, {}
 
 
 def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
@@ -233,17 +239,18 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
     owner = next((ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == "Job"), None)
     if owner is None:
         return None
-    phase = status.get("phase", "Pending")
+    labels, phase = meta.get("labels") or {}, status.get("phase", "Pending")
     container: Mapping[str, Any] = next(iter(status.get("containerStatuses") or ()), {})
     state = container.get("state") or {}
     terminated = state.get("terminated") or {}
+    ended = phase in ("Succeeded", "Failed")
     return ObservedPod(
         name=meta["name"],
         uid=meta["uid"],
         job_uid=owner["uid"],
-        run_uid=(meta.get("labels") or {}).get(LABEL_RUN_UID, ""),
-        started=bool(phase in ("Running", "Succeeded", "Failed") or container.get("started") or "running" in state),
-        ended=phase in ("Succeeded", "Failed"),
+        run_uid=labels.get(LABEL_RUN_UID, ""),
+        started=ended or phase == "Running" or _has_started(container),
+        ended=ended,
         exit_code=terminated.get("exitCode"),
         reason=terminated.get("reason") or status.get("reason"),
         message=terminated.get("message"),
@@ -253,10 +260,10 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
         disruption=_disruption(status),
         memory_limit=_memory_limit(spec),
         resource_version=meta.get("resourceVersion", ""),
-        deleting_until=parse_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
+        deleting_until=_optional_time(meta.get("deletionTimestamp")),
         node=spec.get("nodeName"),
         image_id=sys.intern(container.get("imageID") or "") or None,
-        created=parse_time(meta["creationTimestamp"]) if "creationTimestamp" in meta else None,
+        created=_optional_time(meta.get("creationTimestamp")),
         placed_at=_placed_at(status),
     )
 
@@ -362,6 +369,14 @@ def _image(job: Mapping[str, Any]) -> str | None:
     containers = job.get("spec", {}).get("template", {}).get("spec", {}).get("containers") or ()
     image = next((container.get("image") for container in containers), None)
     return sys.intern(image) if image else None
+
+
+def _has_started(container: Mapping[str, Any]) -> bool:
+    return bool(container.get("started")) or "running" in (container.get("state") or {})
+
+
+def _optional_time(text: str | None) -> datetime | None:
+    return parse_time(text) if text else None
 
 
 def _short(text: str | None) -> str | None:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from typing import Final
 
 from ingestrun.model.contract import StageResult
@@ -102,22 +102,27 @@ def update_counters(
     old: IngestRunStatus, seen: Sequence[BatchState], *, chained: bool, now: datetime
 ) -> IngestRunStatus:
     """Count newly ended fetches and batches: cursor, ranges and records move in one write."""
-    fetched = {batch.index: batch.fetched for batch in seen if batch.fetched and batch.index not in old.batches.fetched}
+    fetched = _newly_fetched(old.batches, seen)
     published = [batch for batch in seen if batch.published is not None]
     failed = [batch for batch in seen if batch.failed is not None]
     # A replayed batch was counted when it was first fetched, and the chain has gone on from it since.
     replays = old.batches.pending_replays
     first_time = [result for index, result in fetched.items() if index not in replays]
+    batches = _moved_ranges(old.batches, fetched=fetched, published=published, failed=failed)
+    if chained and any(result.exhausted for result in first_time):
+        batches = batches.replace(exhausted=True)
     return old.replace(
-        batches=_moved_ranges(old.batches, fetched=fetched, published=published, failed=failed).replace(
-            exhausted=old.batches.exhausted or (chained and any(result.exhausted for result in first_time))
-        ),
+        batches=batches,
         records=_counted_records(old.records, fetched=first_time, published=published),
         cursor=_moved_cursor(old.cursor, first_time) if chained else old.cursor,
-        failures=merge_failures(old.failures, (failure for batch in seen for failure in batch.failures)),
-        retries=add_retries(old.retries, (retry for batch in (*published, *failed) for retry in batch.retried)),
+        failures=merge_failures(old.failures, chain.from_iterable(batch.failures for batch in seen)),
+        retries=add_retries(old.retries, chain.from_iterable(batch.retried for batch in (*published, *failed))),
         last_progress_time=now if (fetched or published or failed) else old.last_progress_time,
     )
+
+
+def _newly_fetched(old: BatchesStatus, seen: Iterable[BatchState]) -> dict[int, StageResult]:
+    return {batch.index: batch.fetched for batch in seen if batch.fetched and batch.index not in old.fetched}
 
 
 def _counted_records(

@@ -13,7 +13,7 @@ from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
-from ingestrun.planner.actions import OPERATOR, CreateJob, DeleteJobs
+from ingestrun.planner.actions import CreateJob, DeleteJobs
 from ingestrun.planner.batch.pipeline import Step
 from ingestrun.planner.batch.retry import with_memory_limit
 from ingestrun.planner.batch.state import NextAttempt
@@ -128,7 +128,7 @@ def job_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
         names.LABEL_STAGE: attempt.step.stage.value,
         names.LABEL_STEP: str(attempt.step.index),
         names.LABEL_ATTEMPT: str(attempt.number),
-        "app.kubernetes.io/managed-by": OPERATOR,
+        "app.kubernetes.io/managed-by": names.OPERATOR_NAME,
     }
     if _LABEL_VALUE.fullmatch(run.metadata.name):
         labels[names.LABEL_RUN] = run.metadata.name

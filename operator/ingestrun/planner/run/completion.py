@@ -7,11 +7,12 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from ingestrun.model.contract import Stage
+from ingestrun.model.names import OPERATOR_NAME
 from ingestrun.model.run import IngestRun
 from ingestrun.model.size_budget import MAX_FAILED_BATCHES
 from ingestrun.model.spec import OnBatchFailure
 from ingestrun.model.status import IngestRunStatus, Phase, StageFailure
-from ingestrun.planner.actions import OPERATOR, CancelCause, Decision, Plan
+from ingestrun.planner.actions import CancelCause, Decision, Plan
 from ingestrun.planner.batch.attempt import JobState
 from ingestrun.planner.batch.ledger import claimable
 from ingestrun.planner.batch.state import BatchState
@@ -153,7 +154,7 @@ def stale_cause(run: IngestRun) -> CancelCause:
     return CancelCause(
         kind="Stale",
         reason=f"no progress for {run.spec.stale_after_seconds} s (staleAfterSeconds)",
-        requested_by=OPERATOR,
+        requested_by=OPERATOR_NAME,
     )
 
 

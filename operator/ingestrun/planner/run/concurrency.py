@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+from ingestrun.model.names import OPERATOR_NAME
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import ConcurrencyPolicy
 from ingestrun.model.status import Phase
 from ingestrun.model.times import parse_time
-from ingestrun.planner.actions import OPERATOR, CancelCause
+from ingestrun.planner.actions import CancelCause
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.events import WAITING_FOR_DRAIN, WAITING_FOR_REPLACED
 
@@ -139,7 +140,7 @@ def replacement_cause(run: IngestRun, peers: Sequence[ConcurrentRun]) -> CancelC
     return CancelCause(
         kind="Replaced",
         reason=f"replaced by {newer.name}",
-        requested_by=f"{OPERATOR} on behalf of run {newer.name}",
+        requested_by=f"{OPERATOR_NAME} on behalf of run {newer.name}",
     )
 
 

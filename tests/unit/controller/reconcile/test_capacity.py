@@ -166,7 +166,7 @@ async def test_a_restart_counts_what_is_there_before_it_starts_anything() -> Non
     await world.settle()
     assert len(world.active_jobs()) == 3
     assert condition(world, small, "Backpressured")["status"] == "True"
-    assert len(world.cluster.calls("list", "jobs")) == before + 3, "one of all, and one of each run"
+    assert len(world.cluster.calls("list", "jobs")) == before + 1, "one of all runs"
     world.work(world.active_jobs()[0])
     await world.settle()
     assert len(of_run(world, small)) == 1

@@ -257,14 +257,14 @@ async def test_a_failed_jobs_pod_is_waited_for(world: World, monkeypatch: pytest
     world.work(fetch, exit_code=65)
     await world.settle()
     assert world.status["failures"] == []
-    monkeypatch.setattr("ingestrun.controller.reconcile.observe.POD_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("ingestrun.controller.state.memory.POD_GRACE_SECONDS", 0.0)
     world.now = world.due[KEY]
     await world.settle()
     assert world.status["failures"][0]["reason"] == "PermanentError"
 
 
 async def test_a_pod_that_is_gone_is_looked_for_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ingestrun.controller.reconcile.observe.POD_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("ingestrun.controller.state.memory.POD_GRACE_SECONDS", 0.0)
     world.create()
     await world.settle()
     (fetch,) = world.active_jobs()

@@ -10,8 +10,8 @@ from tests.fakes.world import KEY, World, manifest
 from ingestrun.controller.http.cancellation_check import answer
 from ingestrun.kube.errors import Unknown
 from ingestrun.kube.protocol import RunKey
-from ingestrun.model.names import ANNOTATION_REQUESTED_BY, LABEL_CANCELLED
-from ingestrun.model.run import OPERATOR_MANAGER, IngestRun, cancel_requested
+from ingestrun.model.names import ANNOTATION_REQUESTED_BY, LABEL_CANCELLED, OPERATOR_NAME
+from ingestrun.model.run import IngestRun, cancel_requested
 
 STAMP = {"labels": {LABEL_CANCELLED: "true"}, "annotations": {ANNOTATION_REQUESTED_BY: "ada"}}
 """What the API server leaves on a run whose cancel was asked for, where the admission policies are installed."""
@@ -66,7 +66,7 @@ async def test_who_asked_is_known_though_it_is_taken_back_between_the_fence_and_
         if (call.verb, call.resource, call.stage) == ("patch", "ingestruns", "after"):
             world.cluster.on_call = None
             world.cluster.user_patch_spec(KEY, {"cancel": None})
-            world.cluster.user_patch_metadata(KEY, {"managedFields": owned(OPERATOR_MANAGER)})
+            world.cluster.user_patch_metadata(KEY, {"managedFields": owned(OPERATOR_NAME)})
 
     world.cluster.on_call = revert
     world.cluster.user_patch_metadata(KEY, {"managedFields": [{"manager": "kubectl-patch", "fieldsV1": fields}]})
@@ -108,9 +108,9 @@ async def test_label_that_came_with_a_copied_manifest_cancels_nothing() -> None:
         ({}, [], False),
         ({LABEL_CANCELLED: "true"}, [], True),
         ({LABEL_CANCELLED: "false"}, [], False),
-        ({LABEL_CANCELLED: "true"}, [OPERATOR_MANAGER], True),
+        ({LABEL_CANCELLED: "true"}, [OPERATOR_NAME], True),
         ({LABEL_CANCELLED: "true"}, ["kubectl-label"], False),
-        ({LABEL_CANCELLED: "true"}, [OPERATOR_MANAGER, "kustomize-controller"], False),
+        ({LABEL_CANCELLED: "true"}, [OPERATOR_NAME, "kustomize-controller"], False),
     ],
     ids=["none", "by admission", "another value", "by the operator", "by hand", "by a tool as well"],
 )

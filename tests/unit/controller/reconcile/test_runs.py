@@ -175,7 +175,7 @@ async def test_result_that_cannot_be_taken_is_a_failure_never_the_end(world: Wor
 
 
 async def test_complete_job_without_its_pod_is_a_failure(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ingestrun.controller.reconcile.observe.POD_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("ingestrun.controller.state.memory.POD_GRACE_SECONDS", 0.0)
     world.create(retries=0)
     await world.settle()
     (fetch,) = world.active_jobs()

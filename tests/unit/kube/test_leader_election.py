@@ -1,4 +1,4 @@
-"""One leader at a time: rules in virtual time against a lock in memory, the wire against a real HTTP server."""
+"""One leader at a time: rules in virtual time against a Lease in memory, the wire against a real HTTP server."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, cast
 
 import pytest
 from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kubernetes.aio.client.exceptions import ApiException
+from kubernetes.aio.client import ApiClient
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
-from kubernetes.aio.leaderelection.resourcelock.baselock import BaseLock
+from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 from tests.fakes.loopback import Loopback, loopback, status_body
 from tests.fakes.virtual_time import VirtualLoop, run
 
-from ingestrun.kube.lease import Election, LeaseLost, LeaseSettings, Lock, lead, run_as_leader
+from ingestrun.kube.connection import Connection
+from ingestrun.kube.errors import AlreadyExists, Conflict, KubeError, NotFound
+from ingestrun.kube.leader_election import Election, LeaseClient, LeaseLost, LeaseSettings, lead, run_as_leader
+from ingestrun.kube.protocol import Object
 
 # ---- settings --------------------------------------------------------------------------------------------
 
@@ -48,83 +53,98 @@ def test_settings_that_would_let_two_act_are_refused(wrong: dict[str, Any], says
 # ---- the rules, in virtual time ----------------------------------------------------------------------------
 
 
+PATH = "/apis/coordination.k8s.io/v1/namespaces/default/leases"
+
+
+def spec(holder: str, *, seconds: int = 15) -> dict[str, Any]:
+    """A Lease's, as another has written it."""
+    stamp = "2026-11-23T12:00:00.000000Z"
+    return {"holderIdentity": holder, "leaseDurationSeconds": seconds, "acquireTime": stamp, "renewTime": stamp}
+
+
 @dataclass
 class Store:
     """The Lease as etcd has it, and how long requests take. Delays are (to the server, back)."""
 
-    record: LeaderElectionRecord | None = None
+    spec: dict[str, Any] | None = None
     version: int = 0
     delay: Callable[[str, str], tuple[float, float]] = lambda _who, _verb: (0.01, 0.01)
     holders: list[tuple[float, str]] = field(default_factory=list)
 
     @property
     def holder(self) -> str | None:
-        return self.record.holder_identity if self.record else None
+        return self.spec["holderIdentity"] or None if self.spec else None
+
+    def get(self) -> dict[str, Any]:
+        if self.spec is None:
+            raise NotFound("no such lease")
+        return {"metadata": {"name": "operator", "resourceVersion": str(self.version)}, "spec": dict(self.spec)}
+
+    def create(self, body: Object) -> dict[str, Any]:
+        if self.spec is not None:
+            raise AlreadyExists("exists")
+        return self._put(body)
+
+    def update(self, body: Object) -> dict[str, Any]:
+        assert body["metadata"]["resourceVersion"], "a PUT without a precondition"
+        if self.spec is None:
+            raise NotFound("no such lease")
+        if body["metadata"]["resourceVersion"] != str(self.version):
+            raise Conflict("modified")
+        return self._put(body)
+
+    def _put(self, body: Object) -> dict[str, Any]:
+        if body["spec"]["holderIdentity"] != (self.spec or {}).get("holderIdentity"):
+            self.holders.append((asyncio.get_running_loop().time(), body["spec"]["holderIdentity"]))
+        self.spec, self.version = dict(body["spec"]), self.version + 1
+        return self.get()
 
 
-class MemoryLock(BaseLock):
-    """What `Lock` is to the API server: compare and set, over a slow wire that may lose answers."""
+class Wire:
+    """What `Connection` is to the API server: requests on a slow wire that may lose answers."""
 
-    def __init__(self, store: Store, identity: str) -> None:
-        super().__init__("operator", "default", identity)
+    def __init__(self, store: Store, who: str) -> None:
         self.store = store
-        self.read = 0
+        self.who = who
 
-    async def _there(self, verb: str, act: Callable[[], Any]) -> Any:
-        to, back = self.store.delay(self.identity, verb)
+    async def request(self, method: str, path: str, *, body: Any = None) -> Object:
+        store = self.store
+        calls: dict[tuple[str, str], tuple[str, Callable[[], Object]]] = {
+            ("GET", f"{PATH}/operator"): ("get", store.get),
+            ("POST", PATH): ("create", partial(store.create, body)),
+            ("PUT", f"{PATH}/operator"): ("update", partial(store.update, body)),
+        }
+        verb, act = calls[method, path]
+        to, back = store.delay(self.who, verb)
         loop = asyncio.get_running_loop()
-        arrived: asyncio.Future[Any] = loop.create_future()
+        arrived: asyncio.Future[Object | KubeError] = loop.create_future()
 
         def arrive() -> None:
             # What has been sent arrives, whether or not the sender still waits.
-            result = act()
+            answer: Object | KubeError
+            try:
+                answer = act()
+            except KubeError as error:
+                answer = error
             if not arrived.done():
-                arrived.set_result(result)
+                arrived.set_result(answer)
 
         loop.call_later(to, arrive)
-        result = await arrived
+        answer = await arrived
         await asyncio.sleep(back)
-        return result
-
-    async def get(self, name: str, namespace: str) -> Any:
-        def act() -> Any:
-            return self.store.version, None if self.store.record is None else _copy(self.store.record)
-
-        version, record = await self._there("get", act)
-        if record is None:
-            return False, ApiException(status=404, reason="Not Found")
-        self.read = version
-        return True, record
-
-    async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
-        return bool(await self._there("create", lambda: self._put(election_record, expected=0)))
-
-    async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
-        read = self.read
-        return bool(await self._there("update", lambda: self._put(updated_record, expected=read)))
-
-    async def release(self) -> bool:
-        found, record = await self.get(self.name, self.namespace)
-        if not found or record.holder_identity != self.identity:
-            return False
-        return await self.update(self.name, self.namespace, LeaderElectionRecord(None, "15", "x", "x"))
-
-    def _put(self, record: LeaderElectionRecord, *, expected: int) -> bool:
-        if self.store.version != expected:
-            return False
-        if record.holder_identity != self.store.holder:
-            self.store.holders.append((asyncio.get_running_loop().time(), record.holder_identity or ""))
-        self.store.record, self.store.version = _copy(record), self.store.version + 1
-        return True
+        if isinstance(answer, KubeError):
+            raise answer
+        return answer
 
 
-def _copy(record: LeaderElectionRecord) -> LeaderElectionRecord:
-    return LeaderElectionRecord(**vars(record))
+def lease_of(store: Store, who: str) -> LeaseClient:
+    return LeaseClient(cast(Connection, Wire(store, who)), namespace="default", name="operator")
 
 
 def election(store: Store, who: str, settings: LeaseSettings | None = None, *, jitter: float = 0.0) -> Election:
     return Election(
-        cast(Lock, MemoryLock(store, who)),
+        lease_of(store, who),
+        who,
         settings or LeaseSettings(),
         clock=asyncio.get_running_loop().time,
         jitter=lambda: jitter,
@@ -168,23 +188,23 @@ def test_a_second_candidate_waits_the_lease_out_after_a_crash() -> None:
 def test_a_clean_exit_hands_over_at_once() -> None:
     async def story() -> None:
         store = Store()
-        settled_at: list[float] = []
+        waited_at: list[float] = []
 
-        async def settled() -> None:
+        async def wait_for_writes() -> None:
             await asyncio.sleep(5)
-            settled_at.append(now())
+            waited_at.append(now())
 
         async def main() -> None:
             await asyncio.sleep(20)
 
-        first = asyncio.create_task(lead(main, election(store, "a"), settled=settled))
+        first = asyncio.create_task(lead(main, election(store, "a"), wait_for_writes=wait_for_writes))
         await asyncio.sleep(1)
         second = election(store, "b")
         waiting = asyncio.create_task(second.acquire())
         await first
         assert store.holder is None
         released = now()
-        assert settled_at, "given back while a request could still be under way"
+        assert waited_at, "given back while a request could still be under way"
         await waiting
         assert now() - released <= 2.1
         assert [who for _, who in store.holders] == ["a", "", "b"]
@@ -206,7 +226,7 @@ def test_sigterm_lets_main_end_and_renews_meanwhile() -> None:
                     seen.append(it.is_leading())
 
         it = election(store, "a")
-        task = asyncio.create_task(lead(main, it, settled=at_once))
+        task = asyncio.create_task(lead(main, it, wait_for_writes=at_once))
         await asyncio.sleep(3)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -227,7 +247,7 @@ def test_what_main_raises_is_raised_after_the_release() -> None:
             raise RuntimeError("broken")
 
         with pytest.raises(RuntimeError, match="broken"):
-            await lead(main, election(store, "a"), settled=at_once)
+            await lead(main, election(store, "a"), wait_for_writes=at_once)
         assert store.holder is None
 
     run(story())
@@ -238,7 +258,7 @@ def test_a_stalled_server_ends_the_leader_by_the_deadline(verb: str) -> None:
     async def story() -> None:
         store = Store()
         it = election(store, "a")
-        task = asyncio.create_task(lead(beat, it, settled=at_once))
+        task = asyncio.create_task(lead(beat, it, wait_for_writes=at_once))
         await asyncio.sleep(31)
         assert it.is_leading()
         renewed = now()
@@ -258,7 +278,7 @@ def test_one_stalled_request_does_not_lose_the_lease() -> None:
     async def story() -> None:
         store = Store()
         it = election(store, "a")
-        task = asyncio.create_task(lead(beat, it, settled=at_once))
+        task = asyncio.create_task(lead(beat, it, wait_for_writes=at_once))
         for _ in range(10):
             await asyncio.sleep(20)
             stalls = iter([True])
@@ -277,7 +297,7 @@ def test_a_process_that_stood_still_knows_it_at_once() -> None:
     async def story() -> None:
         store = Store()
         it = election(store, "a")
-        task = asyncio.create_task(lead(beat, it, settled=at_once))
+        task = asyncio.create_task(lead(beat, it, wait_for_writes=at_once))
         await asyncio.sleep(5)
         assert it.is_leading()
         cast(VirtualLoop, asyncio.get_running_loop()).stall(11)
@@ -305,9 +325,9 @@ def test_the_deadline_counts_from_the_start_of_the_renewal_not_from_its_answer()
 def test_a_lease_that_another_holds_ends_the_leader_without_waiting() -> None:
     async def story() -> None:
         store = Store()
-        task = asyncio.create_task(lead(beat, election(store, "a"), settled=at_once))
+        task = asyncio.create_task(lead(beat, election(store, "a"), wait_for_writes=at_once))
         await asyncio.sleep(5)
-        store.record, store.version = LeaderElectionRecord("b", "15", "t", "t"), store.version + 1
+        store.spec, store.version = spec("b"), store.version + 1
         taken = now()
         with pytest.raises(LeaseLost):
             await task
@@ -324,7 +344,7 @@ def test_a_deleted_lease_still_binds_those_who_saw_it() -> None:
         await first.acquire()
         assert not await second.try_acquire_or_renew()
         seen = now()
-        store.record, store.version = None, 0
+        store.spec, store.version = None, 0
         await second.acquire()
         assert now() - seen >= 15
 
@@ -333,7 +353,7 @@ def test_a_deleted_lease_still_binds_those_who_saw_it() -> None:
 
 def test_a_longer_lease_of_an_older_release_is_respected() -> None:
     async def story() -> None:
-        store = Store(record=LeaderElectionRecord("old", "60", "t", "t"), version=1)
+        store = Store(spec=spec("old", seconds=60), version=1)
         await election(store, "b").acquire()
         assert 60 <= now() <= 64
 
@@ -378,7 +398,7 @@ def test_no_write_of_one_lands_while_another_holds_the_lease(seed: int, drop: fl
                 candidate = election(store, who, jitter=chance.random())
                 quiet_at = 0.0
 
-                async def settled() -> None:
+                async def wait_for_writes() -> None:
                     await asyncio.sleep(max(0.0, quiet_at - now()))  # noqa: B023
 
                 async def main() -> None:
@@ -391,12 +411,12 @@ def test_no_write_of_one_lands_while_another_holds_the_lease(seed: int, drop: fl
                             asyncio.get_running_loop().call_later(takes, apply, who, now())  # noqa: B023
                         await asyncio.sleep(chance.uniform(0.05, 1.5))
 
-                task = asyncio.create_task(lead(main, candidate, settled=settled))
+                task = asyncio.create_task(lead(main, candidate, wait_for_writes=wait_for_writes))
                 if chance.random() < 0.3:
                     # A crash: everything stops, the lease stays. What was sent goes on.
                     await asyncio.wait({task}, timeout=chance.uniform(1, 100))
                     if not task.done():
-                        candidate._lock = cast(Lock, MemoryLock(Store(), who))
+                        candidate._lease = lease_of(Store(), who)
                         task.cancel()
                         candidate._renewed_at = None
                 await asyncio.gather(task, return_exceptions=True)
@@ -419,7 +439,7 @@ QUICK = LeaseSettings(lease_seconds=3, renew_deadline=2, retry_period=1, request
 
 
 class Coordination:
-    """The part of coordination.k8s.io/v1 that a lock uses."""
+    """The part of coordination.k8s.io/v1 that an election uses."""
 
     def __init__(self) -> None:
         self.lease: dict[str, Any] | None = None
@@ -545,6 +565,71 @@ async def test_the_election_outlives_refused_credentials() -> None:
         server.token = "second"
         await asyncio.wait_for(task, 5)
         assert api.holder == ""
+
+
+async def test_an_older_operator_reads_our_lease_and_we_wait_for_its() -> None:
+    """Those before wrote and read it by the library's lock. In an update both kinds are candidates."""
+    api = Coordination()
+    async with loopback(api) as server:
+        client = ApiClient(await server.configuration())
+        older = LeaseLock("operator", "default", "older", client)
+        leading, stop = asyncio.Event(), asyncio.Event()
+
+        async def main() -> None:
+            leading.set()
+            await stop.wait()
+
+        async def holder() -> LeaderElectionRecord:
+            found, record = await older.get("operator", "default")
+            assert found
+            assert isinstance(record, LeaderElectionRecord)
+            return record
+
+        first = await start(server, main, "pod-a")
+        await asyncio.wait_for(leading.wait(), 5)
+        assert api.lease is not None
+        assert "leaseTransitions" not in api.lease["spec"]
+        record = await holder()
+        assert str(record.holder_identity).startswith("pod-a_")
+        assert record.lease_duration == "3"
+        for stamp in (record.acquire_time, record.renew_time):
+            written = datetime.fromisoformat(str(stamp)).replace(tzinfo=UTC)
+            assert abs(datetime.now(UTC) - written) < timedelta(seconds=5)
+        stop.set()
+        await first
+        assert (await holder()).holder_identity is None
+
+        api.lease["metadata"]["annotations"] = {"by": "people"}
+        await holder()
+        began = asyncio.get_running_loop().time()
+        stamp = "2026-11-23 12:00:00.000001"
+        assert await older.update("operator", "default", LeaderElectionRecord("older", "2", stamp, stamp))
+        assert api.holder == "older"
+        taken = asyncio.Event()
+
+        async def other() -> None:
+            taken.set()
+            await forever()
+
+        second = await start(server, other, "pod-b")
+        await asyncio.wait_for(taken.wait(), 8)
+        assert asyncio.get_running_loop().time() - began >= QUICK.lease_seconds
+        assert api.lease["spec"]["leaseTransitions"] == 1
+        assert api.lease["spec"]["acquireTime"] == api.lease["spec"]["renewTime"] > "2026-11-24"
+        assert api.lease["metadata"]["annotations"] == {"by": "people"}, "what is not the election's is kept"
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        await client.close()  # type: ignore[no-untyped-call]
+
+
+async def test_a_lease_is_replaced_only_as_it_was_read() -> None:
+    async with loopback(Coordination()) as server:
+        connection = await server.connection()
+        lease = LeaseClient(connection, namespace="default", name="operator")
+        with pytest.raises(ValueError, match="resourceVersion"):
+            await lease.replace({"metadata": {"name": "operator"}, "spec": {}}, {"holderIdentity": "us"})
+        await connection.close()
+    assert server.seen == []
 
 
 async def test_requests_longer_than_the_lease_reckons_with_are_refused() -> None:

@@ -1,8 +1,8 @@
-"""One replica acts: leader election by a Lease, and the process ends when it is lost.
+"""Leader election by a Lease: one replica acts, and its process ends when it loses the lease.
 
-The Lease and its lock are `kubernetes.aio.leaderelection`'s. The election is overridden where that library
-would let two replicas act: it measures by the wall clock, has no time-out on its requests (a leader that can't
-reach the server goes on leading), ends the election on a time-out, and keeps the lease on a clean exit.
+The election of `kubernetes.aio.leaderelection` is not used, because it would let two replicas act: it measures by
+the wall clock, has no time-out on its requests (a leader that can't reach the server goes on leading), ends on a
+time-out, and keeps the lease on a clean exit. The Lease itself has the fields that client-go and that library write.
 
 Why two never act at once. All times are of one replica's own monotonic clock; no two clocks are compared.
 
@@ -14,16 +14,15 @@ Why two never act at once. All times are of one replica's own monotonic clock; n
     t0 + lease_seconds   the soonest that another may take the lease: it counts from when it *saw* that renewal
 
 so with renew_deadline + request_timeout <= lease_seconds the last write ends before the next leader's first. By
-default 10 s + 5 s <= 15 s. What no time-out can bound is a request that was sent, then stuck in the network, and
-reached the server after its connection was given up; for that there is the fence (the admission policy), and
-every write of status carries a resourceVersion.
+default 10 s + 5 s <= 15 s. No time-out can bound a request that was sent, then stuck in the network, and reached the
+server after its connection was given up. For such a request there is the fence (the admission policy), and every
+write of status carries a resourceVersion.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import random
 import time
 import uuid
@@ -32,22 +31,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final
-
-from kubernetes.aio.client import V1Lease, V1ObjectMeta
-from kubernetes.aio.client.exceptions import ApiException
-from kubernetes.aio.leaderelection.electionconfig import Config
-from kubernetes.aio.leaderelection.leaderelection import LeaderElection
-from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
-from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+from typing import Any, Final
+from urllib.parse import quote
 
 from ingestrun.kube.connection import Connection
+from ingestrun.kube.errors import NotFound
+from ingestrun.kube.protocol import Object
 
 logger = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 CLOCK: Final[Clock] = (
-    # Unlike CLOCK_MONOTONIC it goes on while the machine is suspended: others can take the lease meanwhile.
+    # Unlike CLOCK_MONOTONIC it advances while the machine is suspended, when others can take the lease.
     partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
 )
 
@@ -58,16 +53,16 @@ class LeaseLost(Exception):  # noqa: N818  (a fact, not an error of the caller's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseSettings:
-    """Seconds, all of them. Raises ValueError, with a sentence, for a set that would let two replicas act."""
+    """The times of the election, in seconds. Raises ValueError, with a sentence, if they would let two replicas act."""
 
     lease_seconds: int = 15
     """How long others wait from the last renewal they saw. Whole seconds: the Lease's field is an integer."""
     renew_deadline: float = 10.0
-    """When the leader gives up, counted from the start of its last successful renewal."""
+    """How long after the start of its last successful renewal the leader gives up."""
     retry_period: float = 2.0
-    """Between two tries; a follower adds jitter."""
+    """How long to wait between two tries; a follower adds jitter."""
     request_timeout: float = 5.0
-    """The time-out of every other request of the leader's, see `Connection`."""
+    """The time-out of the leader's other requests, see `Connection`."""
 
     def __post_init__(self) -> None:
         if self.lease_seconds != int(self.lease_seconds):
@@ -92,91 +87,100 @@ class LeaseSettings:
         return self.renew_deadline / 3
 
 
-class Lock(LeaseLock):
-    """The library's lock, made to work and to be given back.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRecord:
+    """Who holds a Lease, for how long and since when. A candidate that sees it unchanged has seen no renewal."""
 
-    Its own `create` is refused by its own validation (37.0.2 passes `pretty=True` where a string is wanted), and
-    it logs a traceback for each lost race. Here what went wrong is raised; the election knows what to do.
-    """
+    holder: str
+    """Empty: nobody, the lease was given back."""
+    duration_seconds: int
+    acquired: str
+    renewed: str
 
-    async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
-        """Store a new Lease. Raises ApiException, 409 when another was faster."""
-        lease = V1Lease(metadata=V1ObjectMeta(name=name), spec=self.update_lease(election_record))
-        await self.api_instance.create_namespaced_lease(namespace, lease)
-        return True
-
-    async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
-        """Store the record over what `get` read. Raises ApiException, 409 when it has changed since."""
-        lease = self.lease_reference
-        if lease is None:
-            return False
-        holder = lease.spec.holder_identity if lease.spec else None
-        lease.spec = self.update_lease(updated_record, lease.spec)
-        if holder != updated_record.holder_identity:
-            lease.spec.lease_transitions = (lease.spec.lease_transitions or 0) + 1
-        await self.api_instance.replace_namespaced_lease(name, namespace, lease)
-        return True
-
-    async def release(self) -> bool:
-        """Clear the holder if it is still us, and nobody has changed the Lease in between."""
-        found, record = await self.get(self.name, self.namespace)
-        lease = self.lease_reference
-        if not found or not isinstance(record, LeaderElectionRecord) or lease is None or lease.spec is None:
-            return False
-        if record.holder_identity != self.identity:
-            return False
-        lease.spec.holder_identity = ""
-        await self.api_instance.replace_namespaced_lease(self.name, self.namespace, lease)
-        return True
+    @classmethod
+    def of(cls, lease: Object) -> LeaseRecord:
+        """Read the record of a Lease, given its JSON."""
+        spec = lease.get("spec") or {}
+        return cls(
+            holder=spec.get("holderIdentity") or "",
+            duration_seconds=spec.get("leaseDurationSeconds") or 0,
+            acquired=spec.get("acquireTime") or "",
+            renewed=spec.get("renewTime") or "",
+        )
 
 
-class Election(LeaderElection):
+class LeaseClient:
+    """The calls on one Lease object. They raise KubeError: AlreadyExists or Conflict when another was faster."""
+
+    def __init__(self, connection: Connection, *, namespace: str, name: str) -> None:
+        self._connection = connection
+        self._collection = f"/apis/coordination.k8s.io/v1/namespaces/{quote(namespace, safe='')}/leases"
+        self._name = name
+
+    async def read(self) -> Object | None:
+        """Read the Lease; return None if there is none."""
+        try:
+            return await self._connection.request("GET", self._path)
+        except NotFound:
+            return None
+
+    async def create(self, spec: Object) -> None:
+        """Store a new Lease."""
+        body = {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {"name": self._name},
+            "spec": spec,
+        }
+        await self._connection.request("POST", self._collection, body=body)
+
+    async def replace(self, lease: Object, changes: Object) -> None:
+        """Store `changes` to the spec of the Lease that was read, if it has not changed since."""
+        if not lease["metadata"].get("resourceVersion"):
+            # Without one the server replaces the Lease as it is now, even if another has just taken it.
+            raise ValueError("a Lease without a resourceVersion can't be replaced")
+        body = {**lease, "spec": {**(lease.get("spec") or {}), **changes}}
+        await self._connection.request("PUT", self._path, body=body)
+
+    @property
+    def _path(self) -> str:
+        return f"{self._collection}/{quote(self._name, safe='')}"
+
+
+class Election:
     """One candidate. `acquire` returns once it leads, `renew_loop` once it leads no more."""
 
     def __init__(
         self,
-        lock: Lock,
+        lease: LeaseClient,
+        identity: str,
         settings: LeaseSettings,
         *,
         clock: Clock = CLOCK,
         jitter: Callable[[], float] = random.random,
-        on_unauthorized: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        async def unused() -> None: ...
-
-        super().__init__(
-            Config(
-                lock=lock,
-                lease_duration=settings.lease_seconds,
-                renew_deadline=settings.renew_deadline,
-                retry_period=settings.retry_period,
-                onstarted_leading=unused,
-                onstopped_leading=unused,
-            )
-        )
-        self._lock = lock
+        self._lease = lease
+        self._identity = identity
         self._settings = settings
         self._clock = clock
         self._jitter = jitter
-        self._on_unauthorized = on_unauthorized
-        self._renewed_at: float | None = None
+        self._observed: LeaseRecord | None = None
         self._observed_at = 0.0
+        self._renewed_at: float | None = None
         self._taken = False
 
     def is_leading(self) -> bool:
-        """By the clock alone: true until `renew_deadline` after the start of the last successful renewal."""
+        """Decide by the clock alone: true until `renew_deadline` after the start of the last successful renewal."""
         return (
             self._renewed_at is not None
             and not self._taken
             and self._clock() < self._renewed_at + self._settings.renew_deadline
         )
 
-    async def acquire(self) -> bool:
+    async def acquire(self) -> None:
         """Try until this candidate leads."""
-        while True:
-            if await self.try_acquire_or_renew() and self.is_leading():
-                return True
-            # It may have been won, but so slowly that it is no longer ours to count on.
+        while not (await self.try_acquire_or_renew() and self.is_leading()):
+            # The lease may have been won, but so slowly that the deadline has passed already.
             self._renewed_at = None
             await asyncio.sleep(self._settings.retry_period * (1 + self._jitter()))
 
@@ -195,7 +199,7 @@ class Election(LeaderElection):
         self._taken = True
 
     async def try_acquire_or_renew(self) -> bool:
-        """One try. Whatever goes wrong, a stall included, is a failed try and nothing worse."""
+        """Try once; return whether this candidate holds the lease. Any error, a stall included, is a failed try."""
         began = self._clock()
         try:
             async with asyncio.timeout(self._settings.attempt_timeout):
@@ -208,57 +212,69 @@ class Election(LeaderElection):
         return held
 
     async def release(self) -> None:
-        """Give the lease back, so that the next replica need not wait it out; without success it just expires."""
+        """Give the lease back, so that the next replica need not wait until it expires. Never raises."""
         self._renewed_at = None
         try:
             async with asyncio.timeout(self._settings.attempt_timeout):
-                await self._lock.release()
-        except Exception as error:  # as above; the process is about to end
+                lease = await self._lease.read()
+                if lease is not None and LeaseRecord.of(lease).holder == self._identity:
+                    await self._lease.replace(lease, {"holderIdentity": ""})
+        except Exception as error:  # any, as above; the process is about to end
             logger.warning("the lease could not be given back and will expire: %s", error or type(error).__name__)
 
     async def _attempt(self) -> bool:
-        lock = self._lock
-        found, record = await lock.get(lock.name, lock.namespace)
+        lease = await self._lease.read()
         now = self._clock()
-        if isinstance(record, ApiException) and record.status == 401 and self._on_unauthorized is not None:
-            await self._on_unauthorized()
-        if not found:
-            # Only a 404 means that there is none, and a Lease deleted under its holder still binds us.
-            absent = isinstance(record, ApiException) and record.status == 404
-            if not absent or self._another_may_lead(now):
+        if lease is None:
+            # A Lease that was deleted under its holder still binds those who saw it.
+            if self._another_may_lead(now):
                 return False
-            return await lock.create(lock.name, lock.namespace, self._record(None))
-        if not isinstance(record, LeaderElectionRecord) or not record.holder_identity:
-            return await lock.update(lock.name, lock.namespace, self._record(None))
-        if self.observed_record is None or vars(record) != vars(self.observed_record):
-            self.observed_record = record
-            self._observed_at = now
-        if record.holder_identity == lock.identity:
-            return await lock.update(lock.name, lock.namespace, self._record(record.acquire_time))
+            await self._lease.create(self._hold())
+            return True
+        record = LeaseRecord.of(lease)
+        if record.holder and not self._may_take(record, now):
+            return False
+        await self._lease.replace(lease, self._hold(lease))
+        return True
+
+    def _may_take(self, record: LeaseRecord, now: float) -> bool:
+        """Whether this candidate may renew or take a lease that has a holder; note when it was seen to change."""
+        if record != self._observed:
+            self._observed, self._observed_at = record, now
+        if record.holder == self._identity:
+            return True
         if self._renewed_at is not None:
             self._taken = True
             return False
-        if self._another_may_lead(now):
-            return False
-        return await lock.update(lock.name, lock.namespace, self._record(None))
+        return not self._another_may_lead(now)
 
     def _another_may_lead(self, now: float) -> bool:
         """Whether the holder last seen could still act: by its own lease's duration, if that is longer."""
-        seen = self.observed_record
-        if seen is None or not seen.holder_identity or seen.holder_identity == self._lock.identity:
+        seen = self._observed
+        if seen is None or seen.holder == self._identity:
             return False
-        duration = max(self._settings.lease_seconds, int(seen.lease_duration or 0))
+        duration = max(self._settings.lease_seconds, seen.duration_seconds)
         return now < self._observed_at + duration
 
-    def _record(self, acquired: str | None) -> LeaderElectionRecord:
-        """In the library's format: UTC without its offset. The wall clock is for human eyes only.
+    def _hold(self, lease: Object | None = None) -> Object:
+        """Build what the Lease's spec says once this candidate holds it, from the Lease as it is.
 
-        Never with zero microseconds: it would drop the fraction, and the API server refuse the MicroTime.
+        The wall clock is for people only: no candidate compares it with its own.
         """
-        now = datetime.now(UTC).replace(tzinfo=None)
-        stamp = now.replace(microsecond=max(1, now.microsecond)).strftime("%Y-%m-%d %H:%M:%S.%f")
-        seconds = str(math.ceil(self._settings.lease_seconds))
-        return LeaderElectionRecord(self._lock.identity, seconds, acquired or stamp, stamp)
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        held: dict[str, Any] = {
+            "holderIdentity": self._identity,
+            "leaseDurationSeconds": int(self._settings.lease_seconds),
+            "acquireTime": now,
+            "renewTime": now,
+        }
+        if lease is not None:
+            before = LeaseRecord.of(lease)
+            if before.holder == self._identity:
+                held["acquireTime"] = before.acquired or now
+            else:
+                held["leaseTransitions"] = ((lease.get("spec") or {}).get("leaseTransitions") or 0) + 1
+        return held
 
 
 async def run_as_leader(
@@ -277,10 +293,10 @@ async def run_as_leader(
     refused (Unavailable, nothing sent) as soon as the lease may be lost. `identity` is for people, as the
     pod's name; it is made unique here, since two holders of one name would both lead.
 
-    Returns, or raises, as `main` does. Cancelled (SIGTERM), it cancels `main`, waits for it while it goes on
-    renewing, waits until no request cut off can still be under way, and gives the lease back.
+    Returns, or raises, as `main` does. Cancelled (SIGTERM), it cancels `main`, goes on renewing until `main` has
+    ended and no abandoned write of its can still be under way, and gives the lease back.
     Raises LeaseLost when the lease is lost first: `main` is cancelled but not waited for. The caller ends the
-    process at once (`os._exit`): whatever still runs was promised to have ended.
+    process at once (`os._exit`), because what still runs of `main` was promised to have ended.
     Raises ValueError when `guarded` may take longer for a request than `settings` reckons with.
     """
     settings = settings or LeaseSettings()
@@ -289,16 +305,19 @@ async def run_as_leader(
             f"requests may take {guarded.request_timeout:g} s, but the lease reckons with "
             f"{settings.request_timeout:g} s"
         )
-    lock = Lock(name, namespace, f"{identity}_{uuid.uuid4()}", connection.api)
-    election = Election(lock, settings, on_unauthorized=connection.renew_credentials)
+    lease = LeaseClient(connection, namespace=namespace, name=name)
+    election = Election(lease, f"{identity}_{uuid.uuid4()}", settings)
     guarded.may_write = election.is_leading
-    await lead(main, election, settled=guarded.settled)
+    await lead(main, election, wait_for_writes=guarded.wait_for_abandoned_writes)
 
 
 async def lead(
-    main: Callable[[], Awaitable[None]], election: Election, *, settled: Callable[[], Awaitable[None]]
+    main: Callable[[], Awaitable[None]], election: Election, *, wait_for_writes: Callable[[], Awaitable[None]]
 ) -> None:
-    """`run_as_leader`, with the election given. `settled` returns when no request cut off is still under way."""
+    """Do what `run_as_leader` does, with the election given.
+
+    `wait_for_writes` returns when no write that `main` has abandoned can still be under way.
+    """
     await election.acquire()
     renewing = asyncio.create_task(election.renew_loop(), name="lease")
     running = asyncio.ensure_future(main())
@@ -313,7 +332,7 @@ async def lead(
         if not running.done():
             running.cancel()
             raise LeaseLost("the lease was lost: another replica may lead from now on")
-        await settled()
+        await wait_for_writes()
     finally:
         renewing.cancel()
     with suppress(asyncio.CancelledError):
