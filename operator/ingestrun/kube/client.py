@@ -21,7 +21,7 @@ MERGE_PATCH: Final = "application/merge-patch+json"
 PAGE: Final = 500
 """Objects in one page of a list."""
 LIST_ATTEMPTS: Final = 3
-"""How often a list is begun, in all, when its continue token expires before the last page."""
+"""Attempts at a list, in all, when its continue token expires before the last page."""
 
 
 class KubernetesCluster(Cluster):

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Progress:
-    """How far one request came: `sent_at` is the monotonic time just before it was (last) written."""
+    """Progress of one request: `sent_at` is the monotonic time just before it was (last) written."""
 
     sent_at: float | None = None
 

@@ -70,11 +70,11 @@ class Unknown(KubeError):
 _DENIED: Final = re.compile(
     r"ValidatingAdmissionPolicy '.*denied request|^admission webhook \".*denied the request", re.S
 )
-"""How the API server begins the message of a policy or a webhook that denied; a policy's own status is 422 unless it
+"""Beginning of the message of a policy or a webhook that denied; a policy's own status is 422 unless it
 names a reason, a webhook's is 403 unless it names a code."""
 _WEBHOOK: Final = re.compile(r"failed calling webhook \"|^admission webhook \".*denied the request", re.S)
 _BY_STATUS: Final[Mapping[int, type[KubeError]]] = {404: NotFound, 401: Forbidden, 429: Unavailable}
-"""Where the status alone decides. All others below 500 are Invalid: 400 and 422, and refusals or redirects that no API
+"""Errors by the status alone. All others below 500 are Invalid: 400 and 422, and refusals or redirects that no API
 server sends (405, 406, 413, 415, 3xx)."""
 
 

@@ -56,11 +56,11 @@ class LeaseSettings:
     """The times of the election, in seconds. Raises ValueError, with a sentence, if they would let two replicas act."""
 
     lease_seconds: int = 15
-    """How long others wait from the last renewal they saw. Whole seconds: the Lease's field is an integer."""
+    """Seconds that others wait from the last renewal they saw. Whole seconds: the Lease's field is an integer."""
     renew_deadline: float = 10.0
-    """How long after the start of its last successful renewal the leader gives up."""
+    """Seconds after the start of its last successful renewal, at which the leader gives up."""
     retry_period: float = 2.0
-    """How long to wait between two tries; a follower adds jitter."""
+    """Seconds between two tries; a follower adds jitter."""
     request_timeout: float = 5.0
     """The time-out of the leader's other requests, see `Connection`."""
 
@@ -89,7 +89,7 @@ class LeaseSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRecord:
-    """Who holds a Lease, for how long and since when. A candidate that sees it unchanged has seen no renewal."""
+    """Holder of a Lease, for how long and since when. A candidate that sees it unchanged has seen no renewal."""
 
     holder: str
     """Empty: nobody, the lease was given back."""
@@ -238,7 +238,7 @@ class Election:
         return True
 
     def _may_take(self, record: LeaseRecord, now: float) -> bool:
-        """Whether this candidate may renew or take a lease that has a holder; note when it was seen to change."""
+        """Tell whether this candidate may renew or take a lease that has a holder; note when it was seen to change."""
         if record != self._observed:
             self._observed, self._observed_at = record, now
         if record.holder == self._identity:
@@ -249,7 +249,7 @@ class Election:
         return not self._another_may_lead(now)
 
     def _another_may_lead(self, now: float) -> bool:
-        """Whether the holder last seen could still act: by its own lease's duration, if that is longer."""
+        """Tell whether the holder last seen could still act: by its own lease's duration, if that is longer."""
         seen = self._observed
         if seen is None or seen.holder == self._identity:
             return False

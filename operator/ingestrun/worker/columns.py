@@ -1,4 +1,4 @@
-"""How JSON becomes columns, and how the columns of several pages, files or parts become one schema.
+"""Conversion of JSON to columns, and of the columns of several pages, files or parts to one schema.
 
 The rules, so that all batches of a dataset can be read together:
 

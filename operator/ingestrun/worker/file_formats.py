@@ -38,7 +38,7 @@ class FileOffset:
 
 
 class FormatReader(Protocol):
-    """How a format is read."""
+    """Reader of a format."""
 
     def __call__(
         self, handle: BinaryIO, name: str, source: FilesSource, start: FileOffset, limit: int | None, add: AddTable, /

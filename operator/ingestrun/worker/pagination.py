@@ -1,4 +1,4 @@
-"""Where a paged source is read next, for each kind of pagination. It does no I/O, so exactness can be tested alone.
+"""Next position of a paged source, for each kind of pagination. It does no I/O, so exactness can be tested alone.
 
 A position names a page, and how many of its records are taken already, because a batch may end within a page. The
 next batch asks for the same page again and skips these. The position as JSON is the cursor that is handed on.
@@ -30,7 +30,7 @@ class Page:
 
 
 class Position(BaseModel):
-    """Where to go on; `taken` is how many records of the page the batch before has taken."""
+    """Position to go on from; `taken` is the number of records of the page that the batch before has taken."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -118,7 +118,7 @@ def is_absent(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Requests:
-    """What the requests of all pages share."""
+    """Settings that the requests of all pages share."""
 
     url: str
     params: dict[str, str]

@@ -1,4 +1,4 @@
-"""How stages hand rows on: a directory of Parquet files, which appears as a whole or not at all."""
+"""Hand-over of rows between stages: a directory of Parquet files, which appears as a whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What wakes the controller: watch events, the work queue and the resync."""
+"""Triggers of the controller: watch events, the work queue and the resync."""

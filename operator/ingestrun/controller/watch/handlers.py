@@ -1,4 +1,4 @@
-"""What watch events do here: they update the cache, and ask for a look at the run. No decision is made.
+"""Handlers of watch events: they update the cache, and ask for a look at the run. No decision is made.
 
 `EventHandlers` has the handlers, `registry` binds them to kopf. kopf is given `on.event` handlers alone: they write
 nothing (no annotation, no finalizer), and no diff decides anything. kopf's change handlers store what they have seen

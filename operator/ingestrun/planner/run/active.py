@@ -156,7 +156,7 @@ def _activity(snapshot: Snapshot, phase: Phase, held: Backpressure | None) -> tu
         return "Backpressured", held.message
     if phase is Phase.RUNNING:
         if _waits_for_admission(snapshot):
-            return "Queued", "its Jobs are suspended until Kueue, or whoever suspended them, admits them"
+            return "Queued", "its Jobs are suspended until Kueue, or the user who suspended them, admits them"
         retried = [
             batch
             for batch in snapshot.batches
