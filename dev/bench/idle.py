@@ -97,5 +97,10 @@ def _suspended(cluster: Cluster, namespace: str) -> int:
 
 def _delete(cluster: Cluster, namespace: str, wait_for: WaitFor, timeout: float) -> None:
     """Delete the runs and wait until they are gone: the namespace alone would be deleted after the bench has ended."""
-    cluster.custom.delete_collection_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL)
-    wait_for(lambda: not cluster.runs(namespace), timeout, "the runs to be gone")
+
+    def gone() -> bool:
+        # In pages, because one delete of thousands takes longer than the API server allows a request.
+        cluster.custom.delete_collection_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL, limit=500)
+        return not cluster.custom.list_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL, limit=1)["items"]
+
+    wait_for(gone, timeout, "the runs to be gone")

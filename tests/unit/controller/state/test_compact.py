@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.fakes.world import manifest
 
-from ingestrun.controller.state.compact import LAST_APPLIED, SHARED_SPECS, BodyCompactor
+from ingestrun.controller.state.compact import LAST_APPLIED, SHARED_PARTS, BodyCompactor
 from ingestrun.model.names import ANNOTATION_REQUESTED_BY, LABEL_CANCELLED
 from ingestrun.model.run import IngestRun, cancel_requested
 
@@ -61,17 +61,27 @@ def test_managed_fields_that_say_nothing_of_a_cancel_are_dropped() -> None:
     assert "managedFields" not in compact["metadata"]
 
 
-def test_equal_specs_are_one_object() -> None:
+def test_equal_parts_are_one_object() -> None:
     compactor = BodyCompactor()
     first, second = (compactor.compact(copy.deepcopy(body())) for _ in range(2))
-    other = compactor.compact(body(spec={**manifest()["spec"], "parallelism": 7}))
-    assert first["spec"] is second["spec"]
-    assert other["spec"] is not first["spec"]
+    other = compactor.compact(body(spec={**manifest()["spec"], "fetch": {"image": "example/other:1"}}))
+    for part in ("fetch", "hooks", "publish", "batches"):
+        assert first["spec"][part] is second["spec"][part]
+    assert other["spec"]["publish"] is first["spec"]["publish"], "also of a spec that differs elsewhere"
+    assert other["spec"]["fetch"] == {"image": "example/other:1"}
 
 
-def test_specs_that_are_not_used_any_more_are_let_go() -> None:
+def test_an_unchanged_spec_is_kept_as_it_is() -> None:
+    compactor = BodyCompactor()
+    before = compactor.compact(body())
+    after = compactor.compact({**body(resourceVersion="6"), "status": {"phase": "Running"}}, before=before)
+    assert after["spec"] is before["spec"]
+    assert after["status"] == {"phase": "Running"}
+
+
+def test_parts_that_are_not_used_any_more_are_let_go() -> None:
     compactor = BodyCompactor()
     first = compactor.compact(body())
-    for number in range(SHARED_SPECS):
-        compactor.compact(body(spec={**manifest()["spec"], "parallelism": 1000 + number}))
-    assert compactor.compact(body())["spec"] is not first["spec"]
+    for number in range(SHARED_PARTS):
+        compactor.compact(body(spec={"fetch": {"image": f"example/worker:{number + 2}"}}))
+    assert compactor.compact(body())["spec"]["publish"] is not first["spec"]["publish"]
