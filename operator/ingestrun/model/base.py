@@ -27,3 +27,11 @@ class KubeModel(BaseModel):
         if unknown:
             raise TypeError(f"{type(self).__name__} has no field {', '.join(sorted(unknown))}")
         return self.model_copy(update=changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON that Kubernetes holds of it, as plain values."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def json_bytes(self) -> int:
+        """Return how many bytes that JSON has."""
+        return len(self.model_dump_json(by_alias=True, exclude_none=True).encode())

@@ -151,7 +151,7 @@ class Executor:
 
         Returns the run as it is stored; None if it has changed meanwhile or is gone. Then no effect has happened.
         """
-        if _json(plan.status) == _json(run.status):
+        if plan.status.to_json() == run.status.to_json():
             return run if not plan.creates or await self._is_newest(key, run) else None
         stored = await self._write(key, run, plan.status, memory)
         if stored is None:
@@ -167,7 +167,7 @@ class Executor:
     async def _write(self, key: RunKey, run: IngestRun, status: IngestRunStatus, memory: RunMemory) -> IngestRun | None:
         try:
             body = await self._cluster.write_status(
-                key, resource_version=run.metadata.resource_version, status=_json(status)
+                key, resource_version=run.metadata.resource_version, status=status.to_json()
             )
         except (Conflict, NotFound):
             memory.must_read = True
@@ -386,7 +386,3 @@ def _lacks_a_job(before: IngestRunStatus, after: IngestRunStatus) -> bool:
     """Tell whether a batch is to fail because of a Job that is missing, as far as is known."""
     known = {failure.id for failure in before.failures}
     return any(failure.reason == JOB_MISSING and failure.id not in known for failure in after.failures)
-
-
-def _json(status: IngestRunStatus) -> dict[str, Any]:
-    return status.model_dump(mode="json", by_alias=True, exclude_none=True)

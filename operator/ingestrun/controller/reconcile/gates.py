@@ -264,7 +264,7 @@ class ResumeGate:
 async def claim_predecessor(cluster: Cluster, cache: RunCache, claim: ClaimPredecessor) -> None:
     """Claim the rest of a run. If that run has changed meanwhile, the next observation shows it."""
     meta = claim.of.metadata
-    status = claim.status.model_dump(mode="json", by_alias=True, exclude_none=True)
+    status = claim.status.to_json()
     try:
         body = await cluster.write_status(meta.key, resource_version=meta.resource_version, status=status)
     except (Conflict, NotFound):

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
 
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
@@ -25,13 +24,10 @@ from ingestrun.planner.actions import CreateRejection, DeleteJob, DeleteJobs
 from ingestrun.planner.batch.attempt import Attempt, JobState
 from ingestrun.planner.batch.ledger import add_retries
 from ingestrun.planner.batch.state import CAPACITY_OBSTACLES, BatchState, is_checkpointed
-from ingestrun.planner.jobs.retention import kept_failed_batches
+from ingestrun.planner.jobs.retention import MAX_DELETE_BATCHES, kept_failed_batches
 from ingestrun.planner.run.fair_sharing import Admission, Capacity
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
-
-DELETED_AT_ONCE: Final = 100
-"""Most batches whose Jobs one call deletes, because the selector is part of the URL."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +101,7 @@ def jobs_to_free_quota(snapshot: Snapshot, *, last_resort: bool = False) -> Dele
     if not last_resort:
         ended = ended - kept_failed_batches(snapshot.run)
     present = {attempt.batch for attempt in snapshot.stages if attempt.state.finished and not attempt.job.deleting}
-    chosen = sorted(batch for batch in present if batch in ended)[: 1 if last_resort else DELETED_AT_ONCE]
+    chosen = sorted(batch for batch in present if batch in ended)[: 1 if last_resort else MAX_DELETE_BATCHES]
     return DeleteJobs(batches=IndexRanges(chosen)) if chosen else None
 
 

@@ -54,7 +54,7 @@ def unrecoverable(batches: BatchesStatus) -> IndexRanges:
 
 def unpublished_bytes(unpublished: Iterable[UnpublishedBatch]) -> int:
     """Return the number of bytes that the entries take in the status."""
-    return sum(len(batch.model_dump_json(by_alias=True, exclude_none=True).encode()) + 1 for batch in unpublished)
+    return sum(batch.json_bytes() + 1 for batch in unpublished)
 
 
 def _fit(status: IngestRunStatus, unpublished: list[UnpublishedBatch]) -> list[UnpublishedBatch]:
@@ -65,7 +65,7 @@ def _fit(status: IngestRunStatus, unpublished: list[UnpublishedBatch]) -> list[U
     if unpublished_bytes(unpublished) <= UNPUBLISHED_FREE_BYTES:
         return unpublished
     bare = status.replace(batches=status.batches.replace(unpublished=[]))
-    rest = len(bare.model_dump_json(by_alias=True, exclude_none=True).encode())
+    rest = bare.json_bytes()
     left = min(UNPUBLISHED_BYTES, UNPUBLISHED_STATUS_BYTES - rest)
     kept = []
     for batch in sorted(unpublished, key=lambda batch: _rank(status.batches, batch)):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Final
 
-from ingestrun.model.base import KubeModel
 from ingestrun.model.run import IngestRun
 from ingestrun.model.size_budget import MESSAGE_CHARS, SHORT_MESSAGE_CHARS, STATUS_BYTES, UNMEASURED_RANGES_BYTES
 from ingestrun.model.spec import IngestRunSpec
@@ -81,7 +80,7 @@ def pluralize(number: int, one: str, many: str) -> str:
 def saved_state_bytes(spec: IngestRunSpec) -> int:
     """Return the number of bytes that the spec's saved state takes in the object."""
     state = spec.resume_from.saved_state if spec.resume_from is not None else None
-    return _bytes_of(state) if state is not None else 0
+    return state.json_bytes() if state is not None else 0
 
 
 def fit_status(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
@@ -96,14 +95,10 @@ def fit_status(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
     if not beside and not names_children and sum(len(str(each)) for each in ranges) <= UNMEASURED_RANGES_BYTES:
         return status
     for shortened in _STEPS:
-        if _bytes_of(status) + beside <= STATUS_BYTES:
+        if status.json_bytes() + beside <= STATUS_BYTES:
             break
         status = shortened(status)
     return status
-
-
-def _bytes_of(part: KubeModel) -> int:
-    return len(part.model_dump_json(by_alias=True, exclude_none=True).encode())
 
 
 def _without_logs(status: IngestRunStatus) -> IngestRunStatus:
