@@ -52,15 +52,15 @@ def test_idle(
         rested = await_rest(operator.pid, timeout=patience)
         restarted = resident_mib(operator.pid)
         suspended = _suspended(cluster, namespace)
+        load = os.getloadavg()[0]
+        say(f"\n{RUNS} suspended runs; load average {load:.1f}")
+        say(
+            f"idle: operator {empty} MiB without runs, {created} MiB after their creation, {restarted} MiB after a "
+            f"restart, which took {rested:.1f} s CPU ({begun:.1f} s of it until it led)"
+        )
     finally:
         operator.stop()
         _delete(cluster, namespace, wait_for, patience)
-    load = os.getloadavg()[0]
-    say(f"\n{RUNS} suspended runs; load average {load:.1f}")
-    say(
-        f"idle: operator {empty} MiB without runs, {created} MiB after their creation, {restarted} MiB after a "
-        f"restart, which took {rested:.1f} s CPU ({begun:.1f} s of it until it led)"
-    )
     if suspended != RUNS:
         pytest.fail(f"{suspended} of {RUNS} runs are Suspended")
 
@@ -98,9 +98,10 @@ def _suspended(cluster: Cluster, namespace: str) -> int:
 def _delete(cluster: Cluster, namespace: str, wait_for: WaitFor, timeout: float) -> None:
     """Delete the runs and wait until they are gone: the namespace alone would be deleted after the bench has ended."""
 
-    def gone() -> bool:
-        # In pages, because one delete of thousands takes longer than the API server allows a request.
-        cluster.custom.delete_collection_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL, limit=500)
-        return not cluster.custom.list_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL, limit=1)["items"]
+    def delete(name: str) -> None:
+        cluster.custom.delete_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL, name)
 
-    wait_for(gone, timeout, "the runs to be gone")
+    # One by one, because one delete of thousands takes longer than the API server allows a request.
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(delete, [run["metadata"]["name"] for run in cluster.runs(namespace)]))
+    wait_for(lambda: not cluster.runs(namespace), timeout, "the runs to be gone")
