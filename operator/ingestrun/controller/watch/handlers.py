@@ -67,6 +67,10 @@ class EventHandlers:
             self._cache.remove_job(run_uid=job.run_uid, job_uid=job.uid)
         else:
             change = self._cache.upsert_job(job)
+            if change is Change.NONE and event_type in (None, "ADDED"):
+                # The pass that has created the Job has planned before it was there. One that waits to be admitted, or
+                # for a pod, may have no other event, so the times of that wait are planned now.
+                change = Change.MINOR
         self._look(job.run_uid, change, "job")
 
     def pod(self, event_type: str | None, body: Object) -> None:

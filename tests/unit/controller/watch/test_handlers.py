@@ -72,6 +72,16 @@ async def test_a_pod_on_its_way_is_no_reason_for_a_look_at_once() -> None:
     assert asked(world)[0]
 
 
+async def test_a_job_that_a_pass_has_created_is_looked_at_once_more() -> None:
+    """No other event may come of a Job that waits to be admitted, and when it counts as queued is planned then."""
+    world = World()
+    world.create()
+    await world.settle()
+    (job,) = world.active_jobs()
+    world.watch.job("ADDED", job)
+    assert asked(world) == (False, True)
+
+
 async def test_an_attempt_that_fails_or_goes_is_looked_at_at_once() -> None:
     for act in ("fail", "delete"):
         world = World()
