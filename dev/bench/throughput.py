@@ -34,7 +34,7 @@ THREADS: Final = 8
 
 
 class Course:
-    """What the audit log says of all runs."""
+    """Course of all runs, read from the audit log."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()

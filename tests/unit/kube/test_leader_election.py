@@ -101,7 +101,7 @@ class Store:
 
 
 class Wire:
-    """What `Connection` is to the API server: requests on a slow wire that may lose answers."""
+    """Stands for `Connection` before an API server: requests on a slow wire that may lose answers."""
 
     def __init__(self, store: Store, who: str) -> None:
         self.store = store
@@ -568,7 +568,7 @@ async def test_the_election_outlives_refused_credentials() -> None:
 
 
 async def test_an_older_operator_reads_our_lease_and_we_wait_for_its() -> None:
-    """Those before wrote and read it by the library's lock. In an update both kinds are candidates."""
+    """Older operators wrote and read it by the library's lock. In an update both kinds are candidates."""
     api = Coordination()
     async with loopback(api) as server:
         client = ApiClient(await server.configuration())

@@ -59,7 +59,7 @@ def parts(status: IngestRunStatus) -> dict[str, int]:
 
 
 def measured(status: IngestRunStatus) -> bool:
-    """Whether its ranges are so long that `fit_status` measures it."""
+    """Tell whether its ranges are so long that `fit_status` measures it."""
     batches = json.loads(dumped(status))["batches"]
     return sum(len(batches[name]) for name in RANGES) > UNMEASURED_RANGES_BYTES
 

@@ -118,7 +118,7 @@ async def test_a_plan_that_is_carried_out_asks_for_nothing_more(fate: str) -> No
 
 
 async def test_a_plan_has_all_events_of_its_pass() -> None:
-    """Those of the change of status, and at the end of the drain, once, what the cancel has kept from starting."""
+    """Events of the change of status and, once, at the end of the drain, of what the cancel has kept from starting."""
     world = World()
     world.create(cancel=True)
     await world.step()

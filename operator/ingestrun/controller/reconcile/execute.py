@@ -151,9 +151,10 @@ class Executor:
 
         Returns the run as it is stored; None if it has changed meanwhile or is gone. Then no effect has happened.
         """
-        if plan.status.to_json() == run.status.to_json():
+        status = plan.status.to_json()
+        if status == run.status.to_json():
             return run if not plan.creates or await self._is_newest(key, run) else None
-        stored = await self._write(key, run, plan.status, memory)
+        stored = await self._write(key, run, status, memory)
         if stored is None:
             return None
         self._recorder.log_failures(run.status, stored.status, plan)
@@ -164,11 +165,9 @@ class Executor:
             memory.drain_checked_at = self._clock()
         return stored
 
-    async def _write(self, key: RunKey, run: IngestRun, status: IngestRunStatus, memory: RunMemory) -> IngestRun | None:
+    async def _write(self, key: RunKey, run: IngestRun, status: Object, memory: RunMemory) -> IngestRun | None:
         try:
-            body = await self._cluster.write_status(
-                key, resource_version=run.metadata.resource_version, status=status.to_json()
-            )
+            body = await self._cluster.write_status(key, resource_version=run.metadata.resource_version, status=status)
         except (Conflict, NotFound):
             memory.must_read = True
             return None

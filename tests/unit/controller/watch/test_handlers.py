@@ -9,7 +9,7 @@ from ingestrun.kube.protocol import Object
 
 
 def asked(world: World) -> tuple[bool, bool]:
-    """Whether a look is asked for at once, and whether one is in a moment; then nothing is asked for any more."""
+    """Tell whether a look is asked for at once, and whether one is in a moment; then drop the requests."""
     found = (KEY in world.asked, KEY in world.settling)
     world.asked.clear()
     world.settling.clear()
