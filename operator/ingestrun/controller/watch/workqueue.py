@@ -7,10 +7,11 @@ for a look at the key, and the look decides from the state of that moment.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
+import enum
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from contextvars import Context
+from itertools import count
 from typing import Generic, TypeVar
 
 import structlog
@@ -25,41 +26,15 @@ PATIENT = 4
 """Low-priority keys that are handled side by side."""
 
 
-class PrioritySemaphore:
-    """A bounded number of slots. `first` requests are served before others that wait, in the order of asking."""
+class Priority(enum.Enum):
+    """Priority of a key that waits for its turn."""
 
-    def __init__(self, number: int) -> None:
-        self._free = number
-        self._waiting: tuple[deque[asyncio.Future[None]], deque[asyncio.Future[None]]] = (deque(), deque())
-
-    @property
-    def pressed(self) -> bool:
-        """Tell whether a `first` request waits."""
-        return bool(self._waiting[0])
-
-    async def take(self, *, first: bool) -> None:
-        """Wait for a slot."""
-        if self._free > 0:
-            self._free -= 1
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting[0 if first else 1].append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give()
-            raise
-
-    def give(self) -> None:
-        """Give a slot back, to the next request."""
-        for queue in self._waiting:
-            while queue:
-                turn = queue.popleft()
-                if not turn.done():
-                    turn.set_result(None)
-                    return
-        self._free += 1
+    URGENT = enum.auto()
+    """Turn before all others."""
+    NORMAL = enum.auto()
+    """Turn in the order of asking."""
+    PATIENT = enum.auto()
+    """Turn in the order of asking too, but only while few others of this priority are being handled."""
 
 
 class WorkQueue(Generic[K]):
@@ -88,18 +63,22 @@ class WorkQueue(Generic[K]):
         self._context = context
         self._urgent = urgent
         self._patient = patient
-        self._slots = PrioritySemaphore(concurrency)
-        self._patient_slots = asyncio.Semaphore(PATIENT)
+        self._concurrency = concurrency
+        self._waiting: dict[Priority, OrderedDict[K, tuple[int, str]]] = {level: OrderedDict() for level in Priority}
+        """Keys that wait for their turn: their number in the order of asking, and the newest trigger."""
+        self._turns = count()
         self._running: dict[K, asyncio.Task[None]] = {}
+        self._running_patient = 0
         self._again: dict[K, str] = {}
+        """Keys that were asked for again while they were being handled, with the newest trigger."""
         self._timers: dict[K, asyncio.TimerHandle] = {}
         self._errors: dict[K, int] = {}
         self._closed = False
 
     @property
     def pressed(self) -> bool:
-        """Tell whether an urgent key waits for a slot."""
-        return self._slots.pressed
+        """Tell whether an urgent key waits for its turn."""
+        return bool(self._waiting[Priority.URGENT])
 
     def add(self, key: K, trigger: str) -> None:
         """Ask for a look at the key, now or right after the pass that is under way."""
@@ -109,9 +88,14 @@ class WorkQueue(Generic[K]):
             self._again[key] = trigger
             return
         self._drop_timer(key)
-        self._running[key] = asyncio.create_task(
-            self._serve(key, trigger), name=f"pass {key}", context=self._context(key)
-        )
+        priority = self._priority(key)
+        for other, keys in self._waiting.items():
+            if other is not priority:
+                keys.pop(key, None)
+        keys = self._waiting[priority]
+        turn = keys[key][0] if key in keys else next(self._turns)
+        keys[key] = (turn, trigger)
+        self._start_next()
 
     def add_after(self, key: K, seconds: float, trigger: str) -> None:
         """Ask for a look at the key after a delay; of several such requests the earliest counts."""
@@ -131,8 +115,10 @@ class WorkQueue(Generic[K]):
         self._errors.pop(key, None)
 
     async def close(self) -> None:
-        """Take no more, and wait for the passes under way."""
+        """Take no more, drop what waits, and wait for the passes under way."""
         self._closed = True
+        for keys in self._waiting.values():
+            keys.clear()
         for key in list(self._timers):
             self._drop_timer(key)
         await asyncio.gather(*self._running.values(), return_exceptions=True)
@@ -151,25 +137,49 @@ class WorkQueue(Generic[K]):
         if timer is not None:
             timer.cancel()
 
-    async def _serve(self, key: K, trigger: str) -> None:
+    def _priority(self, key: K) -> Priority:
+        if self._urgent(key):
+            return Priority.URGENT
+        return Priority.PATIENT if self._patient(key) else Priority.NORMAL
+
+    def _start_next(self) -> None:
+        """Start passes while there is room for one."""
+        while len(self._running) < self._concurrency:
+            priority = self._next_priority()
+            if priority is None:
+                return
+            keys = self._waiting[priority]
+            key = next(iter(keys))
+            _, trigger = keys.pop(key)
+            self._running_patient += priority is Priority.PATIENT
+            self._running[key] = asyncio.create_task(
+                self._serve(key, trigger, priority), name=f"pass {key}", context=self._context(key)
+            )
+
+    def _next_priority(self) -> Priority | None:
+        """Return the priority whose first key is next; None if none may start."""
+        if self._waiting[Priority.URGENT]:
+            return Priority.URGENT
+        levels = [Priority.NORMAL, *([Priority.PATIENT] if self._running_patient < PATIENT else [])]
+        first = {next(iter(keys.values())): level for level in levels if (keys := self._waiting[level])}
+        return first[min(first)] if first else None
+
+    async def _serve(self, key: K, trigger: str, priority: Priority) -> None:
         try:
-            async with self._patient_slots if self._patient(key) else contextlib.nullcontext():
-                await self._slots.take(first=self._urgent(key))
-                try:
-                    delay = await self._handle(key, trigger)
-                finally:
-                    self._slots.give()
+            delay = await self._handle(key, trigger)
             self._errors.pop(key, None)
             if delay is not None:
                 self.add_after(key, delay, "timer")
         except Exception as error:
-            count = self._errors[key] = self._errors.get(key, 0) + 1
-            delay = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(count - 1, 10))
+            failures = self._errors[key] = self._errors.get(key, 0) + 1
+            delay = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(failures - 1, 10))
             # The traceback at the first failure only: what goes on failing says so in one line.
-            logger.warning("pass failed", again_in_seconds=delay, error=str(error), exc_info=count == 1)
+            logger.warning("pass failed", again_in_seconds=delay, error=str(error), exc_info=failures == 1)
             self.add_after(key, delay, "retry")
         finally:
             del self._running[key]
+            self._running_patient -= priority is Priority.PATIENT
             again = self._again.pop(key, None)
             if again is not None:
                 self.add(key, again)
+            self._start_next()

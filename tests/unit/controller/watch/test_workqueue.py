@@ -143,3 +143,73 @@ async def test_few_patient_keys_are_handled_at_a_time_and_they_hold_up_nobody() 
     gate.set()
     await queue.idle()
     assert (most, len(order)) == (PATIENT, 21)
+
+
+async def test_a_waiting_key_that_becomes_urgent_is_next() -> None:
+    """A cancel of a run that waits for its turn among thousands."""
+    order: list[str] = []
+    urgent: set[str] = set()
+    gate = asyncio.Event()
+
+    async def handle(key: str, trigger: str) -> None:
+        order.append(f"{key} {trigger}")
+        await gate.wait()
+
+    queue: WorkQueue[str] = WorkQueue(handle, concurrency=1, urgent=lambda key: key in urgent)
+    for key in ("a", "b", "c"):
+        queue.add(key, "resync")
+    await asyncio.sleep(0)
+    assert not queue.pressed
+    urgent.add("c")
+    queue.add("c", "cancel")
+    assert queue.pressed
+    gate.set()
+    await queue.idle()
+    assert order == ["a resync", "c cancel", "b resync"]
+
+
+async def test_no_more_keys_than_the_limit_are_handled_at_once_and_one_that_is_asked_for_often_keeps_its_turn() -> None:
+    order: list[str] = []
+    at_once, most = 0, 0
+
+    async def handle(key: str, _: str) -> None:
+        nonlocal at_once, most
+        order.append(key)
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0)
+        at_once -= 1
+
+    queue: WorkQueue[str] = WorkQueue(handle, concurrency=2)
+    for key in ("a", "b", "c", "d", "c", "d", "c"):
+        queue.add(key, "run")
+    await queue.idle()
+    assert (order, most) == (["a", "b", "c", "d"], 2)
+
+
+async def test_patient_keys_have_their_turn_among_others() -> None:
+    """Runs go on draining, however much is asked of the others."""
+    order: list[str] = []
+
+    async def handle(key: str, _: str) -> None:
+        order.append(key)
+
+    queue: WorkQueue[str] = WorkQueue(handle, concurrency=1, patient=lambda key: key.startswith("drain"))
+    for key in ("a", "drain-1", "b", "drain-2", "c"):
+        queue.add(key, "run")
+    await queue.idle()
+    assert order == ["a", "drain-1", "b", "drain-2", "c"]
+
+
+async def test_at_its_end_the_queue_waits_for_what_is_under_way_alone() -> None:
+    done: list[str] = []
+
+    async def handle(key: str, _: str) -> None:
+        await asyncio.sleep(0)
+        done.append(key)
+
+    queue: WorkQueue[str] = WorkQueue(handle, concurrency=1)
+    for key in ("a", "b"):
+        queue.add(key, "run")
+    await queue.close()
+    assert done == ["a"]
