@@ -12,6 +12,7 @@ import pytest
 import yaml
 from dev.demo.__main__ import check_job
 
+from ingestrun import __version__
 from ingestrun.controller.http import tokens
 from ingestrun.controller.settings import Settings
 from ingestrun.controller.watch.handlers import registry
@@ -190,8 +191,8 @@ def test_the_namespaces_enforce_restricted(folder: Path, name: str) -> None:
 
 def test_the_deployment_is_as_the_overlays_of_make_images_expect() -> None:
     (container,) = one(BASE, "Deployment")["spec"]["template"]["spec"]["containers"]
-    assert container["image"].rpartition(":")[0] == "ingestrun/operator"
-    assert container["env"][0]["name"] == "INGESTRUN_WORKER_IMAGE"
+    assert container["image"] == f"ingestrun/operator:{__version__}"
+    assert container["env"][0] == {"name": "INGESTRUN_WORKER_IMAGE", "value": f"ingestrun/worker:{__version__}"}
     assert "command" not in container
 
 

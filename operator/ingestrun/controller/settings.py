@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from ingestrun import __version__
 from ingestrun.planner.run.fair_sharing import JobLimits
 
 LogFormat = Literal["json", "console"]
@@ -20,7 +21,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="INGESTRUN_", extra="ignore")
 
-    worker_image: Annotated[str, Field(min_length=1)] = "ingestrun/worker:0.1.0"
+    worker_image: Annotated[str, Field(min_length=1)] = f"ingestrun/worker:{__version__}"
     """The image of the built-in source, hooks and sink."""
     worker_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     namespaces: Annotated[str, NoDecode] = ""
