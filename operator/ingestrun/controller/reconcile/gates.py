@@ -185,36 +185,35 @@ class ResumeGate:
         By name it is that run, if it exists; for a saved state all that are left of its chain of resumes.
         Raises KubeError when they could not be read.
         """
-        if not must_resume(run):
+        wanted = run.spec.resume_from
+        if wanted is None or not must_resume(run):
             self._locks.confirm(key)
             yield None
             return
-        origin = await self._origin_of(run)
+        ask: Callable[[], Awaitable[Sequence[Predecessor]]]
+        if wanted.name is not None:
+            predecessor = run.metadata.key.sibling(wanted.name)
+            named = self._watched(predecessor) or await self._read(predecessor)
+            origin = named.origin_uid if named is not None else None
+            ask = partial(self._named, run, predecessor, origin)
+        else:
+            origin = wanted.saved_state.uid if wanted.saved_state is not None else None
+            ask = partial(self._chain_of, run, origin)
         if origin is None:
             yield ()
             return
-        ask = self._named if run.spec.resume_from and run.spec.resume_from.name else self._chain_of
-        async with self._locks.hold((key.namespace, origin), key, partial(ask, run, origin)) as found:
+        async with self._locks.hold((key.namespace, origin), key, ask) as found:
             yield found
 
-    async def _origin_of(self, run: IngestRun) -> str | None:
-        """Return the UID of the first run in the chain that this one is to join; None if the named run is gone."""
-        wanted = run.spec.resume_from
-        assert wanted is not None  # noqa: S101  (for the type checker)
-        if wanted.saved_state is not None:
-            return wanted.saved_state.uid
-        old = self._watched(run) or await self._read(_predecessor_key(run))
-        return old.origin_uid if old is not None else None
-
-    async def _named(self, run: IngestRun, origin: str) -> Sequence[Predecessor]:
+    async def _named(self, run: IngestRun, predecessor: RunKey, origin: str | None) -> Sequence[Predecessor]:
         """Return the named run: from the cache while it has to be waited for, then from the server.
 
         It is read from the server also once it bears this run's claim, because a cache may show a run that is gone
         and whose saved state another has taken.
         """
-        old = self._watched(run)
+        old = self._watched(predecessor)
         if old is None or old.status.drained:
-            old = await self._read(_predecessor_key(run))
+            old = await self._read(predecessor)
         if old is None:
             return ()
         if old.origin_uid != origin:
@@ -225,7 +224,7 @@ class ResumeGate:
             resumer = await self._read(run.metadata.key.sibling(by.name))
         return (Predecessor(run=old, resumer=resumer),)
 
-    async def _chain_of(self, run: IngestRun, origin: str) -> Sequence[Predecessor]:
+    async def _chain_of(self, run: IngestRun, origin: str | None) -> Sequence[Predecessor]:
         """Return the other runs that publish under that UID: the first one, and those that have gone on from it.
 
         All runs of the namespace are listed, because a list can't be asked for a UID. That happens at the take-over
@@ -248,8 +247,7 @@ class ResumeGate:
                 chain.append(Predecessor(run=old, resumer=resumer))
         return chain
 
-    def _watched(self, run: IngestRun) -> IngestRun | None:
-        key = _predecessor_key(run)
+    def _watched(self, key: RunKey) -> IngestRun | None:
         return self._cache.parsed(key) if self._cache.run(key) is not None else None
 
     async def _read(self, key: RunKey) -> IngestRun | None:
@@ -273,10 +271,3 @@ async def claim_predecessor(cluster: Cluster, cache: RunCache, claim: ClaimPrede
     by = claim.status.resumed_by
     with about_run(name=meta.name, namespace=meta.namespace, uid=meta.uid):
         logger.info("run is resumed", by=by.name if by else None)
-
-
-def _predecessor_key(run: IngestRun) -> RunKey:
-    wanted = run.spec.resume_from
-    assert wanted is not None  # noqa: S101  (for the type checker)
-    assert wanted.name is not None  # noqa: S101
-    return run.metadata.key.sibling(wanted.name)
