@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import os
 import sys
@@ -24,6 +25,11 @@ EXIT_LEASE_LOST = 70
 GC_THRESHOLDS: Final = (10_000, 20, 20)
 """Numbers of new containers, and of collections of them, that start the next collection. By default the 700th new
 container starts it, and one watch event has hundreds, nearly all of which are freed without the collector."""
+
+M_TRIM_THRESHOLD: Final = -1
+"""The parameter of glibc's `mallopt` for the free bytes at the end of the heap that are given back to the system."""
+TRIM_BYTES: Final = 1024 * 1024
+"""Free bytes that the heap keeps. glibc raises its own limit with each large block, up to 64 MiB."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     in_cluster = not (options.dev or options.kubeconfig or options.context) and SERVICE_ACCOUNT.exists()
     access = Access(in_cluster=in_cluster, kubeconfig=options.kubeconfig, context=options.context)
     tune_garbage_collector()
+    return_free_memory()
     try:
         return asyncio.run(run(settings, access, elect=options.lease or not options.dev))
     except LeaseLost as lost:
@@ -71,6 +78,14 @@ def tune_garbage_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
+
+
+def return_free_memory() -> None:
+    """Have the heap give back what it needed only for a while: the answers of large lists, the tasks of many events."""
+    # Only glibc has the function; other systems have heaps of their own, which need no such advice.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
 
 
 if __name__ == "__main__":

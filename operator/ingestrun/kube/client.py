@@ -18,7 +18,7 @@ EVENTS_API: Final = "/apis/events.k8s.io/v1"
 CORE_API: Final = "/api/v1"
 
 MERGE_PATCH: Final = "application/merge-patch+json"
-PAGE: Final = 500
+PAGE: Final = 200
 """Objects in one page of a list."""
 LIST_ATTEMPTS: Final = 3
 """Attempts at a list, in all, when its continue token expires before the last page."""

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -133,6 +134,22 @@ async def test_an_event_that_is_posted_later_tells_its_run() -> None:
     assert line["event"] == "an Event could not be posted"
     uid = run.metadata.uid
     assert context_of(line) == RUN | {"uid": uid, "ingest_run_id": uid}
+
+
+async def test_an_event_that_is_posted_later_has_the_time_of_its_decision() -> None:
+    world = World()
+    world.create()
+    run = IngestRun.read(world.cluster.run(KEY))
+    decided = world.now
+    queue = EventQueue(delay_seconds=0)
+    recorder = EventRecorder(world.cluster, instance="test", clock=lambda: world.now, defer=queue.put)
+    await recorder.post(run, [normal("Started", "", action="Start")])
+    world.now += timedelta(hours=1)
+    posting = asyncio.create_task(queue.run())
+    await queue.finish(seconds=5)
+    posting.cancel()
+    (event,) = world.cluster.events()
+    assert event["eventTime"] == decided.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 @pytest.mark.parametrize("uid", ["u-2", None])

@@ -15,7 +15,7 @@ from kubernetes.aio.client import Configuration
 from tests.fakes.loopback import Loopback, loopback, status_body
 
 from ingestrun.kube import errors
-from ingestrun.kube.client import LIST_ATTEMPTS, KubernetesCluster
+from ingestrun.kube.client import LIST_ATTEMPTS, PAGE, KubernetesCluster
 from ingestrun.kube.connection import Connection, proxy_for
 from ingestrun.kube.protocol import RunKey
 
@@ -248,7 +248,7 @@ async def test_lists_take_all_pages_and_name_their_items() -> None:
     ]
     assert all(
         parse_qs(urlsplit(path).query)["labelSelector"] == ["ingestrun.dev/run-uid=u-1"]
-        and parse_qs(urlsplit(path).query)["limit"] == ["500"]
+        and parse_qs(urlsplit(path).query)["limit"] == [str(PAGE)]
         for _, path, _, _ in server.seen
     )
 

@@ -21,6 +21,8 @@ from ingestrun.planner.status.events import Event
 
 logger = structlog.get_logger("ingestrun")
 
+Json = dict[str, Any]
+
 CANCELLED_LINE: Final = "ingest run cancelled, skipping"
 """The line that operators search their logs for. Source: the first seed document."""
 REPORTING_CONTROLLER: Final = f"{names.GROUP}/operator"
@@ -55,20 +57,26 @@ class EventRecorder:
 
     async def post(self, run: IngestRun, events: Sequence[Event]) -> None:
         """Post Events. No pass waits for the posting if it can be deferred."""
-        if self._defer is not None and events:
-            self._defer(self._post(run, events))
+        if not events:
+            return
+        now = self._clock()
+        # Of thousands that wait to be posted only the bodies are kept, and not the run, which is ten times as large.
+        bodies = [event_body(run, event, now=now, instance=self._instance) for event in events]
+        posting = self._post(bodies)
+        if self._defer is not None:
+            self._defer(posting)
         else:
-            await self._post(run, events)
+            await posting
 
-    async def _post(self, run: IngestRun, events: Sequence[Event]) -> None:
-        meta = run.metadata
+    async def _post(self, bodies: Sequence[Json]) -> None:
+        run = bodies[0]["regarding"]
         # Bound once more, because the queue posts in a task of its own, long after the pass.
-        with about_run(name=meta.name, namespace=meta.namespace, uid=meta.uid):
-            for event in events:
+        with about_run(name=run["name"], namespace=run["namespace"], uid=run["uid"]):
+            for body in bodies:
                 try:
-                    await self._cluster.create_event(event_body(run, event, now=self._clock(), instance=self._instance))
+                    await self._cluster.create_event(body)
                 except KubeError as error:
-                    logger.warning("an Event could not be posted", reason=event.reason, error=str(error))
+                    logger.warning("an Event could not be posted", reason=body["reason"], error=str(error))
 
     def log_skips(self, memory: RunMemory, plan: Plan, *, trigger: str) -> None:
         """Write one line for each start that a cancel has prevented, each once."""
@@ -108,7 +116,7 @@ class EventRecorder:
         )
 
 
-def event_body(run: IngestRun, event: Event, *, now: datetime, instance: str) -> dict[str, Any]:
+def event_body(run: IngestRun, event: Event, *, now: datetime, instance: str) -> Json:
     """Return the JSON of an Event (events.k8s.io/v1).
 
     Its name is left to the server, so an Event that is repeated after a restart is a second Event.

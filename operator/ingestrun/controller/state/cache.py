@@ -29,7 +29,7 @@ from ingestrun.planner.batch.attempt import (
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
 from ingestrun.planner.run.concurrency import ConcurrentRun, concurrency_key_of
 
-MAX_PARSED: Final = 200
+MAX_PARSED: Final = 100
 """Runs that are kept as parsed: as many as a burst of events is about."""
 
 

@@ -26,6 +26,11 @@ BURST_SECONDS: Final = 0.05
 """Wait after a major change of a Job or a pod, so that stages which end together cost one pass and one write."""
 SETTLE_SECONDS: Final = 1.0
 """Wait after a minor change of a Job or a pod, so that a pod on its way to its end costs one pass, not four."""
+LIST_PAGE: Final = 200
+"""Objects in one page of a list; kopf keeps the last page, as decoded, as long as it watches."""
+IDLE_SECONDS: Final = 0.2
+"""Time for which kopf's task for an object awaits its next event. It keeps the whole object meanwhile, and thousands of
+runs are listed within seconds."""
 WATCH_SECONDS: Final = 300
 """Duration of one watch request. A stream that has died in silence is noticed by its missing bookmarks."""
 
@@ -147,7 +152,8 @@ def operator_settings() -> kopf.OperatorSettings:
     settings.watching.server_timeout = WATCH_SECONDS
     settings.watching.client_timeout = WATCH_SECONDS + 10
     settings.watching.connect_timeout = 30
-    settings.watching.chunk_size = 500
+    settings.watching.chunk_size = LIST_PAGE
+    settings.queueing.idle_timeout = IDLE_SECONDS
     settings.networking.request_timeout = 30
     settings.process.ultimate_exiting_timeout = 20
     # Filtered by the server: a decorator's `labels=` would stream every Job and pod of the cluster to us first.
