@@ -116,9 +116,9 @@ class CrowdCluster:
                 "namespace": meta["namespace"],
                 "uid": f"p-{meta['name']}",
                 "labels": meta["labels"],
-                "ownerReferences": [{"kind": "Job", "uid": meta["uid"]}],
+                "ownerReferences": [{"kind": "Job", "name": meta["name"], "uid": meta["uid"], "controller": True}],
             },
-            "spec": {},
+            "spec": job["spec"]["template"]["spec"],
             "status": {
                 "phase": "Failed" if exit_code else "Succeeded",
                 "containerStatuses": [{"name": container["name"], "imageID": "", "state": {"terminated": terminated}}],

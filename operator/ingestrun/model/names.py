@@ -25,6 +25,8 @@ LABEL_STEP: Final = f"{GROUP}/step"
 """The stage's place in the batch, from 0 (fetch), which distinguishes the hooks."""
 LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
 
+LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
+
 LABEL_CANCELLED: Final = f"{GROUP}/cancelled"
 """`true` on a run from its cancel until its Jobs have been listed for the last time. The fence selects by it."""
 
@@ -57,6 +59,11 @@ class RunKey:
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+
+def hook_job_part(step: int, hook: str) -> str:
+    """Return a hook's part of its Job's name; the index distinguishes a hook named `publish` from the stage."""
+    return f"h{step}-{hook}"
 
 
 def job_name(*, run_name: str, run_uid: str, batch: int, step_name: str, attempt: int) -> str:

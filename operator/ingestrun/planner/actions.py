@@ -10,7 +10,8 @@ from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import AttemptId, ImagePin, IngestRunStatus, Phase
-from ingestrun.planner.batch.attempt import ObservedJob, ObservedPod
+from ingestrun.planner.batch.attempt import Attempt, ObservedJob, ObservedPod
+from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
 from ingestrun.planner.batch.state import NextAttempt
 from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.events import Event
@@ -108,6 +109,12 @@ class DeleteJobs:
     """The batches whose Jobs stay, if `batches` is None."""
     clean_up: bool = False
     """True if the Job of `spec.onCancel` is deleted as well."""
+
+    def covers(self, attempt: Attempt) -> bool:
+        """Tell whether the Job of the attempt is among them."""
+        if attempt.step == ON_CANCEL_STEP and not self.clean_up:
+            return False
+        return attempt.batch not in self.kept if self.batches is None else attempt.batch in self.batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,8 +43,7 @@ from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model import names
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase
-from ingestrun.planner.actions import CreateJob, CreateRejection, DeleteJob, Plan
-from ingestrun.planner.batch.attempt import read_job
+from ingestrun.planner.actions import CreateJob, CreateRejection, DeleteJob, DeleteJobs, Plan
 from ingestrun.planner.batch.failure_policy import FailureAction, rule_of
 from ingestrun.planner.batch.state import JOB_MISSING
 from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage, adoptable, delete_selector, job_manifest
@@ -248,11 +247,19 @@ class Executor:
         for delete in plan.job_deletions:
             await self._delete(run, delete, memory)
         if plan.bulk_deletion is not None:
-            selector = delete_selector(meta.uid, plan.bulk_deletion)
-            await self._cluster.delete_jobs(namespace=meta.namespace, selector=selector)
-            for attempt in self._cache.attempts(meta.uid):
-                if attempt.batch in (plan.bulk_deletion.batches or ()):
-                    self._cache.remove_job(run_uid=meta.uid, job_uid=attempt.job.uid)
+            await self._delete_many(run, plan.bulk_deletion)
+
+    async def _delete_many(self, run: IngestRun, deletion: DeleteJobs) -> None:
+        """Delete many Jobs by one call; one by one if a selector would find a Job that is not the run's own as well."""
+        meta = run.metadata
+        jobs = [attempt.job for attempt in self._cache.attempts(meta.uid) if deletion.covers(attempt)]
+        if self._cache.strangers.has_jobs_with_labels_of(meta.uid):
+            for job in jobs:
+                await self._cluster.delete_job(namespace=meta.namespace, name=job.name, uid=job.uid)
+        else:
+            await self._cluster.delete_jobs(namespace=meta.namespace, selector=delete_selector(meta.uid, deletion))
+        for job in jobs:
+            self._cache.remove_job(run_uid=meta.uid, job_uid=job.uid)
 
     async def _delete(self, run: IngestRun, delete: DeleteJob, memory: RunMemory) -> None:
         """Delete a Job, its pod first: only while by the server the pod is unchanged since it was judged."""
@@ -312,7 +319,7 @@ class JobCreator:
         manifest = job_manifest(run, create, worker=self._worker, check=check)
         name = manifest["metadata"]["name"]
         try:
-            job = await self._create_or_adopt(run, create, manifest)
+            job = await self._create_or_find(manifest)
         except (QuotaExceeded, Forbidden, Invalid, NamespaceTerminating, WebhookUnavailable) as error:
             reason, message = _describe(error, run, create, job_name=name)
             self._reject(run, memory, reason, message)
@@ -329,10 +336,11 @@ class JobCreator:
         except BaseException:
             memory.unanswered_create = True
             raise
-        if job is None:
-            self._reject(run, memory, "NameTaken", f"a Job {name} exists that is not of this run: delete it")
+        own = self._cache.own_job(job) if adoptable(run, create, job) else None
+        if own is None:
+            self._reject(run, memory, "NameTaken", _taken(run, job))
             return False
-        self._cache.upsert_job(read_job(job))
+        self._cache.upsert_job(own)
         self._cache.usage.job_admitted(namespace)
         raised = {"memory": str(attempt.memory)} if attempt.memory is not None else {}
         logger.info(
@@ -343,13 +351,13 @@ class JobCreator:
         memory.rejection = None
         return False  # the first Job after a rejection: there is room again, and the plan may be a larger one
 
-    async def _create_or_adopt(self, run: IngestRun, create: CreateJob, manifest: Object) -> Object | None:
-        """Return the Job as it is stored; None if a Job of that name exists that is not of this run."""
+    async def _create_or_find(self, manifest: Object) -> Object:
+        """Return the Job of that name as it is stored, whose ever it is."""
+        meta = manifest["metadata"]
         try:
             return await self._cluster.create_job(manifest)
         except AlreadyExists:
-            job = await self._cluster.get_job(namespace=run.metadata.namespace, name=manifest["metadata"]["name"])
-            return job if adoptable(run, create, job) else None
+            return await self._cluster.get_job(namespace=meta["namespace"], name=meta["name"])
 
     def _reject(self, run: IngestRun, memory: RunMemory, reason: str, message: str) -> None:
         """Remember that the server refused a Job; the next plan reports it."""
@@ -379,6 +387,16 @@ def _describe(error: KubeError, run: IngestRun, create: CreateJob, *, job_name: 
             return "NamespaceTerminating", f"namespace {namespace} is being deleted: nothing can start there"
         case _:
             return "WebhookUnavailable", str(error)
+
+
+def _taken(run: IngestRun, found: Object) -> str:
+    """Return the sentence about a Job that has the name of one of the run's, and is not the run's own."""
+    name, references = found["metadata"]["name"], found["metadata"].get("ownerReferences") or ()
+    owner = next((reference for reference in references if reference.get("controller")), None)
+    if owner is not None and owner["uid"] == run.metadata.uid:
+        return f"Job {name}, which this run owns, lacks labels that the operator gives: does a policy change them?"
+    whose = f"{owner['kind']} {owner['name']} owns it" if owner is not None else "nothing owns it"
+    return f"a Job {name} exists that is not of this run ({whose}): delete it, and create a new run"
 
 
 def _lacks_a_job(before: IngestRunStatus, after: IngestRunStatus) -> bool:

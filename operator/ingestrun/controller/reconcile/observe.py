@@ -27,10 +27,7 @@ from ingestrun.planner.batch.attempt import (
     NO_POD_RECHECK,
     Attempt,
     JobState,
-    MalformedJobError,
     pod_creation_obstacle,
-    read_job,
-    read_pod,
 )
 from ingestrun.planner.batch.failure_policy import WORKER_CANCELLED, Failure, outcome_of
 from ingestrun.planner.run.backpressure import rejection_in_status
@@ -119,16 +116,11 @@ class Observer:
     async def _list_live(self, run: IngestRun, memory: RunMemory) -> LivePods:
         """Take the run's Jobs and pods from the server, in place of those that the watches have shown."""
         meta = run.metadata
-        jobs, pods = [], []
-        for body in await self._cluster.list_jobs(namespace=meta.namespace, run_uid=meta.uid):
-            try:
-                jobs.append(read_job(body))
-            except MalformedJobError as error:
-                logger.warning("ignoring a Job that is not ours", why=str(error))
-        for body in await self._cluster.list_pods(namespace=meta.namespace, run_uid=meta.uid):
-            pod = read_pod(body)
-            if pod is not None:
-                pods.append(pod)
+        # Jobs first, because a pod is told by them to be a stranger's.
+        listed = await self._cluster.list_jobs(namespace=meta.namespace, run_uid=meta.uid)
+        jobs = [job for body in listed if (job := self._cache.own_job(body)) is not None]
+        listed = await self._cluster.list_pods(namespace=meta.namespace, run_uid=meta.uid)
+        pods = [pod for body in listed if (pod := self._cache.own_pod(body)) is not None]
         self._cache.replace_children(meta.uid, jobs, pods)
         memory.drain_checked_at = self._clock()
         return LivePods(pods=tuple(pods))

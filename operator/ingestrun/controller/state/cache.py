@@ -13,6 +13,7 @@ from typing import Final
 
 from ingestrun.controller.state.compact import BodyCompactor
 from ingestrun.controller.state.memory import RunMemories
+from ingestrun.controller.state.strangers import Strangers
 from ingestrun.controller.state.usage import Usage
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
@@ -25,7 +26,10 @@ from ingestrun.planner.batch.attempt import (
     ObservedPod,
     attempt_of,
     ended_by_suspension,
+    read_job,
+    read_pod,
 )
+from ingestrun.planner.batch.ownership import foreign_job_reason, foreign_pod_reason
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
 from ingestrun.planner.run.concurrency import ConcurrentRun, concurrency_key_of
 
@@ -68,6 +72,7 @@ class RunCache:
         """Keep `usage` up to date with each Job that comes, ends or goes."""
         self.usage = usage
         self.memories = RunMemories()
+        self.strangers = Strangers()
         self._compactor = BodyCompactor()
         self._runs: dict[RunKey, Object] = {}
         self._keys: dict[str, RunKey] = {}
@@ -198,6 +203,29 @@ class RunCache:
 
     # ---- Jobs and pods
 
+    def own_job(self, body: Object) -> ObservedJob | None:
+        """Read a Job that carries the label of a run; return None, and ignore it, if it is not that run's own."""
+        why, meta = foreign_job_reason(body), body["metadata"]
+        if why is None:
+            self.strangers.forget(meta["uid"])
+            return read_job(body)
+        self.strangers.note_job(body, why)
+        # It may have been the run's own until its owner was taken from it.
+        run_uid = meta["labels"].get(names.LABEL_RUN_UID)
+        if run_uid in self._children and meta["uid"] in self._children[run_uid].jobs:
+            self.remove_job(run_uid=run_uid, job_uid=meta["uid"])
+        return None
+
+    def own_pod(self, body: Object) -> ObservedPod | None:
+        """Read a pod that carries the label of a run; return None, and ignore it, if it does not belong to that run."""
+        why = foreign_pod_reason(body)
+        if why is None and self.strangers.is_of_foreign_job(body):
+            why = "its Job is not the run's own"
+        if why is None:
+            return read_pod(body)
+        self.strangers.note_pod(body, why)
+        return None
+
     def upsert_job(self, job: ObservedJob) -> Change:
         """Take a Job's facts, unless newer ones are known."""
         if job.run_uid in self._archived:
@@ -284,6 +312,7 @@ class RunCache:
     def begin_sync(self) -> None:
         """Note from now on which runs' Jobs or pods change while all of them are listed from the server."""
         self._changed_since_sync = set()
+        self.strangers.begin_sync()
 
     def finish_sync(self, jobs: Mapping[str, Iterable[ObservedJob]], pods: Mapping[str, Iterable[ObservedPod]]) -> None:
         """Take the lists, by run UID, in place of what the watches have shown.
@@ -293,6 +322,7 @@ class RunCache:
         """
         changed = self._changed_since_sync or set()
         self._changed_since_sync = None
+        self.strangers.finish_sync()
         for run_uid in self._keys:
             if run_uid in changed:
                 self.invalidate(run_uid)

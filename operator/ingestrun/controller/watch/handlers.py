@@ -11,16 +11,12 @@ from __future__ import annotations
 from typing import Any, Final, NoReturn
 
 import kopf
-import structlog
 
 from ingestrun.controller.state.cache import Change, RunCache, parents_of
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
-from ingestrun.planner.batch.attempt import MalformedJobError, read_job, read_pod
 from ingestrun.planner.run.concurrency import ConcurrentRun, affects
-
-logger = structlog.get_logger("ingestrun.watch")
 
 BURST_SECONDS: Final = 0.05
 """Wait after a major change of a Job or a pod, so that stages which end together cost one pass and one write."""
@@ -62,10 +58,10 @@ class EventHandlers:
 
     def job(self, event_type: str | None, body: Object) -> None:
         """Take in that a Job with the run label was added, changed or deleted."""
-        try:
-            job = read_job(body)
-        except MalformedJobError as error:
-            logger.warning("ignoring a Job that is not ours", why=str(error))
+        job = self._cache.own_job(body)
+        if event_type == "DELETED":
+            self._cache.strangers.forget(body["metadata"]["uid"])
+        if job is None:
             return
         change = Change.MAJOR
         if event_type == "DELETED":
@@ -80,7 +76,9 @@ class EventHandlers:
 
     def pod(self, event_type: str | None, body: Object) -> None:
         """Take in that a pod with the run label was added, changed or deleted."""
-        pod = read_pod(body)
+        pod = self._cache.own_pod(body)
+        if event_type == "DELETED":
+            self._cache.strangers.forget(body["metadata"]["uid"])
         if pod is None:
             return
         change = Change.MAJOR

@@ -18,8 +18,8 @@ from ingestrun.controller.http.health import Health
 from ingestrun.controller.state.cache import RunCache
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.errors import KubeError
-from ingestrun.kube.protocol import Cluster, Object, RunKey
-from ingestrun.planner.batch.attempt import MalformedJobError, ObservedJob, ObservedPod, read_job, read_pod
+from ingestrun.kube.protocol import Cluster, RunKey
+from ingestrun.planner.batch.attempt import ObservedJob, ObservedPod
 
 logger = structlog.get_logger("ingestrun")
 
@@ -32,11 +32,11 @@ async def resync_once(cluster: Cluster, cache: RunCache, queue: WorkQueue[RunKey
     known = set(cache.keys())
     cache.begin_sync()
     jobs: dict[str, list[ObservedJob]] = defaultdict(list)
-    for job in await cluster.list_all_jobs(_read_job):
+    for job in await cluster.list_all_jobs(cache.own_job):
         if job is not None:
             jobs[job.run_uid].append(job)
     pods: dict[str, list[ObservedPod]] = defaultdict(list)
-    for pod in await cluster.list_all_pods(read_pod):
+    for pod in await cluster.list_all_pods(cache.own_pod):
         if pod is not None:
             pods[pod.run_uid].append(pod)
     seen = set(await cluster.list_runs(cache.upsert_run))
@@ -72,11 +72,3 @@ async def resync_forever(
             pause = min(10.0, seconds)
         tried.set()
         await asyncio.sleep(pause)
-
-
-def _read_job(body: Object) -> ObservedJob | None:
-    """Read a Job; return None for one that the operator did not create."""
-    try:
-        return read_job(body)
-    except MalformedJobError:
-        return None

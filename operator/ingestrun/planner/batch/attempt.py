@@ -183,23 +183,10 @@ class Attempt:
         return (self.batch, self.step, self.number)
 
 
-class MalformedJobError(ValueError):
-    """A Job with the run label whose other labels are missing or not numbers: the operator did not create it."""
-
-
 def read_job(job: Mapping[str, Any]) -> ObservedJob:
-    """Read a Job's JSON.
-
-    Raises:
-        MalformedJobError: its labels are not those of the operator's Jobs.
-    """
-    meta, status = job["metadata"], job.get("status") or {}
-    labels = meta.get("labels") or {}
-    try:
-        batch, step, attempt = (int(labels[label]) for label in (LABEL_BATCH, LABEL_STEP, LABEL_ATTEMPT))
-        run_uid = labels[LABEL_RUN_UID]
-    except (KeyError, ValueError) as error:
-        raise MalformedJobError(f"Job {meta.get('name')} lacks the labels of an operator's Job: {error}") from None
+    """Read the JSON of a Job that is a run's own (`ownership.foreign_job_reason`)."""
+    meta, labels, status = job["metadata"], job["metadata"]["labels"], job.get("status") or {}
+    batch, step, attempt = (int(labels[label]) for label in (LABEL_BATCH, LABEL_STEP, LABEL_ATTEMPT))
     spec = job.get("spec") or {}
     finished, ended = _finished(status)
     ended_at = ended.get("lastTransitionTime") or meta["creationTimestamp"] if finished is not None else None
@@ -208,7 +195,7 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
         name=meta["name"],
         uid=meta["uid"],
         resource_version=meta.get("resourceVersion", ""),
-        run_uid=run_uid,
+        run_uid=labels[LABEL_RUN_UID],
         batch=batch,
         step=step,
         attempt=attempt,
@@ -233,12 +220,10 @@ def _finished(status: Mapping[str, Any]) -> tuple[JobState | None, Mapping[str, 
     return None, {}
 
 
-def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
-    """Read a pod's JSON; return None if no Job controls it."""
+def read_pod(pod: Mapping[str, Any]) -> ObservedPod:
+    """Read the JSON of a pod that is a run's own (`ownership.foreign_pod_reason`)."""
     meta, spec, status = pod["metadata"], pod.get("spec") or {}, pod.get("status") or {}
-    owner = next((ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == "Job"), None)
-    if owner is None:
-        return None
+    owner = next(reference for reference in meta["ownerReferences"] if reference.get("controller"))
     labels, phase = meta.get("labels") or {}, status.get("phase", "Pending")
     container: Mapping[str, Any] = next(iter(status.get("containerStatuses") or ()), {})
     state = container.get("state") or {}

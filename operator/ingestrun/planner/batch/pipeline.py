@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ingestrun.model.contract import Stage
+from ingestrun.model.names import hook_job_part
 from ingestrun.model.spec import Container, IngestRunSpec
 from ingestrun.model.stages import STAGE_SETTINGS, Resources, StageSettings
 from ingestrun.model.worker import SecretKeySelector
@@ -37,8 +38,8 @@ class Step:
 
     @property
     def job_part(self) -> str:
-        """Return the step's part of its Job's name; the index distinguishes a hook named `publish` from the stage."""
-        return f"h{self.index}-{self.name}" if self.stage is Stage.HOOK else self.name
+        """Return the step's part of its Job's name."""
+        return hook_job_part(self.index, self.name) if self.stage is Stage.HOOK else self.name
 
 
 ON_CANCEL_STEP: Final = 1000

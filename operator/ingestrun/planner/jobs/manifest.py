@@ -128,7 +128,7 @@ def job_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
         names.LABEL_STAGE: attempt.step.stage.value,
         names.LABEL_STEP: str(attempt.step.index),
         names.LABEL_ATTEMPT: str(attempt.number),
-        "app.kubernetes.io/managed-by": names.OPERATOR_NAME,
+        names.LABEL_MANAGED_BY: names.OPERATOR_NAME,
     }
     if _LABEL_VALUE.fullmatch(run.metadata.name):
         labels[names.LABEL_RUN] = run.metadata.name
