@@ -35,6 +35,8 @@ LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
 QUEUE_LABELS: Final = (LABEL_QUEUE, "kueue.x-k8s.io/priority-class")
 """Kueue's labels that are passed on from a run to its Jobs."""
 
+ANNOTATION_CHECKPOINT: Final = f"{GROUP}/checkpoint"
+"""On a Job: the state of its batch when it was created (`status.Checkpoint`), because the Jobs before it may vanish."""
 ANNOTATION_REQUESTED_BY: Final = f"{GROUP}/cancel-requested-by"
 
 _HASH_CHARS: Final = 10

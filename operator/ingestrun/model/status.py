@@ -59,7 +59,9 @@ class Condition(KubeModel):
 
 
 class Checkpoint(KubeModel):
-    """The state of a batch in flight that its next Job needs, so that its ended Jobs can be deleted to make room.
+    """The state of a batch in flight that its next Job needs, so that the Jobs before that one are not needed any more.
+
+    The status has it while the next Job is not there yet, and an annotation of that Job afterwards.
 
     Its next Job is attempt `attempt` of stage `stage`, counted from 0 as in the Jobs' labels. Fields that are 0 or have
     no value are left out.
@@ -110,7 +112,7 @@ class BatchesStatus(KubeModel):
 
     @property
     def checkpoint_by_batch(self) -> dict[int, Checkpoint]:
-        """Return the checkpoints by batch; there are some only under a quota that counts ended Jobs."""
+        """Return the checkpoints by batch: of batches whose ended Jobs are not needed any more, or may vanish."""
         return {checkpoint.batch: checkpoint for checkpoint in self.checkpoints}
 
 

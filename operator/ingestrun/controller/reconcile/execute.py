@@ -47,6 +47,7 @@ from ingestrun.planner.actions import CreateJob, CreateRejection, DeleteJob, Del
 from ingestrun.planner.batch.failure_policy import FailureAction, rule_of
 from ingestrun.planner.batch.state import JOB_MISSING
 from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage, adoptable, delete_selector, job_manifest
+from ingestrun.planner.jobs.retention import is_accounted
 from ingestrun.planner.run.backpressure import retry_interval
 from ingestrun.planner.run.completion import expiry_of
 from ingestrun.planner.snapshot import Snapshot
@@ -282,6 +283,7 @@ class Executor:
         requeue_after = None
         if plan.requeue_at is not None:
             requeue_after = max(0.0, (plan.requeue_at - self._clock()).total_seconds())
+        self._cache.forget_vanished(run.metadata.uid, lambda attempt: is_accounted(run, attempt))
         if run.status.ended and requeue_after is None:
             self._cache.archive(run.metadata.uid)
         elif memory.awaits_pods:
@@ -402,4 +404,6 @@ def _taken(run: IngestRun, found: Object) -> str:
 def _lacks_a_job(before: IngestRunStatus, after: IngestRunStatus) -> bool:
     """Tell whether a batch is to fail because of a Job that is missing, as far as is known."""
     known = {failure.id for failure in before.failures}
+    if before.batches.fetched - after.batches.fetched:
+        return True  # one is to be fetched again
     return any(failure.reason == JOB_MISSING and failure.id not in known for failure in after.failures)

@@ -131,6 +131,7 @@ class Observer:
         Once the grace is over the pods are listed. A pod that is not in this list is missing for good.
         """
         uid = run.metadata.uid
+        self._cache.date_vanished(uid, now=self._clock())
         attempts = self._cache.attempts(uid)
         over = run.status.batches.published | run.status.batches.failed
         lacking = [attempt for attempt in attempts if _lacks_pod_result(attempt) and attempt.batch not in over]

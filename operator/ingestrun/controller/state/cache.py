@@ -7,8 +7,9 @@ an old one is refused. Facts arrive late or not at all; then a pass changes noth
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Final
 
 from ingestrun.controller.state.compact import BodyCompactor
@@ -20,6 +21,7 @@ from ingestrun.model import names
 from ingestrun.model.run import IngestRun, cancel_requested
 from ingestrun.model.status import Phase
 from ingestrun.planner.batch.attempt import (
+    JOB_DELETED,
     Attempt,
     JobState,
     ObservedJob,
@@ -56,13 +58,24 @@ class _Children:
     """Jobs whose pod has ended well; the Job controller reports that of the Job a second or two later."""
     active: set[str] = field(default_factory=set)
     """The unfinished Jobs, as the operator's limits count them."""
+    vanished: dict[str, datetime | None] = field(default_factory=dict)
+    """Jobs that somebody else has deleted, and the time at which a pass first saw that. What is known of them is kept
+    until the status accounts for them."""
     synced: bool = False
     """The Jobs were listed from the server since this process began. Before, a missing Job means nothing."""
 
     def attempt(self, job_uid: str) -> Attempt | None:
         """Return a Job with its pods; None if the Job is not known."""
         job = self.jobs.get(job_uid)
-        return attempt_of(job, [pod for pod in self.pods.values() if pod.job_uid == job_uid]) if job else None
+        return self.judge(job, [pod for pod in self.pods.values() if pod.job_uid == job_uid]) if job else None
+
+    def judge(self, job: ObservedJob, pods: Sequence[ObservedPod]) -> Attempt:
+        """Put a Job and its pods together. Without its Job's end, that of its pod counts, or that the pod is gone."""
+        if job.uid in self.vanished and job.finished is None and all(pod.ended for pod in pods):
+            at = self.vanished[job.uid]
+            reason = None if pods else JOB_DELETED
+            job = replace(job, finished=JobState.FAILED, finished_at=at, reason=reason)
+        return attempt_of(job, pods)
 
 
 class RunCache:
@@ -224,6 +237,10 @@ class RunCache:
         if why is None:
             return read_pod(body)
         self.strangers.note_pod(body, why)
+        meta = body["metadata"]
+        run_uid = meta["labels"].get(names.LABEL_RUN_UID)
+        if run_uid in self._children:
+            self._children[run_uid].pods.pop(meta["uid"], None)
         return None
 
     def upsert_job(self, job: ObservedJob) -> Change:
@@ -231,6 +248,8 @@ class RunCache:
         if job.run_uid in self._archived:
             return Change.NONE
         children = self._touched(job.run_uid)
+        if job.uid in children.vanished:
+            return Change.NONE
         before = children.jobs.get(job.uid)
         if before is not None and _number(job.resource_version) < _number(before.resource_version):
             return Change.NONE
@@ -244,9 +263,42 @@ class RunCache:
 
     def remove_job(self, *, run_uid: str, job_uid: str) -> None:
         """Drop a Job that is gone."""
-        job = self._touched(run_uid).jobs.pop(job_uid, None)
-        if job is not None:
+        children = self._touched(run_uid)
+        job = children.jobs.pop(job_uid, None)
+        if job is None:
+            return
+        if job_uid in children.vanished:
+            del children.vanished[job_uid]
+        else:
             self._count(run_uid, job, gone=True)
+        for pod_uid in [uid for uid, pod in children.pods.items() if pod.job_uid == job_uid and pod.ended]:
+            del children.pods[pod_uid]
+
+    def job_vanished(self, *, run_uid: str, job_uid: str) -> None:
+        """Keep what is known of a Job that somebody else has deleted: its result may be needed, or its attempt count.
+
+        The operator's own deletions are taken off by `remove_job`.
+        """
+        children = self._touched(run_uid)
+        job = children.jobs.get(job_uid)
+        if job is None or job_uid in children.vanished:
+            return
+        self._count(run_uid, job, gone=True)
+        children.jobs[job_uid] = replace(job, deleting=True)
+        children.vanished[job_uid] = None
+
+    def date_vanished(self, run_uid: str, *, now: datetime) -> None:
+        """Note the time for the Jobs that have vanished since the last pass, because backoffs count from it."""
+        vanished = self._of(run_uid).vanished
+        vanished.update({uid: now for uid, at in vanished.items() if at is None})
+
+    def forget_vanished(self, run_uid: str, accounted: Callable[[Attempt], bool]) -> None:
+        """Drop the vanished Jobs of which nothing is needed any more."""
+        children = self._of(run_uid)
+        for job_uid in list(children.vanished):
+            attempt = children.attempt(job_uid)
+            if attempt is None or accounted(attempt):
+                self.remove_job(run_uid=run_uid, job_uid=job_uid)
 
     def upsert_pod(self, pod: ObservedPod) -> Change:
         """Take a pod's facts."""
@@ -256,7 +308,7 @@ class RunCache:
         before = children.pods.get(pod.uid)
         shown = _essence(children.attempt(pod.job_uid))
         children.pods[pod.uid] = pod
-        job = children.jobs.get(pod.job_uid)
+        job = children.jobs.get(pod.job_uid) if pod.job_uid not in children.vanished else None
         if job is not None and pod.ended and pod.exit_code == 0 and job.uid not in children.done:
             children.done.add(job.uid)
             self._count(pod.run_uid, job)
@@ -277,9 +329,10 @@ class RunCache:
         children = self._touched(run_uid)
         found = {job.uid: job for job in jobs}
         for job in [job for uid, job in children.jobs.items() if uid not in found]:
-            self.remove_job(run_uid=run_uid, job_uid=job.uid)
+            self.job_vanished(run_uid=run_uid, job_uid=job.uid)
         for job in found.values():
-            known = job.uid in children.jobs
+            known = job.uid in children.jobs and job.uid not in children.vanished
+            children.vanished.pop(job.uid, None)
             children.jobs[job.uid] = job
             self._count(run_uid, job, new=not known)
         self.usage.jobs_listed(run_uid)
@@ -305,7 +358,7 @@ class RunCache:
         by_job: dict[str, list[ObservedPod]] = {}
         for pod in children.pods.values():
             by_job.setdefault(pod.job_uid, []).append(pod)
-        return [attempt_of(job, by_job.get(job.uid, ())) for job in children.jobs.values()]
+        return [children.judge(job, by_job.get(job.uid, ())) for job in children.jobs.values()]
 
     # ---- one list of everything
 

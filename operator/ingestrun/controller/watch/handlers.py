@@ -65,7 +65,7 @@ class EventHandlers:
             return
         change = Change.MAJOR
         if event_type == "DELETED":
-            self._cache.remove_job(run_uid=job.run_uid, job_uid=job.uid)
+            self._cache.job_vanished(run_uid=job.run_uid, job_uid=job.uid)
         else:
             change = self._cache.upsert_job(job)
             if change is Change.NONE and event_type in (None, "ADDED"):

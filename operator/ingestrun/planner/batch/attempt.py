@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
 
-from ingestrun.model.names import LABEL_ATTEMPT, LABEL_BATCH, LABEL_RUN_UID, LABEL_STEP
+from ingestrun.model.names import ANNOTATION_CHECKPOINT, LABEL_ATTEMPT, LABEL_BATCH, LABEL_RUN_UID, LABEL_STEP
 from ingestrun.model.quantity import QuantityError, read_bytes
 from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.text import truncate
@@ -24,6 +24,9 @@ NO_POD_RECHECK: Final = timedelta(seconds=15)
 """Interval at which a Job without a pod is checked again."""
 QUEUED_AFTER: Final = timedelta(seconds=5)
 """Time for which a Job is suspended before its run is reported as queued: a quick admission deserves no status."""
+
+JOB_DELETED: Final = "JobDeleted"
+"""Reason of a Job that somebody has deleted before it had ended, as far as is known."""
 
 _IMAGE_REASONS: Final = frozenset(
     {
@@ -77,6 +80,8 @@ class ObservedJob:
     created: datetime | None = None
     started_at: datetime | None = None
     """Time at which the Job controller started it; if it was suspended since, the time of the latest start."""
+    checkpoint: str | None = None
+    """The state of its batch when it was created, as JSON; None for the first Job of a batch."""
     suspended: bool = False
     """True if Kueue or a user has suspended the Job, because it is not admitted or its admission was taken back."""
 
@@ -208,6 +213,7 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
         memory_limit=_memory_limit((spec.get("template") or {}).get("spec") or {}),
         created=_optional_time(meta.get("creationTimestamp")),
         started_at=_optional_time(status.get("startTime")),
+        checkpoint=(meta.get("annotations") or {}).get(ANNOTATION_CHECKPOINT),
         suspended=bool(spec.get("suspend")),
     )
 

@@ -18,7 +18,7 @@ from typing import Final
 from ingestrun.model.contract import EXIT_PERMANENT, Outcome, ResultError, StageResult, parse_result
 from ingestrun.model.size_budget import LOG_BYTES, MESSAGE_CHARS
 from ingestrun.model.text import truncate
-from ingestrun.planner.batch.attempt import Attempt, JobState, ObservedPod
+from ingestrun.planner.batch.attempt import JOB_DELETED, Attempt, JobState, ObservedPod
 
 
 class FailureAction(StrEnum):
@@ -80,6 +80,7 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     "PodDeleted": _RETRY_DISRUPTION,
     "PodLost": _RETRY_DISRUPTION,
     "Disrupted": _RETRY_DISRUPTION,
+    "JobDeleted": _RETRY_DISRUPTION,
     # Its pod could not start.
     "ImagePull": _FAIL_BATCH,
     "ContainerConfig": _FAIL_BATCH,
@@ -185,6 +186,8 @@ def _failure_of(ended: Attempt) -> Failure:
     pod = ended.pod
     if _past_deadline(ended):
         return _deadline_exceeded(ended)
+    if pod is None and ended.job.reason == JOB_DELETED:
+        return Failure(reason=JOB_DELETED, message="somebody deleted the Job, and how its pod ended is not known")
     if pod is None:
         return Failure(reason="PodLost", message="the pod ended without an exit code: it is gone")
     if pod.exit_code == EXIT_PERMANENT:

@@ -86,10 +86,16 @@ def batch_states(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) 
         now=now,
     )
     replays, checkpoints = status.batches.pending_replays, status.batches.checkpoint_by_batch
+    unpublished = {batch.batch for batch in status.batches.unpublished}
 
     def context_of(index: int) -> BatchContext:
         counted = index in status.batches.fetched
-        own = replace(common, checkpoint=checkpoints.get(index), fetch_counted=counted)
+        own = replace(
+            common,
+            checkpoint=checkpoints.get(index),
+            fetch_counted=counted,
+            refetchable=counted and index in unpublished,
+        )
         replayed = replays.get(index)
         if replayed is None:
             return own
@@ -109,6 +115,7 @@ def update_counters(
     replays = old.batches.pending_replays
     first_time = [result for index, result in fetched.items() if index not in replays]
     batches = _moved_ranges(old.batches, fetched=fetched, published=published, failed=failed)
+    batches = _without_refetched(batches, [batch for batch in seen if batch.refetched])
     if chained and any(result.exhausted for result in first_time):
         batches = batches.replace(exhausted=True)
     return old.replace(
@@ -146,6 +153,18 @@ def _moved_ranges(
     in_flight = batches.in_flight
     kept = [checkpoint for checkpoint in batches.checkpoints if checkpoint.batch in in_flight]
     return batches.replace(checkpoints=kept)
+
+
+def _without_refetched(batches: BatchesStatus, refetched: Sequence[BatchState]) -> BatchesStatus:
+    """Return the batches with those to be fetched again as not fetched: their entries under `unpublished` say where."""
+    if not refetched:
+        return batches
+    checkpoints = batches.checkpoint_by_batch
+    checkpoints |= {batch.index: batch.checkpoint for batch in refetched if batch.checkpoint is not None}
+    return batches.replace(
+        fetched=batches.fetched - IndexRanges(batch.index for batch in refetched),
+        checkpoints=[checkpoints[index] for index in sorted(checkpoints)],
+    )
 
 
 def _moved_cursor(old: str | None, fetched: Iterable[StageResult]) -> str | None:

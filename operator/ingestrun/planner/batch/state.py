@@ -1,7 +1,8 @@
 """The state of one batch, derived from its attempts. The status only records whether the batch is claimed or done.
 
-There is one exception: under a quota that counts ended Jobs too, the status keeps the values of the ended Jobs that the
-next Job needs (a `Checkpoint`), so that the ended Jobs can be deleted.
+Ended Jobs may vanish (a TTL, a user) or have to (a quota counts them, or their pods). So each Job carries the values of
+the Jobs before it that it needs (a `Checkpoint`, in an annotation), and while a batch waits for its next Job, the
+status may keep them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ingestrun.planner.batch.attempt import Attempt, Obstacle
 from ingestrun.planner.batch.failure_policy import Failure, outcome_of
 from ingestrun.planner.batch.pipeline import Step
 from ingestrun.planner.batch.retry import (
+    FREE_DISRUPTIONS,
     BudgetsUsed,
     MemoryLimit,
     RetryDecision,
@@ -50,6 +52,8 @@ class NextAttempt:
     not_before: datetime | None = None
     memory: MemoryLimit | None = None
     """The memory limit, if it is not the spec's because an earlier attempt was killed for memory."""
+    checkpoint: Checkpoint | None = None
+    """The state of the batch that the Job carries; None for the first Job of a batch."""
 
     @property
     def id(self) -> AttemptId:
@@ -78,7 +82,10 @@ class BatchState:
     retried: tuple[tuple[str, str], ...] = ()
     """Stage and reason of each attempt that was retried, or is to be; without those that a checkpoint has counted."""
     checkpoint: Checkpoint | None = None
-    """Checkpoint for `next_attempt`, which the status has to keep so that the batch's ended Jobs can be deleted."""
+    """Checkpoint for the attempt that runs or is next, which the status has to keep so that the batch's ended Jobs
+    can be deleted. None if there can be none, or nothing is to be kept."""
+    refetched: bool = False
+    """True if the batch is to be fetched again, because its Jobs are gone and later batches built on its result."""
 
     @property
     def obstacle(self) -> Obstacle | None:
@@ -106,6 +113,8 @@ class BatchContext:
     """The batch's fetch in the run that this run resumes; the batches after it continue from that fetch."""
     checkpoint: Checkpoint | None = None
     """The values that the status keeps of those of the batch's Jobs that may be deleted."""
+    refetchable: bool = False
+    """True if the status knows the cursor that the batch's counted fetch began with."""
 
 
 def is_checkpointed(checkpoint: Checkpoint, attempt: Attempt) -> bool:
@@ -160,6 +169,7 @@ class _StageWalk:
         running: Attempt | None = None,
         failed: StageFailure | None = None,
         checkpoint: Checkpoint | None = None,
+        refetched: bool = False,
     ) -> BatchState:
         """Return the state in which the walk ends."""
         return BatchState(
@@ -173,6 +183,7 @@ class _StageWalk:
             failures=tuple(self._failures),
             retried=tuple(self._retried),
             checkpoint=checkpoint,
+            refetched=refetched,
         )
 
     def through(self, step: Step) -> BatchState | None:
@@ -181,11 +192,11 @@ class _StageWalk:
         if not attempts:
             return self._without_attempts(step)
         latest = attempts[-1]
-        used = self._count_earlier(step, attempts[:-1], before=latest.number)
+        used = self._count_earlier(step, attempts, before=latest.number)
         if not latest.state.finished:
             refused = start_timed_out(latest, self._context.now)
             if refused is None:
-                return self.state(running=latest)
+                return self.state(running=latest, checkpoint=self._checkpoint_of_running(step, latest, used))
             return self._after_failure(step, latest, refused, used, at=self._context.now)
         outcome = outcome_of(latest)
         if isinstance(outcome, StageResult):
@@ -200,15 +211,12 @@ class _StageWalk:
 
     def _without_attempts(self, step: Step) -> BatchState | None:
         if step.index < self._reached:
-            # A later stage was started, so this one was done; the rows it handed on are not known any more.
-            self._handed_on, self._input_attempt = None, None
+            # A later stage was started, so this one was done.
+            self._recall(step)
             return None
         repeatable = not (self._context.chained and self._context.fetch_counted)
         if self._input_attempt is None and not (step.index == 0 and repeatable):
-            missing = Failure(reason=JOB_MISSING, message="the Job of the stage before is gone, and its result with it")
-            failed = self._failure(step, 0, missing, "", self._context.now)
-            self._failures.append(failed)
-            return self.state(failed=failed)
+            return self._without_result(step)
         number, used = self._first_attempt(step)
         limit = self._checkpoint.memory_limit if number else None
         following = NextAttempt(
@@ -218,7 +226,37 @@ class _StageWalk:
             input_attempt=self._input_attempt,
             memory=MemoryLimit(limit=limit) if limit is not None else None,
         )
-        return self.state(next_attempt=following, checkpoint=self._checkpoint_for(following, used))
+        checkpoint = self._checkpoint_for(following, used)
+        return self.state(next_attempt=replace(following, checkpoint=checkpoint), checkpoint=checkpoint)
+
+    def _without_result(self, step: Step) -> BatchState:
+        """Return the state of a batch whose next stage can't begin, because a result is gone and nothing kept it.
+
+        A batch of a chain is fetched again from its cursor, as in a run that resumes another: it has to end where the
+        next one began. Bounded like a disruption; a later attempt, because a pod of the first may be left.
+        """
+        missing = Failure(reason=JOB_MISSING, message="the Job of the stage before is gone, and its result with it")
+        before = self._checkpoint
+        disruptions = (before.disruptions or 0) + 1
+        again = self._context.refetchable and disruptions <= FREE_DISRUPTIONS
+        explanation = f"fetched again, {disruptions} of {FREE_DISRUPTIONS} times" if again else ""
+        failed = self._failure(step, 0, missing, explanation, self._context.now)
+        self._failures.append(failed)
+        if not again:
+            return self.state(failed=failed)
+        attempt = (before.attempt or 0) + 1 if not before.stage else disruptions
+        checkpoint = Checkpoint(batch=self._index, attempt=attempt, disruptions=disruptions)
+        return self.state(refetched=True, checkpoint=checkpoint)
+
+    def _recall(self, step: Step) -> None:
+        """Take what a vanished stage has handed on from the Job of the stage after it, if that carries it."""
+        later = self._by_step.get(step.index + 1, ())
+        carried = next((found for attempt in later if (found := carried_checkpoint(attempt)) is not None), None)
+        if carried is None or carried.stage != step.index + 1:
+            self._handed_on, self._input_attempt = None, None
+            return
+        self._handed_on, self._input_attempt = carried.written, carried.input_attempt or 0
+        self._rejected = carried.rejected or 0
 
     def _after_failure(
         self, step: Step, latest: Attempt, failure: Failure, used: BudgetsUsed, *, at: datetime
@@ -241,20 +279,31 @@ class _StageWalk:
         )
         self._retried.append((failed.stage, failed.reason))
         # A Job that was given up before it started has not ended, so a checkpoint could not replace it.
-        checkpoint = self._checkpoint_for(following, decision.used) if latest.state.finished else None
-        return self.state(next_attempt=following, checkpoint=checkpoint)
+        checkpoint = self._checkpoint_for(following, decision.used)
+        return self.state(
+            next_attempt=replace(following, checkpoint=checkpoint),
+            checkpoint=checkpoint if latest.state.finished else None,
+        )
 
     def _first_attempt(self, step: Step) -> tuple[int, BudgetsUsed]:
         """Return the first attempt that the checkpoint does not cover, and the budgets used by those before it."""
-        checkpoint = self._checkpoint
         if step.index != self.first:
             return 0, BudgetsUsed()
-        used = BudgetsUsed(
-            retries=checkpoint.retries or 0,
-            memory=checkpoint.memory_retries or 0,
-            disruptions=checkpoint.disruptions or 0,
+        return self._checkpoint.attempt or 0, _budgets_of(self._checkpoint)
+
+    def _checkpoint_of_running(self, step: Step, running: Attempt, used: BudgetsUsed) -> Checkpoint | None:
+        """Return the checkpoint that keeps all that the running attempt, and what follows it, needs of earlier Jobs."""
+        if step.index and self._input_attempt is None:
+            return None
+        limit = running.job.memory_limit if running.number else None
+        same = NextAttempt(
+            batch=self._index,
+            step=step,
+            number=running.number,
+            input_attempt=self._input_attempt,
+            memory=MemoryLimit(limit=limit) if limit is not None else None,
         )
-        return checkpoint.attempt or 0, used
+        return self._checkpoint_for(same, used)
 
     def _checkpoint_for(self, following: NextAttempt, used: BudgetsUsed) -> Checkpoint | None:
         """Return the checkpoint that the status has to keep for the next attempt; None if the batch has had no Job."""
@@ -274,11 +323,21 @@ class _StageWalk:
         )
 
     def _count_earlier(self, step: Step, attempts: Sequence[Attempt], *, before: int) -> BudgetsUsed:
-        """Note the attempts before number `before`, all of them failed; return the budgets that they have used."""
+        """Note the attempts before number `before`, all of them failed; return the budgets that they have used.
+
+        What a vanished attempt has used is known if the next one carries it.
+        """
         by_number = {attempt.number: attempt for attempt in attempts}
         first, used = self._first_attempt(step)
-        for number in range(first, before):
+        missing = False
+        for number in range(first, before + 1):
             attempt = by_number.get(number)
+            carried = carried_checkpoint(attempt) if attempt is not None and missing else None
+            if carried is not None:
+                used = _budgets_of(carried)
+            if number == before:
+                break
+            missing = attempt is None
             if attempt is None:
                 used = replace(used, retries=used.retries + 1)
                 self._retried.append((step.label, JOB_MISSING))
@@ -336,6 +395,27 @@ class _StageWalk:
         if step.stage is not Stage.FETCH or self._context.fetch_counted:
             return result
         return _fetch_failure(self._context, result) or result
+
+
+def carried_checkpoint(attempt: Attempt) -> Checkpoint | None:
+    """Return the state of the batch that the attempt's Job carries; None without one that can be read."""
+    text = attempt.job.checkpoint
+    if text is None:
+        return None
+    try:
+        carried = Checkpoint.model_validate_json(text)
+    except ValueError:  # somebody has edited it
+        return None
+    same = (carried.batch, carried.stage or 0, carried.attempt or 0) == attempt.order
+    return carried if same else None
+
+
+def _budgets_of(checkpoint: Checkpoint) -> BudgetsUsed:
+    return BudgetsUsed(
+        retries=checkpoint.retries or 0,
+        memory=checkpoint.memory_retries or 0,
+        disruptions=checkpoint.disruptions or 0,
+    )
 
 
 def start_timed_out(attempt: Attempt, now: datetime) -> Failure | None:

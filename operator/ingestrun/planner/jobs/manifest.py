@@ -12,6 +12,7 @@ from ingestrun.model import names
 from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import CancellationPolicy
+from ingestrun.model.status import Checkpoint
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
 from ingestrun.planner.actions import CreateJob, DeleteJobs
 from ingestrun.planner.batch.pipeline import Step
@@ -89,6 +90,7 @@ def job_manifest(
             "namespace": run.metadata.namespace,
             "labels": {**queue, **labels},
             "ownerReferences": [owner_reference(run)],
+            **({"annotations": {names.ANNOTATION_CHECKPOINT: _json(attempt.checkpoint)}} if attempt.checkpoint else {}),
         },
         "spec": {
             **({"suspend": True} if names.LABEL_QUEUE in queue else {}),
@@ -178,6 +180,10 @@ def adoptable(run: IngestRun, create: CreateJob, found: Mapping[str, Any]) -> bo
         ref.get("uid") == run.metadata.uid and ref.get("controller") for ref in meta.get("ownerReferences") or ()
     )
     return ours and owned
+
+
+def _json(checkpoint: Checkpoint) -> str:
+    return checkpoint.model_dump_json(by_alias=True, exclude_none=True)
 
 
 def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: CheckEndpoint | None) -> dict[str, Any]:

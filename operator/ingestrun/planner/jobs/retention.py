@@ -16,6 +16,7 @@ from ingestrun.model.run import IngestRun
 from ingestrun.planner.actions import DeleteJobs
 from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
+from ingestrun.planner.batch.state import is_checkpointed
 
 DELETE_BATCHES: Final = 32
 """Number of batches whose Jobs one call deletes while the run goes on, so that each batch costs a 32nd of a call."""
@@ -63,6 +64,15 @@ def jobs_to_delete_except_kept(run: IngestRun, attempts: Sequence[Attempt]) -> D
     if all(attempt.job.deleting or attempt.batch in kept for attempt in attempts):
         return None
     return DeleteJobs(batches=None, kept=kept)
+
+
+def is_accounted(run: IngestRun, attempt: Attempt) -> bool:
+    """Tell whether the stored status has all that is needed of an attempt: its batch's end, or a checkpoint."""
+    batches = run.status.batches
+    if run.status.drained or attempt.batch not in batches.in_flight:
+        return True
+    checkpoint = batches.checkpoint_by_batch.get(attempt.batch)
+    return checkpoint is not None and is_checkpointed(checkpoint, attempt)
 
 
 def jobs_expire_at(run: IngestRun) -> datetime | None:

@@ -27,7 +27,7 @@ from ingestrun.model.status import (
     Phase,
 )
 from ingestrun.planner.actions import ChildRun, CreateJob, Decision, DeleteJob, DeletePod, Plan
-from ingestrun.planner.batch.attempt import Attempt, JobState, ObservedPod
+from ingestrun.planner.batch.attempt import JOB_DELETED, Attempt, JobState, ObservedPod
 from ingestrun.planner.batch.failure_policy import Failure, outcome_of
 from ingestrun.planner.batch.pipeline import on_cancel_step, steps_of
 from ingestrun.planner.batch.state import CAPACITY_OBSTACLES, NextAttempt, is_checkpointed, start_timed_out
@@ -151,7 +151,7 @@ class LateResults:
     after_end: AfterEndStatus | None
     """The published batches; None if there are none."""
     unknown: IndexRanges
-    """Batches whose publish ended well, but whose result is gone."""
+    """Batches whose publish ended well, or was deleted before its end was seen, and whose result is gone."""
 
 
 def published_after_end(run: IngestRun, attempts: Sequence[Attempt]) -> LateResults:
@@ -169,6 +169,13 @@ def published_after_end(run: IngestRun, attempts: Sequence[Attempt]) -> LateResu
             results[attempt.batch, attempt.step] = outcome
         elif outcome.reason == "ResultMissing" and attempt.step == publish:
             lost.add(attempt.batch)
+    lost |= {
+        attempt.batch
+        for attempt in attempts
+        if attempt.job.reason == JOB_DELETED
+        and attempt.step == publish
+        and attempt.batch in run.status.batches.in_flight
+    }
     written = {batch: result.written for (batch, step), result in results.items() if step == publish}
     unknown = IndexRanges(lost - written.keys())
     if not written:

@@ -375,7 +375,11 @@ async def test_a_mismatch_that_was_retried_is_in_the_history(world: World) -> No
     assert [failure["reason"] for failure in world.status["failures"]] == ["RowsMismatch"]
 
 
-async def test_an_attempt_that_was_deleted_by_hand_counts_as_a_retry(world: World) -> None:
+@pytest.mark.parametrize(("restarted", "reason"), [(False, "Error"), (True, "JobMissing")])
+async def test_an_attempt_that_was_deleted_by_hand_counts_as_a_retry(
+    world: World, restarted: bool, reason: str
+) -> None:
+    """Its reason is known as long as the process lives that has seen it."""
     world.create(**own(retries=2))
     await world.settle()
     (fetch,) = world.active_jobs()
@@ -384,9 +388,11 @@ async def test_an_attempt_that_was_deleted_by_hand_counts_as_a_retry(world: Worl
     world.now = world.due[KEY]
     await world.settle()
     world.cluster.expire_job(fetch["metadata"]["name"])
+    if restarted:
+        world.restart()
     await world.play()
     assert world.phase == "Succeeded"
-    assert world.status["retries"] == [{"stage": "fetch", "reason": "JobMissing", "count": 1}]
+    assert world.status["retries"] == [{"stage": "fetch", "reason": reason, "count": 1}]
 
 
 async def test_deleting_failed_attempts_wins_no_retries(world: World) -> None:

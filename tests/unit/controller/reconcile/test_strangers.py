@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -97,6 +98,11 @@ async def test_a_pod_of_a_job_that_took_a_deleted_ones_name_is_not_waited_for() 
     copy_job(world, fetch, fetch["metadata"]["name"])
     world.cluster.start_pod(fetch["metadata"]["name"])
     world.cancel()
+    await world.settle()
+    uid = world.cluster.run(KEY)["metadata"]["uid"]
+    memory = world.store.memories.recall(uid)
+    memory.awaiting_pods = dict.fromkeys(memory.awaiting_pods, 0.0)  # the grace for a pod's last event is over
+    world.now += timedelta(seconds=1)
     await world.settle()
     assert world.condition("Drained")["status"] == "True"
     assert names(world) == {fetch["metadata"]["name"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from tests.fakes.world import manifest
@@ -9,7 +10,7 @@ from tests.fakes.world import manifest
 from ingestrun.controller.state.cache import MAX_PARSED, RunCache, parents_of
 from ingestrun.controller.state.usage import Usage
 from ingestrun.kube.protocol import RunKey
-from ingestrun.planner.batch.attempt import ObservedJob
+from ingestrun.planner.batch.attempt import JobState, ObservedJob
 from ingestrun.planner.run.fair_sharing import JobLimits
 
 KEY = RunKey(namespace="default", name="flights")
@@ -113,7 +114,12 @@ def test_a_list_of_everything_replaces_what_was_known_before() -> None:
     store.upsert_job(observed_job("gone", run_uid="u"))
     store.begin_sync()
     store.finish_sync({"u": [observed_job("there")], "w": [observed_job("orphan", run_uid="w")]}, {})
-    assert [attempt.job.uid for attempt in store.attempts("u")] == ["there"]
+    gone, there = store.attempts("u")
+    assert (gone.job.uid, gone.state, gone.job.reason) == ("gone", JobState.FAILED, "JobDeleted")
+    assert (there.job.uid, there.state) == ("there", JobState.WAITING)
+    assert store.usage.snapshot("u", "default", now=datetime.now(UTC)).run.active == 1
+    store.forget_vanished("u", lambda _: True)
+    assert store.attempts("u") == [there]
     assert store.has_synced("u")
     assert store.attempts("w") == []
 
