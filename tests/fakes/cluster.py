@@ -111,6 +111,8 @@ class FakeCluster(Cluster):
         """Namespaces that are being deleted: creates there raise NamespaceTerminating."""
         self.job_quota: dict[str, int] = {}
         """Namespace -> how many Jobs its ResourceQuota admits (count/jobs.batch)."""
+        self.pod_quota: dict[str, int] = {}
+        """Namespace -> how many pods its ResourceQuota admits, ended ones included (count/pods)."""
         self.fence = False
         """Act as the ValidatingAdmissionPolicy does: no Job for a run that is Cancelled and carries the label."""
         self.image_ids: dict[str, str] = {}
@@ -214,7 +216,13 @@ class FakeCluster(Cluster):
             self._admit("create", "jobs", body)
             uid = self._uid()
             stored = shapes.defaulted_job(body, uid=uid)
-            stored["metadata"] = {**stored["metadata"], "uid": uid, "creationTimestamp": self._time(), "generation": 1}
+            stored["metadata"] = {
+                **stored["metadata"],
+                "uid": uid,
+                "creationTimestamp": self._time(),
+                "generation": 1,
+                "managedFields": [{"manager": "ingestrun-operator", "operation": "Update", "apiVersion": "batch/v1"}],
+            }
             self._store("Job", stored, "ADDED")
             answer = self.job(name, namespace)
             self.collect_garbage()
@@ -474,6 +482,22 @@ class FakeCluster(Cluster):
         self._store("Pod", pod, "ADDED")
         self._set_job_status(owner, {**owner["status"], **shapes.active_status(self._since(owner))})
         return str(pod["metadata"]["name"])
+
+    def try_pod(self, job: str, namespace: str = "default") -> bool:
+        """The Job controller tries to create the Job's pod, if it has none; False when the quota on pods refuses it."""
+        if self._pod_of(job, namespace) is not None:
+            return True
+        limit, used = self.pod_quota.get(namespace), len(self._select("Pod", namespace))
+        if limit is not None and used >= limit:
+            self.refuse_pod(
+                job,
+                namespace,
+                message=f'pods "{job}-x" is forbidden: exceeded quota: small, requested: count/pods=1, '
+                f"used: count/pods={used}, limited: count/pods={limit}",
+            )
+            return False
+        self.create_pod(job, namespace)
+        return True
 
     def refuse_pod(self, job: str, namespace: str = "default", *, message: str) -> None:
         """The Job controller tried to create the Job's pod, was refused, and says so in an Event of its own."""

@@ -48,7 +48,10 @@ UNPUBLISHED_FREE_BYTES: Final = 512
 UNPUBLISHED_STATUS_BYTES: Final = 10 * 1024
 """Size of the status, with further entries, up to which entries beyond UNPUBLISHED_FREE_BYTES are kept."""
 MAX_CHECKPOINTS: Final = 6
-"""Most batches that have a checkpoint at once: mostly 100 bytes each, at most 194."""
+"""Most batches that have a checkpoint without the rest of the status being measured: mostly 40 bytes each, at most 194.
+"""
+CHECKPOINTS_STATUS_BYTES: Final = 10 * 1024
+"""Size of the status, with further checkpoints, up to which checkpoints beyond MAX_CHECKPOINTS are kept."""
 
 REASON_CHARS: Final = 512
 """Characters of a cancel's reason: each run below puts its parent's name before the parent's reason."""

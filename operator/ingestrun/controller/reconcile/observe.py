@@ -268,6 +268,8 @@ class PodCreationFailures:
             for attempt in explained
         )
         self._usage.set_pods_refused(run.metadata.uid, key.namespace, refused=refused)
+        counted = [each for each in explained if each.pod_creation is not None and each.pod_creation.ended_counted]
+        self._usage.set_pods_counted(run.metadata.uid, key.namespace, refused=len(counted), now=now)
         return explained
 
     async def explain(self, namespace: str, attempts: Sequence[Attempt], *, now: datetime) -> list[Attempt]:

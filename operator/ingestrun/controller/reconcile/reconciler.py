@@ -101,9 +101,10 @@ class Reconciler:
             logger.error("the run cannot be read: it was stored under another CRD", error=str(error))
             return Done()
         if self._cache.is_archived(uid):
-            if run.metadata.generation == run.status.observed_generation:
+            settled = run.metadata.generation == run.status.observed_generation
+            if settled and not self._cache.may_give_back(uid, key.namespace):
                 return await self._executor.expire(key, run)
-            self._cache.unarchive(uid)  # the retention of its Jobs may have changed
+            self._cache.unarchive(uid)  # the retention of its Jobs may have changed, or gives way to a quota
         try:
             async with (
                 self._concurrency.peers(key, run) as peers,

@@ -84,6 +84,7 @@ class RunCache:
     def __init__(self, usage: Usage) -> None:
         """Keep `usage` up to date with each Job that comes, ends or goes."""
         self.usage = usage
+        usage.holders = self.runs_with_jobs
         self.memories = RunMemories()
         self.strangers = Strangers()
         self._compactor = BodyCompactor()
@@ -91,6 +92,7 @@ class RunCache:
         self._keys: dict[str, RunKey] = {}
         self._children: dict[str, _Children] = {}
         self._archived: set[str] = set()
+        self._keeping: set[str] = set()
         self._runs_below: dict[RunKey, set[RunKey]] = {}
         self._parsed: dict[RunKey, tuple[Object, IngestRun]] = {}
         self._peers: dict[tuple[str, str], set[RunKey]] = {}
@@ -199,9 +201,12 @@ class RunCache:
         self._drop_children(uid)
         self.memories.forget(uid)
         self._archived.discard(uid)
+        self._keeping.discard(uid)
 
     def archive(self, run_uid: str) -> None:
         """Keep no facts of this run's children any more, because it has ended and needs nothing."""
+        if self._of(run_uid).jobs:
+            self._keeping.add(run_uid)
         self._drop_children(run_uid)
         self.memories.forget(run_uid)
         self._archived.add(run_uid)
@@ -209,6 +214,17 @@ class RunCache:
     def unarchive(self, run_uid: str) -> None:
         """Keep facts of this run's children again, because its spec has changed since it was archived."""
         self._archived.discard(run_uid)
+        self._keeping.discard(run_uid)
+
+    def runs_with_jobs(self, namespace: str) -> list[RunKey]:
+        """Return the runs of the namespace that have Jobs, those of ended runs that were kept included."""
+        holding = self._keeping | {uid for uid, children in self._children.items() if children.jobs}
+        keys = [self._keys[uid] for uid in sorted(holding) if uid in self._keys]
+        return [key for key in keys if key.namespace == namespace]
+
+    def may_give_back(self, run_uid: str, namespace: str) -> bool:
+        """Tell whether an archived run keeps Jobs while a quota that counts them starves its namespace."""
+        return run_uid in self._keeping and self.usage.is_starved(namespace)
 
     def is_archived(self, run_uid: str) -> bool:
         """Tell whether nothing is left to be done for the run."""

@@ -10,10 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import Final
 
 from ingestrun.kube.protocol import RunKey
 from ingestrun.planner.run.fair_sharing import Capacity, Demand, JobLimits, Quota, admissions
+
+PRESSED_FOR: Final = timedelta(minutes=10)
+"""Time after a pod's refusal by a quota that counts ended pods, for which what has ended in its namespace is given back
+at once. Without a memory of it each stage would be refused once more."""
 
 
 @dataclass(slots=True)
@@ -56,6 +61,11 @@ class Usage:
         self._needing: set[str] = set()
         self._waiting: dict[str, tuple[RunKey, int]] = {}
         self._refused: dict[str, _Refused] = {}
+        self._pods_counted: dict[str, datetime] = {}
+        self._without_pod: dict[str, int] = {}
+        self._starved: set[str] = set()
+        self.holders: Callable[[str], Iterable[RunKey]] = lambda _: ()
+        """Function that returns the runs of a namespace that still have Jobs; the cache sets it."""
         self._turns = 0
 
     # ---- what the cache reports
@@ -84,6 +94,7 @@ class Usage:
         """Drop a run that is gone, or needs nothing more; its Jobs have been taken off before."""
         self._waiting.pop(run_uid, None)
         self._needing.discard(run_uid)
+        self._without_pod.pop(run_uid, None)
         run = self._runs.get(run_uid)
         if run is not None:
             self._unreserve(run_uid, run.reserved)
@@ -102,6 +113,8 @@ class Usage:
             run=Demand(uid=run_uid, namespace=namespace, active=run.load, turn=run.turn or self._turns + 1),
             in_namespace={**self._places(exclude=run_uid), namespace: self._in_namespace[namespace]},
             fewest_jobs_without_pod=self._needy(run_uid, namespace),
+            pods_counted=self._pods_counted.get(namespace, now) > now,
+            starved=self.is_starved(namespace),
         )
 
     def reserve(self, key: RunKey, run_uid: str, names: Iterable[str], *, unmet_demand: int) -> None:
@@ -141,7 +154,9 @@ class Usage:
 
     def quota_refused(self, namespace: str, message: str, *, until: datetime) -> None:
         """Note that a quota of the namespace has refused a Job, so that there is room only once a Job is gone."""
+        new = namespace not in self._refused
         self._refused[namespace] = _Refused(message=message, jobs=self._jobs[namespace], until=until)
+        self._ask_holders(namespace, new=new)
 
     def job_admitted(self, namespace: str) -> None:
         """Forget a quota's refusal once more Jobs were accepted than there were when it refused one."""
@@ -149,6 +164,29 @@ class Usage:
         if refused is not None and self._jobs[namespace] > refused.jobs:
             del self._refused[namespace]
             self._tell()
+
+    def is_starved(self, namespace: str) -> bool:
+        """Tell whether a quota that counts what has ended refuses a Job or pod, and nothing runs to make room."""
+        unfinished = self._in_namespace[namespace]
+        without_pod = sum(
+            number
+            for uid, number in self._without_pod.items()
+            if uid in self._runs and self._runs[uid].namespace == namespace
+        )
+        refused = self._refused.get(namespace)
+        no_job = refused is not None and not unfinished and not self._free(namespace, refused)
+        return no_job or (without_pod > 0 and unfinished <= without_pod)
+
+    def set_pods_counted(self, run_uid: str, namespace: str, *, refused: int, now: datetime) -> None:
+        """Note to how many of the run's Jobs a quota refuses the pod that counts pods which have ended."""
+        if not refused:
+            self._without_pod.pop(run_uid, None)
+            return
+        self._run(run_uid, namespace)
+        self._without_pod[run_uid] = refused
+        new = self._pods_counted.get(namespace, now) <= now
+        self._pods_counted[namespace] = now + PRESSED_FOR
+        self._ask_holders(namespace, new=new)
 
     def set_pods_refused(self, run_uid: str, namespace: str, *, refused: bool) -> None:
         """Note whether a quota refuses a pod to one of the run's Jobs."""
@@ -230,6 +268,17 @@ class Usage:
     def _needy(self, run_uid: str, namespace: str) -> int | None:
         others = (self._runs[uid] for uid in self._needing if uid != run_uid)
         return min((run.load for run in others if run.namespace == namespace), default=None)
+
+    def _ask_holders(self, namespace: str, *, new: bool) -> None:
+        """Wake the runs that may give something back, if the namespace has just become short of room, or starved."""
+        starved = self.is_starved(namespace)
+        if new or (starved and namespace not in self._starved):
+            for key in self.holders(namespace):
+                self._wake(key)
+        if starved:
+            self._starved.add(namespace)
+        else:
+            self._starved.discard(namespace)
 
     def _tell(self) -> None:
         """Wake the runs that would get a slot now. A needless wake-up is harmless: the plan stays the same."""

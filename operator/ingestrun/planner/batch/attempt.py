@@ -96,6 +96,8 @@ class Obstacle:
     kind: str
     message: str
     since: datetime
+    ended_counted: bool = False
+    """True if it is a quota that counts pods which have ended, so that deleting them makes room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +295,23 @@ def pod_creation_obstacle(attempt: Attempt, event_note: str | None) -> Obstacle 
     _, _, reason = event_note.partition("is forbidden: ")
     kind = "QuotaExceeded" if "exceeded quota" in event_note else "PodRefused"
     message = reason or event_note.removeprefix("Error creating: ")
-    return Obstacle(kind=kind, message=f"its pod is refused: {_short(message)}", since=since)
+    return Obstacle(
+        kind=kind,
+        message=f"its pod is refused: {_short(message)}",
+        since=since,
+        ended_counted=kind == "QuotaExceeded" and _counts_ended(event_note),
+    )
+
+
+def _counts_ended(refusal: str) -> bool:
+    """Tell whether a quota that is exceeded counts objects that have ended, as `count/pods` does and `pods` does not.
+
+    The server names just the resources that are exceeded; where it names none, the answer is yes, because a run must
+    not hang for what it keeps.
+    """
+    _, _, requested = refusal.partition("requested: ")
+    requested, _, _ = requested.partition(", used: ")
+    return not requested or "count/" in requested
 
 
 def ended_by_suspension(job: ObservedJob, pod: ObservedPod) -> bool:

@@ -44,10 +44,15 @@ def jobs_to_delete(run: IngestRun, attempts: Sequence[Attempt]) -> DeleteJobs | 
     return DeleteJobs(batches=IndexRanges(sorted(ended)[:MAX_DELETE_BATCHES]))
 
 
-def jobs_to_delete_after_end(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) -> DeleteJobs | None:
-    """Return the Jobs that may be deleted once the run has ended and its status is Drained; None if none is left."""
+def jobs_to_delete_after_end(
+    run: IngestRun, attempts: Sequence[Attempt], *, now: datetime, keep: bool = True
+) -> DeleteJobs | None:
+    """Return the Jobs that may be deleted once the run has ended and its status is Drained; None if none is left.
+
+    Without `keep` also those that the run's retention would keep.
+    """
     expire_at = jobs_expire_at(run)
-    if expire_at is not None and now >= expire_at:
+    if not keep or (expire_at is not None and now >= expire_at):
         return DeleteJobs(batches=None, clean_up=True) if attempts else None
     return jobs_to_delete_except_kept(run, [attempt for attempt in attempts if attempt.step != ON_CANCEL_STEP])
 

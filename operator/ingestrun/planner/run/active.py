@@ -13,8 +13,9 @@ from ingestrun.planner.batch.attempt import NO_POD_RECHECK, QUEUED_AFTER
 from ingestrun.planner.batch.state import CAPACITY_OBSTACLES, POD_START_GRACE, BatchState
 from ingestrun.planner.jobs.image_pins import image_drift_events, newly_pinned, pinned_images
 from ingestrun.planner.jobs.retention import jobs_to_delete
-from ingestrun.planner.run.backpressure import Backpressure, backpressure_deadline, checkpointed_jobs
+from ingestrun.planner.run.backpressure import Backpressure, backpressure_deadline
 from ingestrun.planner.run.cancel import cancel
+from ingestrun.planner.run.checkpoints import checkpointed_jobs
 from ingestrun.planner.run.completion import (
     FIRST_ATTEMPT,
     backpressure_timed_out,
@@ -56,7 +57,7 @@ def progress(snapshot: Snapshot, *, block: StartBlock | None = None) -> Decision
         plan=Plan(
             status=status,
             creates=creates,
-            job_deletions=(*_unfinished_of_failed(snapshot), *checkpointed_jobs(run, snapshot.stages)),
+            job_deletions=(*_unfinished_of_failed(snapshot), *checkpointed_jobs(snapshot)),
             bulk_deletion=scheduled.bulk_deletion or jobs_to_delete(run, snapshot.stages),
             events=(*drift, *memory_raised_events(run.status, status, next_attempts)),
             unmet_demand=scheduled.backpressure.unmet_demand if scheduled.backpressure is not None else 0,

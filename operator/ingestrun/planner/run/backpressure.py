@@ -1,29 +1,25 @@
 """Backpressure: the room in the cluster for one more Job of a run, and the time that a run waits for it.
 
-A quota on Jobs counts ended ones too. Batches in flight that each hold ended Jobs and wait for one more could use such
-a quota up and wait for ever. So when a Job is refused for want of room, waiting batches are checkpointed, lowest
-index first: one status write keeps all values that their next Jobs need (`Checkpoint`), and only when it is stored are
-their ended Jobs deleted, each by its UID. No stage is done twice. The freed room goes to the run's checkpointed batches
-before its others (`schedule`), so a batch that has taken the last place can be checkpointed in turn, and a quota of one
-Job is enough to make progress.
+A quota may count what has ended: Jobs (`count/jobs.batch`), or their pods (`count/pods`). Batches in flight that each
+hold ended Jobs and wait for one more could use such a quota up and wait for ever. So when a Job or a pod is refused for
+want of room, batches are checkpointed (`checkpoints`), lowest index first: one status write keeps all values that their
+next Jobs need, and only when it is stored are their ended Jobs deleted, each by its UID. No stage is done twice. The
+freed room goes to the run's checkpointed batches before its others (`schedule`), so a batch that has taken the last
+place can be checkpointed in turn, and a quota of one Job, or of one pod, is enough to make progress.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
-from ingestrun.model.size_budget import MAX_CHECKPOINTS
-from ingestrun.model.status import IngestRunStatus
-from ingestrun.planner.actions import CreateRejection, DeleteJob, DeleteJobs
+from ingestrun.planner.actions import CreateRejection, DeleteJobs
 from ingestrun.planner.batch.attempt import Attempt, JobState
-from ingestrun.planner.batch.ledger import add_retries
-from ingestrun.planner.batch.state import CAPACITY_OBSTACLES, BatchState, is_checkpointed
+from ingestrun.planner.batch.state import CAPACITY_OBSTACLES, BatchState
 from ingestrun.planner.jobs.retention import MAX_DELETE_BATCHES, kept_failed_batches
 from ingestrun.planner.run.fair_sharing import Admission, Capacity
 from ingestrun.planner.snapshot import Snapshot
@@ -90,11 +86,11 @@ def quota_used_up(capacity: Capacity | None) -> bool:
 
 
 def jobs_to_free_quota(snapshot: Snapshot, *, last_resort: bool = False) -> DeleteJobs | None:
-    """Return the Jobs to delete at once under such a quota: those of batches ended by the stored status.
+    """Return the Jobs to delete at once where a quota counts what has ended: of batches ended by the stored status.
 
     Jobs of failed batches that are kept for their logs are deleted only as a last resort, one batch's at a time.
     """
-    if snapshot.capacity is None or snapshot.capacity.quota is None:
+    if snapshot.capacity is None or not snapshot.capacity.pressed:
         return None
     batches = snapshot.run.status.batches
     ended = batches.published | batches.failed
@@ -150,50 +146,7 @@ def _quota_freed_since(rejection: CreateRejection, capacity: Capacity | None) ->
     return rejection.reason == "QuotaExceeded" and quota is not None and quota.free > 0
 
 
-def with_checkpoints(
-    status: IngestRunStatus, waiting: Sequence[BatchState], attempts: Iterable[Attempt], *, places: int
-) -> IngestRunStatus:
-    """Return the status with enough of the waiting batches checkpointed to free `places` places.
-
-    Batches that are checkpointed already free their places too. The retries of a newly checkpointed batch are counted
-    here, because its failed attempts are not there any more when the batch is counted.
-    """
-    holds = Counter(attempt.batch for attempt in attempts if not attempt.job.deleting)
-    checkpoints = status.batches.checkpoint_by_batch
-    newly = []
-    for batch in waiting:
-        if places <= 0:
-            break
-        entry = batch.checkpoint
-        full = batch.index not in checkpoints and len(checkpoints) >= MAX_CHECKPOINTS
-        if entry is None or not holds[batch.index] or full:
-            continue
-        places -= holds[batch.index]
-        if checkpoints.get(batch.index) != entry:
-            checkpoints[batch.index] = entry
-            newly.append(batch)
-    if not newly:
-        return status
-    return status.replace(
-        batches=status.batches.replace(checkpoints=[checkpoints[index] for index in sorted(checkpoints)]),
-        retries=add_retries(status.retries, (retry for batch in newly for retry in batch.retried)),
-    )
-
-
 def hold_jobs(batches: Sequence[BatchState], attempts: Iterable[Attempt]) -> bool:
     """Tell whether one of the batches has a Job: it will end, or be checkpointed, or be deleted, and free its place."""
     indexes = {batch.index for batch in batches}
     return any(attempt.batch in indexes for attempt in attempts)
-
-
-def checkpointed_jobs(run: IngestRun, attempts: Iterable[Attempt]) -> tuple[DeleteJob, ...]:
-    """Return the deletions of Jobs of which the stored status keeps all that is needed."""
-    checkpoints = run.status.batches.checkpoint_by_batch
-    return tuple(
-        DeleteJob(job=attempt.job, why="kept in the status, to make room")
-        for attempt in attempts
-        if attempt.state.finished
-        and not attempt.job.deleting
-        and attempt.batch in checkpoints
-        and is_checkpointed(checkpoints[attempt.batch], attempt)
-    )

@@ -26,7 +26,7 @@ from ingestrun.model.status import (
     OnCancelStatus,
     Phase,
 )
-from ingestrun.planner.actions import ChildRun, CreateJob, Decision, DeleteJob, DeletePod, Plan
+from ingestrun.planner.actions import ChildRun, CreateJob, Decision, DeleteJob, DeleteJobs, DeletePod, Plan
 from ingestrun.planner.batch.attempt import JOB_DELETED, Attempt, JobState, ObservedPod
 from ingestrun.planner.batch.failure_policy import Failure, outcome_of
 from ingestrun.planner.batch.pipeline import on_cancel_step, steps_of
@@ -199,7 +199,7 @@ def _ended_well(run: IngestRun, attempts: Sequence[Attempt]) -> Iterator[Attempt
 
 def _after_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
     """Run the clean-up, sweep once, then delete Jobs by their retention."""
-    run, now = snapshot.run, snapshot.now
+    now = snapshot.now
     status, creates = _advance_clean_up(snapshot, status)
     sweep_at = (status.completion_time or now) + SWEEP_AFTER
     late = _late_jobs(snapshot, status)
@@ -218,12 +218,23 @@ def _after_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
             status=status,
             creates=creates,
             job_deletions=late,
-            bulk_deletion=jobs_to_delete_after_end(run, snapshot.attempts, now=now) if finished else None,
+            bulk_deletion=_jobs_to_delete(snapshot, finished=finished, late=late),
             fence=False if swept else None,
             expirable=finished,
             requeue_at=requeue_at,
         )
     )
+
+
+def _jobs_to_delete(snapshot: Snapshot, *, finished: bool, late: Sequence[DeleteJob]) -> DeleteJobs | None:
+    """Return the Jobs that go by their retention. Where a quota counts them they go sooner, and none is kept."""
+    run, capacity = snapshot.run, snapshot.capacity
+    if finished:
+        starved = capacity is not None and capacity.starved
+        return jobs_to_delete_after_end(run, snapshot.attempts, now=snapshot.now, keep=not starved)
+    if capacity is None or not capacity.pressed or late or snapshot.live is None:
+        return None
+    return jobs_to_delete_except_kept(run, snapshot.stages)
 
 
 def _next_expiry(snapshot: Snapshot) -> datetime | None:

@@ -76,6 +76,11 @@ class Capacity:
 
     None: there is no such run.
     """
+    pods_counted: bool = False
+    """True if a quota of the run's namespace that counts ended pods has refused a pod lately."""
+    starved: bool = False
+    """True if a quota that counts what has ended refuses a Job or a pod in the namespace, and nothing runs there whose
+    end would make room."""
     synced: bool = True
     """True once the Jobs that an earlier process has left are counted. Until then no Job is started."""
 
@@ -83,6 +88,11 @@ class Capacity:
     def quota(self) -> Quota | None:
         """Return the known state of the quota of the run's own namespace."""
         return self.quotas.get(self.run.namespace)
+
+    @property
+    def pressed(self) -> bool:
+        """Tell whether what has ended is to be given back now, because a quota of the namespace counts it."""
+        return self.pods_counted or self.quota is not None
 
     def admit(self, wants: int) -> Admission:
         """Return how many of the Jobs that the run wants it may start now, and what prevents the rest."""

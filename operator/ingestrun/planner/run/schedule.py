@@ -9,6 +9,7 @@ from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus
 from ingestrun.planner.actions import CreateJob, DeleteJobs
+from ingestrun.planner.batch.attempt import NO_POD_RECHECK
 from ingestrun.planner.batch.ledger import claimable, cursor_of, fetch_limit, next_claims, replay_limit
 from ingestrun.planner.batch.pipeline import steps_of
 from ingestrun.planner.batch.state import BatchState, NextAttempt
@@ -18,6 +19,12 @@ from ingestrun.planner.run.backpressure import (
     hold_jobs,
     jobs_to_free_quota,
     quota_used_up,
+)
+from ingestrun.planner.run.checkpoints import (
+    batches_that_hold_room,
+    free_places,
+    suspended_batches,
+    vanishing_batches,
     with_checkpoints,
 )
 from ingestrun.planner.snapshot import Snapshot
@@ -49,8 +56,10 @@ class _Candidates:
 
 
 def nothing_scheduled(snapshot: Snapshot) -> Schedule:
-    """Return the schedule of a run that may start no Job now; Jobs that use up a quota are deleted nevertheless."""
-    return Schedule(status=snapshot.status, bulk_deletion=jobs_to_free_quota(snapshot))
+    """Return the schedule of a run that may start no Job now; it gives back what uses up a quota nevertheless."""
+    status = with_checkpoints(snapshot.status, suspended_batches(snapshot))
+    given = _give_back(snapshot, status)
+    return Schedule(status=given.status, bulk_deletion=given.bulk_deletion, rechecks=tuple(given.rechecks))
 
 
 def schedule(snapshot: Snapshot) -> Schedule:
@@ -58,18 +67,21 @@ def schedule(snapshot: Snapshot) -> Schedule:
     run, now, status = snapshot.run, snapshot.now, snapshot.status
     waiting = [batch for batch in snapshot.in_flight if batch.next_attempt is not None]
     free = run.spec.parallelism - len(snapshot.in_flight)
+    given = _give_back(snapshot, status)
+    ready = [batch for batch in waiting if batch.next_attempt is not None and batch.next_attempt.due(now)]
     due = _Candidates(
-        ready=[batch for batch in waiting if batch.next_attempt is not None and batch.next_attempt.due(now)],
+        ready=[batch for batch in ready if batch.index not in given.holding],
         claims=max(0, min(free, claimable(run.spec, status.batches, status.records))),
-        status=status,
-        bulk_deletion=jobs_to_free_quota(snapshot),
-        rechecks=[at for batch in waiting if (at := _not_before(batch)) is not None and at > now],
+        status=given.status,
+        bulk_deletion=given.bulk_deletion,
+        rechecks=[*given.rechecks, *(at for batch in waiting if (at := _not_before(batch)) is not None and at > now)],
     )
     backpressure = backpressure_of(snapshot, wants=len(due.ready) + due.claims)
     if backpressure is not None:
         _hold_back(snapshot, due, backpressure)
-    creates = [_create_job(run, due.status, batch.next_attempt) for batch in due.ready if batch.next_attempt]
-    status = due.status
+    created = [batch.index for batch in due.ready]
+    status = with_checkpoints(due.status, vanishing_batches(snapshot, created=created))
+    creates = [_create_job(run, status, batch.next_attempt) for batch in due.ready if batch.next_attempt]
     if due.claims:
         claimed = next_claims(status.batches, due.claims)
         fetch = steps_of(run.spec)[0]
@@ -90,6 +102,42 @@ def schedule(snapshot: Snapshot) -> Schedule:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GivenBack:
+    """Ended Jobs that are given back because a quota of the namespace counts them, or their pods."""
+
+    status: IngestRunStatus
+    bulk_deletion: DeleteJobs | None
+    holding: frozenset[int] = frozenset()
+    """Batches whose next Job waits until their ended Jobs are deleted."""
+    rechecks: tuple[datetime, ...] = ()
+
+
+def _give_back(snapshot: Snapshot, status: IngestRunStatus) -> _GivenBack:
+    """Give back what has ended: of ended batches at once, of those in flight by way of a checkpoint.
+
+    The Jobs of failed batches that are kept for their logs are the last resort, one batch's at a time.
+    """
+    capacity, bulk = snapshot.capacity, jobs_to_free_quota(snapshot)
+    if capacity is None or not capacity.pressed:
+        return _GivenBack(status=status, bulk_deletion=None)
+    in_flight, holding = batches_that_hold_room(snapshot), []
+    if capacity.pods_counted:
+        status = with_checkpoints(status, in_flight)
+        kept = status.batches.checkpoint_by_batch
+        holding = [batch for batch in in_flight if kept.get(batch.index) == batch.checkpoint]
+    rechecks = (snapshot.now,) if holding else ()
+    if capacity.starved and bulk is None and not in_flight:
+        bulk = jobs_to_free_quota(snapshot, last_resort=True)
+        rechecks = (snapshot.now + NO_POD_RECHECK,) if bulk is not None else ()
+    return _GivenBack(
+        status=status,
+        bulk_deletion=bulk,
+        holding=frozenset(batch.index for batch in holding),
+        rechecks=rechecks,
+    )
+
+
 def _hold_back(snapshot: Snapshot, due: _Candidates, backpressure: Backpressure) -> None:
     """Cut the candidates down to the admitted number, and make room under a quota that is used up."""
     attempts, now = snapshot.stages, snapshot.now
@@ -100,7 +148,7 @@ def _hold_back(snapshot: Snapshot, due: _Candidates, backpressure: Backpressure)
     if due.bulk_deletion is None and quota_used_up(snapshot.capacity):
         missing = len(due.ready) - backpressure.admitted
         if missing > 0:
-            checkpointed = with_checkpoints(due.status, due.ready, attempts, places=missing)
+            checkpointed = free_places(due.status, due.ready, attempts, places=missing)
             due.rechecks += [now] if checkpointed is not due.status else []
             due.status = checkpointed
         if not hold_jobs(snapshot.in_flight, attempts):

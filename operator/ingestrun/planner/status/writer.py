@@ -11,7 +11,13 @@ from datetime import datetime
 from typing import Final
 
 from ingestrun.model.run import IngestRun
-from ingestrun.model.size_budget import MESSAGE_CHARS, SHORT_MESSAGE_CHARS, STATUS_BYTES, UNMEASURED_RANGES_BYTES
+from ingestrun.model.size_budget import (
+    MAX_CHECKPOINTS,
+    MESSAGE_CHARS,
+    SHORT_MESSAGE_CHARS,
+    STATUS_BYTES,
+    UNMEASURED_RANGES_BYTES,
+)
 from ingestrun.model.spec import IngestRunSpec
 from ingestrun.model.status import Condition, IngestRunStatus, Phase, StageFailure
 from ingestrun.model.text import truncate
@@ -92,7 +98,8 @@ def fit_status(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
     batches, cancellation = status.batches, status.cancellation
     ranges = (batches.claimed, batches.fetched, batches.published, batches.failed, batches.replay)
     names_children = cancellation is not None and cancellation.children is not None
-    if not beside and not names_children and sum(len(str(each)) for each in ranges) <= UNMEASURED_RANGES_BYTES:
+    many = names_children or len(batches.checkpoints) > MAX_CHECKPOINTS
+    if not beside and not many and sum(len(str(each)) for each in ranges) <= UNMEASURED_RANGES_BYTES:
         return status
     for shortened in _STEPS:
         if status.json_bytes() + beside <= STATUS_BYTES:

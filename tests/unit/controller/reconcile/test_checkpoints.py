@@ -145,7 +145,9 @@ async def test_jobs_go_only_once_the_status_says_what_they_came_to() -> None:
         assert entry["written"] == (50 if batch == 4 else 100)
 
 
-async def test_no_more_are_parked_than_the_status_has_room_for() -> None:
+@pytest.mark.parametrize("room", [0, 10 * 1024])
+async def test_no_more_are_parked_than_the_status_has_room_for(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ingestrun.planner.run.checkpoints.CHECKPOINTS_STATUS_BYTES", room)
     world = World()
     world.cluster.job_quota["default"] = 20
     world.create(batches={"partitions": {"count": 40}}, parallelism=20)
@@ -157,7 +159,8 @@ async def test_no_more_are_parked_than_the_status_has_room_for() -> None:
             world.work(job)
         if world.due and not world.active_jobs():
             world.now = max(world.now, min(world.due.values()))
-    assert most == MAX_CHECKPOINTS
+    assert most == MAX_CHECKPOINTS if not room else most > MAX_CHECKPOINTS
+    assert world.cluster.largest_run < 16 * 1024
     await moves_on(world, lambda: world.phase == "Succeeded")
     assert_nothing_twice(world)
 
@@ -307,7 +310,8 @@ async def test_the_next_stage_reads_what_the_attempt_that_is_gone_has_written() 
 
 async def test_what_comes_free_goes_to_a_parked_batch_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else an older batch takes the place that a parked one has given up, as often as it likes, and all hangs."""
-    monkeypatch.setattr("ingestrun.planner.run.backpressure.MAX_CHECKPOINTS", 1)
+    monkeypatch.setattr("ingestrun.planner.run.checkpoints.MAX_CHECKPOINTS", 1)
+    monkeypatch.setattr("ingestrun.planner.run.checkpoints.CHECKPOINTS_STATUS_BYTES", 0)
     world = World()
     world.cluster.job_quota["default"] = 2
     world.create(batches={"partitions": {"count": 2}}, parallelism=2)
