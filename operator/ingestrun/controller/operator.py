@@ -24,6 +24,7 @@ from ingestrun.controller.settings import Settings, instance_name
 from ingestrun.controller.state.cache import RunCache
 from ingestrun.controller.state.usage import Usage
 from ingestrun.controller.watch.handlers import EventHandlers, operator_settings, registry
+from ingestrun.controller.watch.orphans import OrphanCollector
 from ingestrun.controller.watch.resync import resync_forever
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.client import KubernetesCluster
@@ -149,6 +150,7 @@ async def _operate(
         patient=cache.ended,
         context=context_of,
     )
+    orphans = OrphanCollector(cluster, cache)
     handlers = registry(EventHandlers(cache, queue))
 
     @kopf.on.login(registry=handlers, id="login")
@@ -173,16 +175,17 @@ async def _operate(
         name="resync",
     )
     watching = asyncio.create_task(watch(), name="kopf")
+    collecting = asyncio.create_task(orphans.run(), name="orphans")
     try:
-        await asyncio.wait({resync, watching}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({resync, watching, collecting}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in (resync, watching):
+        for task in (resync, watching, collecting):
             task.cancel()
         await queue.close()
         await events.finish(seconds=FAREWELL_SECONDS)
         posting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(resync, watching, posting)
+            await asyncio.gather(resync, watching, collecting, posting)
 
 
 def connection_info(configuration: Configuration) -> kopf.ConnectionInfo:

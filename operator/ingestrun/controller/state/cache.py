@@ -31,7 +31,7 @@ from ingestrun.planner.batch.attempt import (
     read_job,
     read_pod,
 )
-from ingestrun.planner.batch.ownership import foreign_job_reason, foreign_pod_reason
+from ingestrun.planner.batch.ownership import OrphanedJob, foreign_job_reason, foreign_pod_reason
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
 from ingestrun.planner.run.concurrency import ConcurrentRun, concurrency_key_of
 
@@ -202,6 +202,7 @@ class RunCache:
         self.memories.forget(uid)
         self._archived.discard(uid)
         self._keeping.discard(uid)
+        self.strangers.run_gone(uid)
 
     def archive(self, run_uid: str) -> None:
         """Keep no facts of this run's children any more, because it has ended and needs nothing."""
@@ -244,6 +245,10 @@ class RunCache:
         if run_uid in self._children and meta["uid"] in self._children[run_uid].jobs:
             self.remove_job(run_uid=run_uid, job_uid=meta["uid"])
         return None
+
+    def orphans(self) -> list[OrphanedJob]:
+        """Return the Jobs that may be orphans, as far as the watches have shown."""
+        return self.strangers.orphans(self._keys.keys())
 
     def own_pod(self, body: Object) -> ObservedPod | None:
         """Read a pod that carries the label of a run; return None, and ignore it, if it does not belong to that run."""

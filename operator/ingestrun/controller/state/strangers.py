@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import structlog
@@ -27,11 +27,15 @@ class Strangers:
         self._jobs: dict[str, _Stranger] = {}
         self._pods: dict[str, _Stranger] = {}
         self._listed: set[str] | None = None
+        self.orphan_seen: Callable[[], None] = lambda: None
+        """Called when a Job is seen that may be an orphan, and when the run of one is gone."""
 
     def note_job(self, body: Object, why: str) -> None:
         """Note a Job that is not the own Job of the run that its label names."""
         orphan = orphaned_job(body)
         known = self._note(self._jobs, body, orphan)
+        if orphan is not None:
+            self.orphan_seen()
         if not known:
             _log("ignoring a Job that is not of the run that its labels name", body, job=True, why=why)
 
@@ -54,6 +58,11 @@ class Strangers:
     def has_jobs_with_labels_of(self, run_uid: str) -> bool:
         """Tell whether a foreign Job carries the labels of this run, so that a selector would find it."""
         return any(job.run_uid == run_uid for job in self._jobs.values())
+
+    def run_gone(self, run_uid: str) -> None:
+        """Take in that a run is gone, which may make orphans of Jobs that have lost it as their owner."""
+        if any(job.orphan is not None and job.run_uid == run_uid for job in self._jobs.values()):
+            self.orphan_seen()
 
     def orphans(self, known_runs: Collection[str]) -> list[OrphanedJob]:
         """Return the Jobs that may be orphans: those without an owner whose run's UID is not among the known ones."""
