@@ -72,11 +72,11 @@ async def test_orphans_go_with_their_pods_and_are_told(restarted: bool) -> None:
 async def test_it_looks_by_itself_when_the_owner_goes_and_again_when_the_run_does() -> None:
     world = World()
     await two_fetches(world)
-    collecting = asyncio.create_task(collector(world).run())
-    (first, second) = (job["metadata"]["name"] for job in world.cluster.jobs())
-    strip_owner(world, first)
-    strip_owner(world, second)
-    await until(lambda: bool(world.cluster.calls("get", "ingestruns")))
+    looking = collector(world)
+    collecting = asyncio.create_task(looking.run())
+    for job in world.cluster.jobs():
+        strip_owner(world, job["metadata"]["name"])
+    await looking.collect()
     assert len(world.cluster.jobs()) == 2, "their run is there"
     world.cluster.user_delete_run(KEY)
     await until(lambda: not world.cluster.jobs())
