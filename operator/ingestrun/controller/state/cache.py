@@ -233,13 +233,15 @@ class RunCache:
 
     # ---- Jobs and pods
 
-    def own_job(self, body: Object) -> ObservedJob | None:
+    def own_job(self, body: Object, *, gone: bool = False) -> ObservedJob | None:
         """Read a Job that carries the label of a run; return None, and ignore it, if it is not that run's own."""
         why, meta = foreign_job_reason(body), body["metadata"]
-        if why is None:
+        if why is None or gone:
             self.strangers.forget(meta["uid"])
+        if why is None:
             return read_job(body)
-        self.strangers.note_job(body, why)
+        if not gone:
+            self.strangers.note_job(body, why)
         # It may have been the run's own until its owner was taken from it.
         run_uid = meta["labels"].get(names.LABEL_RUN_UID)
         if run_uid in self._children and meta["uid"] in self._children[run_uid].jobs:
@@ -250,15 +252,18 @@ class RunCache:
         """Return the Jobs that may be orphans, as far as the watches have shown."""
         return self.strangers.orphans(self._keys.keys())
 
-    def own_pod(self, body: Object) -> ObservedPod | None:
+    def own_pod(self, body: Object, *, gone: bool = False) -> ObservedPod | None:
         """Read a pod that carries the label of a run; return None, and ignore it, if it does not belong to that run."""
         why = foreign_pod_reason(body)
         if why is None and self.strangers.is_of_foreign_job(body):
             why = "its Job is not the run's own"
+        meta = body["metadata"]
+        if why is None or gone:
+            self.strangers.forget(meta["uid"])
         if why is None:
             return read_pod(body)
-        self.strangers.note_pod(body, why)
-        meta = body["metadata"]
+        if not gone:
+            self.strangers.note_pod(body, why)
         run_uid = meta["labels"].get(names.LABEL_RUN_UID)
         if run_uid in self._children:
             self._children[run_uid].pods.pop(meta["uid"], None)

@@ -58,9 +58,7 @@ class EventHandlers:
 
     def job(self, event_type: str | None, body: Object) -> None:
         """Take in that a Job with the run label was added, changed or deleted."""
-        job = self._cache.own_job(body)
-        if event_type == "DELETED":
-            self._cache.strangers.forget(body["metadata"]["uid"])
+        job = self._cache.own_job(body, gone=event_type == "DELETED")
         if job is None:
             return
         change = Change.MAJOR
@@ -76,9 +74,7 @@ class EventHandlers:
 
     def pod(self, event_type: str | None, body: Object) -> None:
         """Take in that a pod with the run label was added, changed or deleted."""
-        pod = self._cache.own_pod(body)
-        if event_type == "DELETED":
-            self._cache.strangers.forget(body["metadata"]["uid"])
+        pod = self._cache.own_pod(body, gone=event_type == "DELETED")
         if pod is None:
             return
         change = Change.MAJOR

@@ -51,12 +51,13 @@ async def test_a_copy_of_a_running_stage_neither_holds_nor_fails_the_run(owned: 
         assert [environment(job)["INGEST_STAGE"] for job in world.active_jobs() if job != fetch][-1] == "hook"
         world.cluster.finish_job("debug-fetch", exit_code=1)
         await world.play(each=lambda job: {})
+        assert names(world) == {"debug-fetch"}, "the run's own Jobs are gone, and no stranger with them"
+        world.cluster.expire_job("debug-fetch")
     assert world.phase == "Succeeded"
     assert world.status["failures"] == []
     assert world.status["records"]["published"] == 10
     told = [line for line in lines if line["event"] == LINE]
     assert [(line["job"], line["run"], line["namespace"]) for line in told] == [("debug-fetch", "flights", "default")]
-    assert names(world) == {"debug-fetch"}, "the run's own Jobs are gone, and no stranger with them"
 
 
 async def test_a_copy_uses_up_none_of_the_operators_limits_and_no_resync_takes_it_in() -> None:
