@@ -191,5 +191,6 @@ def test_orphaned_jobs_go_with_the_operator_down_at_first_too(
         operator.start()
     wait_for(lambda: len(cluster.jobs(namespace)) == 1, 60, "the orphans to go")
     assert [job.metadata.name for job in cluster.jobs(namespace)] == ["debug"], "a user's copy is no orphan"
+    wait_for(lambda: len(operator.lines("orphaned job deleted")) == 2, 30, "both to be told")
     told = operator.lines("orphaned job deleted")
     assert [(line["run"], line["namespace"]) for line in told] == [("orphan", namespace)] * 2
