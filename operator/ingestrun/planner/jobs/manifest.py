@@ -14,6 +14,7 @@ from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
 from ingestrun.planner.actions import CreateJob, DeleteJobs
+from ingestrun.planner.batch.containers import own_container_name
 from ingestrun.planner.batch.pipeline import Step
 from ingestrun.planner.batch.retry import with_memory_limit
 from ingestrun.planner.batch.state import NextAttempt
@@ -183,7 +184,7 @@ def adoptable(run: IngestRun, create: CreateJob, found: Mapping[str, Any]) -> bo
 def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: CheckEndpoint | None) -> dict[str, Any]:
     step, own = create.attempt.step, create.attempt.step.container
     container: dict[str, Any] = {
-        "name": step.stage.value,
+        "name": own_container_name(job_labels(run, create)),
         "image": image_of(run, step, worker=worker.name, worker_policy=worker.pull_policy),
         "env": _environment(run, create, check),
         "terminationMessagePath": k.TERMINATION_LOG,
