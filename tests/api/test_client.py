@@ -74,6 +74,23 @@ async def test_jobs(kube: KubernetesCluster, namespace: str) -> None:
         await kube.get_job(namespace=namespace, name="a")
 
 
+async def test_the_deadline_of_a_pod_gets_shorter_and_never_longer(kube: KubernetesCluster, namespace: str) -> None:
+    """No node takes the pod, so nothing keeps its deadline."""
+    containers = [{"name": "c", "image": "none.invalid/none"}]
+    spec = {"nodeName": "absent", "restartPolicy": "Never", "activeDeadlineSeconds": 60, "containers": containers}
+    body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": namespace}, "spec": spec}
+    pod = await kube.connection.request("POST", f"/api/v1/namespaces/{namespace}/pods", body=body)
+    uid = pod["metadata"]["uid"]
+    told = await kube.set_pod_deadline(namespace=namespace, name="p", uid=uid, seconds=1)
+    assert (told["metadata"]["uid"], told["spec"]["activeDeadlineSeconds"]) == (uid, 1)
+    with pytest.raises(errors.Invalid, match="activeDeadlineSeconds"):
+        await kube.set_pod_deadline(namespace=namespace, name="p", uid=uid, seconds=60)
+    with pytest.raises(errors.Invalid, match="uid"):
+        await kube.set_pod_deadline(namespace=namespace, name="p", uid="another", seconds=1)
+    with pytest.raises(errors.NotFound):
+        await kube.set_pod_deadline(namespace=namespace, name="absent", uid=uid, seconds=1)
+
+
 async def test_all_pages_and_deletion_by_selector(
     kube: KubernetesCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

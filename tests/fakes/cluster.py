@@ -119,6 +119,8 @@ class FakeCluster(Cluster):
         """Image -> the `imageID` that the kubelet tells of a container that starts with it."""
         self.pods_linger = False
         """A running pod whose Job is deleted stays, terminating, until `end_pod`. Off: it goes at once."""
+        self.mutate_pod: Callable[[Json], None] | None = None
+        """Changes the spec of each new pod in place, as an admission policy or a webhook that injects containers."""
         self.on_call: Callable[[Call], Awaitable[None]] | None = None
         """Awaited with each call before it is stored and again after (`call.stage`); may raise for the server."""
         self.admit: Callable[[str, str, Object], None] | None = None
@@ -338,6 +340,23 @@ class FakeCluster(Cluster):
 
         await self._call("delete", "pods", namespace, name, body, commit)
 
+    async def set_pod_deadline(self, *, namespace: str, name: str, uid: str, seconds: int) -> Object:
+        assert uid, "set_pod_deadline needs the UID"
+        body: Json = {"metadata": {"uid": uid}, "spec": {"activeDeadlineSeconds": seconds}}
+
+        def commit() -> Object:
+            pod = self._find("Pod", namespace, name)
+            if pod["metadata"]["uid"] != uid:
+                raise Invalid(f'Pod "{name}" is invalid: metadata.uid: Invalid value: "{uid}": field is immutable')
+            if not 0 < seconds <= pod["spec"].get("activeDeadlineSeconds", seconds):
+                raise Invalid(f'Pod "{name}" is invalid: spec.activeDeadlineSeconds: Invalid value: {seconds}')
+            changed = shapes.merge_patch(pod, body)
+            self._admit("patch", "pods", changed)
+            self._store("Pod", changed, "MODIFIED")
+            return shapes.copied(self._find("Pod", namespace, name))
+
+        return await self._call("patch", "pods", namespace, name, body, commit)
+
     # ---- what tests look at --------------------------------------------------------------------------------
 
     def run(self, key: RunKey) -> Json:
@@ -475,6 +494,8 @@ class FakeCluster(Cluster):
         assert not shapes.is_finished(owner), f"Job {job} has ended"
         pod = shapes.pod_of(owner, suffix=f"{next(self._ids):05x}")
         pod["metadata"].update(uid=self._uid(), creationTimestamp=self._time())
+        if self.mutate_pod is not None:
+            self.mutate_pod(pod["spec"])
         now = self._time()
         pod["status"] = (
             shapes.unschedulable_status(now, unschedulable) if unschedulable else shapes.waiting_status(pod, now)
@@ -603,6 +624,45 @@ class FakeCluster(Cluster):
         if "deletionTimestamp" in pod["metadata"]:
             self._remove("Pod", self._find("Pod", namespace, pod["metadata"]["name"]))
         return str(pod["metadata"]["name"])
+
+    def end_container(
+        self,
+        job: str,
+        namespace: str = "default",
+        *,
+        result: Object | str | None = None,
+        exit_code: int = 0,
+        reason: str | None = None,
+    ) -> str:
+        """Only the stage's own container ends: others of its pod go on, and so does the Job. Returns the pod's name."""
+        pod = self._pod_of(job, namespace)
+        if pod is None or pod["status"]["phase"] == "Pending":
+            self.start_pod(job, namespace)
+            pod = self._pod_of(job, namespace)
+        assert pod is not None
+        whole = shapes.ended_status(
+            pod, self._time(), exit_code=exit_code, reason=reason, pod_reason=None, result=result
+        )
+        self._set_pod_status(pod, shapes.own_ended_status(pod, whole))
+        return str(pod["metadata"]["name"])
+
+    def fail_init(self, job: str, name: str, namespace: str = "default", *, exit_code: int, message: str) -> None:
+        """An init container of that name fails, so the pod and its Job do."""
+        pod = self._pod_of(job, namespace) or self._new_pod(job, namespace)
+        end = {"exitCode": exit_code, "reason": "Error", "message": message, "finishedAt": self._time()}
+        told = {"state": {"terminated": end}}
+        self._set_pod_status(pod, shapes.init_waiting_status(pod, self._time(), name, told, phase="Failed"))
+        owner = self._find("Job", namespace, job)
+        status = shapes.failed_status(owner["status"], self._time(), reason="BackoffLimitExceeded", failed=1)
+        self._set_job_status(owner, status)
+
+    def crash_init(self, job: str, name: str, namespace: str = "default", *, restarts: int, message: str = "") -> None:
+        """A native sidecar of that name ends again and again, so its pod does not start."""
+        pod = self._pod_of(job, namespace) or self._new_pod(job, namespace)
+        end = {"exitCode": 1, "reason": "Error", "message": message, "finishedAt": self._time()}
+        state = {"waiting": {"reason": "CrashLoopBackOff"}}
+        told = {"state": state, "lastState": {"terminated": end}, "restartCount": restarts}
+        self._set_pod_status(pod, shapes.init_waiting_status(pod, self._time(), name, told))
 
     def exceed_deadline(
         self, job: str, namespace: str = "default", *, exit_code: int = 137, result: Object | str | None = None

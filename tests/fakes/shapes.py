@@ -172,6 +172,20 @@ def unschedulable_status(now: str, message: str) -> Json:
     }
 
 
+def own_name(pod: Object) -> str:
+    """The name of the stage's own container: its stage, by the label that the Job's template gives the pod."""
+    return str(pod["metadata"]["labels"].get("ingestrun.dev/stage", ""))
+
+
+def init_waiting_status(pod: Object, now: str, name: str, told: Object, *, phase: str = "Pending") -> Json:
+    """An init container of that name is like `told`, and the others wait for it."""
+    status = _pod_status(
+        pod, now, phase=phase, state={"waiting": {"reason": "PodInitializing"}}, ready=False, started=False
+    )
+    begun: Json = {"image": "", "imageID": "", "lastState": {}, "ready": False, "restartCount": 0, "started": False}
+    return {**status, "initContainerStatuses": [{**begun, "name": name, **copied(dict(told))}]}
+
+
 def waiting_status(pod: Object, now: str, *, reason: str = "ContainerCreating", message: str = "") -> Json:
     state: Json = {"waiting": {"reason": reason, **({"message": message} if message else {})}}
     return _pod_status(pod, now, phase="Pending", state=state, ready=False, started=False)
@@ -206,6 +220,7 @@ def ended_status(
     phase = "Succeeded" if exit_code == 0 and pod_reason is None else "Failed"
     state = {"terminated": terminated}
     status = _pod_status(pod, now, phase=phase, state=state, ready=False, started=False)
+    status["containerStatuses"] = _with_earlier_ends(status, pod.get("status", {}))
     if pod_reason == "DeadlineExceeded":
         # No disruption: the kubelet does what the pod's own spec asks for.
         status |= {"reason": pod_reason, "message": "Pod was active on the node longer than the specified deadline"}
@@ -222,6 +237,20 @@ def ended_status(
             }
         )
     return status
+
+
+def own_ended_status(pod: Object, ended: Object) -> Json:
+    """The stage's own container has ended as in the status `ended` of a whole pod; all others go on as they were."""
+    before = pod["status"]
+    own = next(told for told in ended["containerStatuses"] if told["name"] == own_name(pod))
+    told = [own if was["name"] == own["name"] else was for was in before["containerStatuses"]]
+    return {**copied(before), "containerStatuses": copied(told)}
+
+
+def _with_earlier_ends(status: Json, before: Object) -> list[Json]:
+    """The states of containers, where those that had ended before have not ended once more."""
+    earlier = {told["name"]: told for told in before.get("containerStatuses", ()) if "terminated" in told["state"]}
+    return [copied(earlier.get(told["name"], told)) for told in status["containerStatuses"]]
 
 
 def _pod_status(pod: Object, now: str, *, phase: str, state: Json, ready: bool, started: bool) -> Json:
@@ -249,6 +278,6 @@ def _pod_status(pod: Object, now: str, *, phase: str, state: Json, ready: bool, 
                 "state": copied(state),
                 "lastState": {},
             }
-            for container in spec["containers"]
+            for container in sorted(spec["containers"], key=lambda container: str(container["name"]))
         ],
     }

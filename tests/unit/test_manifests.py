@@ -52,6 +52,7 @@ CALLS: dict[str, Callable[[Cluster], Coroutine[Any, Any, object]]] = {
     "delete_jobs": lambda c: c.delete_jobs(namespace="n", selector="a=b"),
     "patch_run": lambda c: c.patch_run(KEY, patch={}),
     "delete_run": lambda c: c.delete_run(KEY, uid="u", resource_version="1"),
+    "set_pod_deadline": lambda c: c.set_pod_deadline(namespace="n", name="p", uid="u", seconds=1),
     "delete_pod": lambda c: c.delete_pod(namespace="n", name="p", uid="u"),
     "get_secret": lambda c: c.get_secret(namespace="n", name=CHECK_KEY),
     "replace_secret": lambda c: c.replace_secret(

@@ -137,6 +137,11 @@ class KubernetesCluster(Cluster):
         with suppress(NotFound):
             await self.connection.request("DELETE", _path(CORE_API, namespace, "pods", name), body=options)
 
+    async def set_pod_deadline(self, *, namespace: str, name: str, uid: str, seconds: int) -> Object:
+        patch = {"metadata": {"uid": uid}, "spec": {"activeDeadlineSeconds": seconds}}
+        path = _path(CORE_API, namespace, "pods", name)
+        return await self.connection.request("PATCH", path, body=patch, content_type=MERGE_PATCH)
+
     async def _list_watched(
         self, api: str, plural: str, read: Callable[[Object], T], *, selector: str | None = None
     ) -> list[T]:

@@ -109,6 +109,13 @@ class Cluster(Protocol):
         Raises Conflict when it has changed, or another pod has its name.
         """
 
+    async def set_pod_deadline(self, *, namespace: str, name: str, uid: str, seconds: int) -> Object:
+        """Give the pod of that UID a shorter `activeDeadlineSeconds`; the kubelet ends the pod then, and leaves it.
+
+        Returns the pod as stored. Raises NotFound when it is gone, Invalid when another pod has its name, Forbidden or
+        Invalid when the server does not allow it.
+        """
+
     async def create_event(self, event: Object) -> None:
         """Post an events.k8s.io/v1 Event."""
 

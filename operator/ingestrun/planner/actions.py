@@ -90,6 +90,16 @@ class DeletePod:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndPod:
+    """End of what is left of a pod whose stage is over: it gets SIGTERM, and the pod stays, with the stage's result."""
+
+    name: str
+    uid: str
+    containers: tuple[str, ...]
+    """Names of the containers that are left."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeleteJob:
     """Deletion of a Job. With `pod`: only if the pod has not changed since, which means that it has not started."""
 
@@ -134,6 +144,7 @@ class Plan:
     claim_predecessor: ClaimPredecessor | None = None
     """Claim that is written before everything else; then the whole run is planned anew."""
     creates: tuple[CreateJob, ...] = ()
+    pod_ends: tuple[EndPod, ...] = ()
     pod_deletions: tuple[DeletePod, ...] = ()
     job_deletions: tuple[DeleteJob, ...] = ()
     bulk_deletion: DeleteJobs | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ingestrun.planner.actions import CreateRejection, Decision, Plan
+from ingestrun.planner.jobs.sidecars import pods_to_end
 from ingestrun.planner.run.active import progress, stalled
 from ingestrun.planner.run.cancel import cancel
 from ingestrun.planner.run.concurrency import replacement_cause, start_block
@@ -65,7 +66,7 @@ def _begin_or_progress(snapshot: Snapshot) -> Decision | Plan:
 
 
 def _finish(snapshot: Snapshot, decision: Decision) -> Plan:
-    """Finish the status, once, and add the Events for its change."""
+    """Finish the status, once, and add the Events for its change, and the pods to end."""
     run, before = snapshot.run, snapshot.run.status
     status = finish_status(
         run, decision.plan.status, phase=decision.phase, conditions=decision.conditions, now=snapshot.now
@@ -75,4 +76,5 @@ def _finish(snapshot: Snapshot, decision: Decision) -> Plan:
     events = [*events_between(before, status), *decision.plan.events]
     if any(event.reason == c.DRAINED for event in events):
         events += skipped_events({*snapshot.skipped, *decision.plan.skips})
-    return replace(decision.plan, status=status, events=tuple(events))
+    pod_ends = pods_to_end(snapshot.attempts, decision.plan.job_deletions)
+    return replace(decision.plan, status=status, events=tuple(events), pod_ends=pod_ends)

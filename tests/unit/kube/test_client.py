@@ -193,6 +193,24 @@ async def test_a_secret_is_replaced_only_as_it_was_read() -> None:
     assert seen == [("GET", path, None), ("PUT", path, {**read, "data": {"key": "eA=="}})]
 
 
+async def test_a_pods_deadline_is_the_one_thing_of_it_that_is_changed() -> None:
+    codes = iter([200, 404, 409])
+
+    async def handler(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"kind": "Pod"}, status=next(codes))
+
+    async with loopback(handler) as server:
+        cluster = KubernetesCluster(await server.connection())
+        assert (await cluster.set_pod_deadline(namespace="default", name="p", uid="u", seconds=1))["kind"] == "Pod"
+        for error in (errors.NotFound, errors.Conflict):
+            with pytest.raises(error):
+                await cluster.set_pod_deadline(namespace="default", name="p", uid="u", seconds=1)
+        await cluster.close()
+    method, path = server.seen[0][:2]
+    assert (method, path.partition("?")[0]) == ("PATCH", "/api/v1/namespaces/default/pods/p")
+    assert server.seen[0][3] == {"metadata": {"uid": "u"}, "spec": {"activeDeadlineSeconds": 1}}
+
+
 async def test_deletes_carry_their_preconditions_and_gone_is_done() -> None:
     codes = iter([200, 404, 409, 200, 409, 200])
 

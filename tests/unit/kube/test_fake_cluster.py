@@ -196,6 +196,21 @@ async def test_a_pod_that_has_started_meanwhile_is_not_deleted() -> None:
     assert not cluster.pods()
 
 
+async def test_the_deadline_of_a_pod_only_gets_shorter() -> None:
+    cluster = FakeCluster()
+    await cluster.create_job(job_of(run_of(cluster)))
+    cluster.mutate_pod = lambda spec: spec.update(activeDeadlineSeconds=60)
+    cluster.start_pod("j")
+    [pod] = cluster.pods()
+    name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+    stored = await cluster.set_pod_deadline(namespace="default", name=name, uid=uid, seconds=1)
+    assert stored["spec"]["activeDeadlineSeconds"] == 1
+    with pytest.raises(errors.Invalid):
+        await cluster.set_pod_deadline(namespace="default", name=name, uid=uid, seconds=60)
+    with pytest.raises(errors.Invalid, match="uid"):
+        await cluster.set_pod_deadline(namespace="default", name=name, uid="another", seconds=1)
+
+
 async def test_faults_before_after_and_late() -> None:
     cluster = FakeCluster()
     run = run_of(cluster)

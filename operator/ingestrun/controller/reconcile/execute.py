@@ -44,6 +44,7 @@ from ingestrun.model import names
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase
 from ingestrun.planner.actions import CreateJob, CreateRejection, DeleteJob, DeleteJobs, Plan
+from ingestrun.planner.batch.attempt import END_DEADLINE, read_pod
 from ingestrun.planner.batch.failure_policy import FailureAction, rule_of
 from ingestrun.planner.batch.state import JOB_MISSING
 from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage, adoptable, delete_selector, job_manifest
@@ -116,6 +117,7 @@ class Executor:
             self._recorder.log_skips(memory, plan, trigger=trigger)  # not before the cancel is stored
         if not await self._create_all(key, stored, plan, memory):
             return RETRY
+        await self._end_all(stored, plan, memory)
         await self._delete_all(stored, plan, memory)
         if ended and plan.fence is not None:
             await self._set_fence(key, stored, memory, armed=plan.fence)
@@ -237,6 +239,25 @@ class Executor:
             or watched_cancelled_parent(self._cache, key) is not None
             or self._concurrency.is_replaced(key, run)
         )
+
+    async def _end_all(self, run: IngestRun, plan: Plan, memory: RunMemory) -> None:
+        """End what is left of pods whose stage is over. What the server refuses ends by itself, or with its Job."""
+        for end in plan.pod_ends:
+            try:
+                body = await self._cluster.set_pod_deadline(
+                    namespace=run.metadata.namespace, name=end.name, uid=end.uid, seconds=END_DEADLINE
+                )
+            except NotFound:
+                continue
+            except (Forbidden, Invalid) as error:
+                if end.containers not in memory.sidecars_refused:
+                    memory.sidecars_refused |= {end.containers}
+                    logger.warning(
+                        "a sidecar cannot be ended", pod=end.name, containers=end.containers, error=str(error)
+                    )
+                continue
+            self._cache.upsert_pod(read_pod(body))  # so that the next pass does not tell it once more
+            await self._recorder.report_end(run, end, memory)
 
     async def _delete_all(self, run: IngestRun, plan: Plan, memory: RunMemory) -> None:
         meta = run.metadata

@@ -16,7 +16,8 @@ from ingestrun.kube.protocol import Cluster
 from ingestrun.model import names
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase
-from ingestrun.planner.actions import Plan
+from ingestrun.planner.actions import EndPod, Plan
+from ingestrun.planner.jobs.sidecars import sidecar_event
 from ingestrun.planner.status.events import Event
 
 logger = structlog.get_logger("ingestrun")
@@ -84,6 +85,13 @@ class EventRecorder:
             if skip not in memory.skipped:
                 logger.info(CANCELLED_LINE, batch=skip.batch, stage=skip.stage, attempt=skip.attempt, trigger=trigger)
         memory.skipped |= set(plan.skips)
+
+    async def report_end(self, run: IngestRun, end: EndPod, memory: RunMemory) -> None:
+        """Write one line for each pod that is ended, and post one Event for all those with the same containers."""
+        logger.info("sidecar ended, its stage is over", pod=end.name, containers=end.containers)
+        if end.containers not in memory.sidecars_told:
+            memory.sidecars_told |= {end.containers}
+            await self.post(run, [sidecar_event(end)])
 
     def log_failures(self, before: IngestRunStatus, after: IngestRunStatus, plan: Plan) -> None:
         """Write one line for each failed attempt that has come into the status, and for each raise of memory."""

@@ -55,7 +55,8 @@ class _Children:
     jobs: dict[str, ObservedJob] = field(default_factory=dict)
     pods: dict[str, ObservedPod] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
-    """Jobs whose pod has ended well; the Job controller reports that of the Job a second or two later."""
+    """Jobs whose stage is over by their pod; the Job controller reports that a second or two later, or when the last
+    other container of the pod has ended."""
     active: set[str] = field(default_factory=set)
     """The unfinished Jobs, as the operator's limits count them."""
     vanished: dict[str, datetime | None] = field(default_factory=dict)
@@ -335,7 +336,8 @@ class RunCache:
         shown = _essence(children.attempt(pod.job_uid))
         children.pods[pod.uid] = pod
         job = children.jobs.get(pod.job_uid) if pod.job_uid not in children.vanished else None
-        if job is not None and pod.ended and pod.exit_code == 0 and job.uid not in children.done:
+        attempt = children.attempt(pod.job_uid) if pod.ended and pod.job_uid not in children.done else None
+        if job is not None and attempt is not None and attempt.state.finished:
             children.done.add(job.uid)
             self._count(pod.run_uid, job)
         if before is not None and replace(before, resource_version=pod.resource_version) == pod:

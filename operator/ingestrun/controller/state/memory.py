@@ -36,6 +36,10 @@ class RunMemory:
     it. None until the first pass."""
     skipped: frozenset[AttemptId] = frozenset()
     """The attempts that a cancel has kept from starting, logged already."""
+    sidecars_told: frozenset[tuple[str, ...]] = frozenset()
+    """The containers, by their names in one pod, that were ended, of which an Event was posted already."""
+    sidecars_refused: frozenset[tuple[str, ...]] = frozenset()
+    """The containers that the API server does not let the operator end, logged already."""
     awaiting_pods: dict[str, float | None] = field(default_factory=dict)
     """Time (monotonic) since which the end of an ended Job's pod is awaited, by the Job's UID. None: the
     pods were listed since then, and its pod was not among them or had not ended."""

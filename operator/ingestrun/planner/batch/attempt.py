@@ -17,6 +17,13 @@ from ingestrun.model.quantity import QuantityError, read_bytes
 from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.text import truncate
 from ingestrun.model.times import parse_time
+from ingestrun.planner.batch.containers import (
+    InitContainerEnd,
+    failed_init_container,
+    left_running,
+    named,
+    own_container_name,
+)
 
 POD_EXPECTED_WITHIN: Final = timedelta(seconds=5)
 """Time after its start within which a Job has a pod. Without one by then, the pod's creation may be refused."""
@@ -27,6 +34,10 @@ QUEUED_AFTER: Final = timedelta(seconds=5)
 
 JOB_DELETED: Final = "JobDeleted"
 """Reason of a Job that somebody has deleted before it had ended, as far as is known."""
+END_DEADLINE: Final = 1
+"""The `activeDeadlineSeconds`, always over, that tells the kubelet to end what is left of a pod (decision 0009)."""
+KILLED_CODES: Final = (137, 143)
+"""The exit codes of SIGKILL and SIGTERM."""
 
 _IMAGE_REASONS: Final = frozenset(
     {
@@ -42,7 +53,7 @@ _CONFIG_REASONS: Final = frozenset({"CreateContainerConfigError", "CreateContain
 
 
 class JobState(StrEnum):
-    """State of a Job. `WAITING`: no container of the Job has started yet."""
+    """State of a stage's Job, as its own container has it. `WAITING`: that container has not started yet."""
 
     WAITING = "Waiting"
     RUNNING = "Running"
@@ -51,7 +62,7 @@ class JobState(StrEnum):
 
     @property
     def finished(self) -> bool:
-        """Tell whether the Job has ended, and all its pods with it."""
+        """Tell whether the stage is over: its container has ended, whatever else of the pod still runs."""
         return self in (JobState.SUCCEEDED, JobState.FAILED)
 
 
@@ -77,6 +88,8 @@ class ObservedJob:
     """The image of its container, as the Job names it."""
     memory_limit: int | None = None
     """Memory limit of its container, in bytes, from the Job's template."""
+    deadline: timedelta | None = None
+    """The stage's deadline, which counts from when a node has taken the pod, from the Job's template."""
     created: datetime | None = None
     started_at: datetime | None = None
     """Time at which the Job controller started it; if it was suspended since, the time of the latest start."""
@@ -102,7 +115,7 @@ class Obstacle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedPod:
-    """The one pod of a Job of the run."""
+    """The one pod of a Job of the run. "Its container" is the stage's own, whatever others were put beside it."""
 
     name: str
     uid: str
@@ -110,6 +123,7 @@ class ObservedPod:
     run_uid: str
     started: bool
     ended: bool
+    """True once its container has ended, or the pod has; `left_running` has those that go on nevertheless."""
     exit_code: int | None
     reason: str | None
     """Reason for which its container ended or, if no container was started, for which the pod ended."""
@@ -132,6 +146,16 @@ class ObservedPod:
     created: datetime | None = None
     placed_at: datetime | None = None
     """Time at which the pod got a node; None while it waits for a node."""
+    left_running: tuple[str, ...] = ()
+    """The other containers that have not ended, once its own has; without native sidecars, which the kubelet ends."""
+    told_to_end: bool = False
+    """True if the operator has told the kubelet to end what is left of the pod."""
+    ended_at: datetime | None = None
+    """Time at which its container ended; None if the pod has no other container, because its Job ends with it then."""
+    ran_for: timedelta | None = None
+    """Time from when a node had taken the pod to `ended_at`, or to the end of the failed init container."""
+    failed_init: InitContainerEnd | None = None
+    """The init container because of which its container could not start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +189,21 @@ class Attempt:
         return self.job.suspended and self.state is JobState.WAITING
 
     @property
+    def container_ended(self) -> bool:
+        """Tell whether nothing of the stage runs or can start any more, though its Job may not have ended yet.
+
+        While the pod is being deleted its Job decides, because a suspended Job is to start another pod.
+        """
+        pod = self.pod
+        return self.state.finished or (pod is not None and pod.ended and pod.deleting_until is None)
+
+    @property
+    def ended_at(self) -> datetime | None:
+        """Return when the stage ended; None while that is not known."""
+        at = self.pod.ended_at if self.pod is not None else None
+        return at if at is not None else self.job.finished_at
+
+    @property
     def obstacle(self) -> Obstacle | None:
         """Return why its pod does not start or cannot be created; None if nothing prevents it."""
         if self.state is not JobState.WAITING:
@@ -195,6 +234,8 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
     meta, labels, status = job["metadata"], job["metadata"]["labels"], job.get("status") or {}
     batch, step, attempt = (int(labels[label]) for label in (LABEL_BATCH, LABEL_STEP, LABEL_ATTEMPT))
     spec = job.get("spec") or {}
+    pod_spec = (spec.get("template") or {}).get("spec") or {}
+    container = named(pod_spec.get("containers"), own_container_name(labels))
     finished, ended = _finished(status)
     ended_at = ended.get("lastTransitionTime") or meta["creationTimestamp"] if finished is not None else None
     return ObservedJob(
@@ -211,8 +252,9 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
         finished_at=_optional_time(ended_at),
         reason=ended.get("reason"),
         message=_short(ended.get("message")),
-        image=_image(job),
-        memory_limit=_memory_limit((spec.get("template") or {}).get("spec") or {}),
+        image=sys.intern(container.get("image") or "") or None,
+        memory_limit=_memory_limit(container),
+        deadline=timedelta(seconds=seconds) if (seconds := pod_spec.get("activeDeadlineSeconds")) is not None else None,
         created=_optional_time(meta.get("creationTimestamp")),
         started_at=_optional_time(status.get("startTime")),
         checkpoint=(meta.get("annotations") or {}).get(ANNOTATION_CHECKPOINT),
@@ -233,40 +275,54 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod:
     meta, spec, status = pod["metadata"], pod.get("spec") or {}, pod.get("status") or {}
     owner = next(reference for reference in meta["ownerReferences"] if reference.get("controller"))
     labels, phase = meta.get("labels") or {}, status.get("phase", "Pending")
-    container: Mapping[str, Any] = next(iter(status.get("containerStatuses") or ()), {})
+    own = own_container_name(labels)
+    container = named(status.get("containerStatuses"), own)
     state = container.get("state") or {}
-    terminated = state.get("terminated") or {}
-    ended = phase in ("Succeeded", "Failed")
+    terminated = state.get("terminated")
+    over = phase in ("Succeeded", "Failed")
+    started = over or (phase == "Running" and "waiting" not in state) or _has_started(container)
+    failed_init = failed_init_container(spec, status) if not _has_started(container) else None
+    with_others = terminated is not None and len(spec.get("containers") or ()) > 1
+    ended_at = _optional_time(terminated.get("finishedAt")) if terminated is not None and with_others else None
+    last_end = failed_init.finished_at if failed_init is not None else ended_at
+    taken_at = _optional_time(status.get("startTime"))
+    end: Mapping[str, Any] = terminated or {}
     return ObservedPod(
         name=meta["name"],
         uid=meta["uid"],
         job_uid=owner["uid"],
         run_uid=labels.get(LABEL_RUN_UID, ""),
-        started=ended or phase == "Running" or _has_started(container),
-        ended=ended,
-        exit_code=terminated.get("exitCode"),
-        reason=terminated.get("reason") or status.get("reason"),
-        message=terminated.get("message"),
-        obstacle=_obstacle(meta, spec, status, state) if phase == "Pending" else None,
+        started=started,
+        ended=over or terminated is not None,
+        exit_code=end.get("exitCode"),
+        reason=end.get("reason") or status.get("reason"),
+        message=end.get("message"),
+        obstacle=_obstacle(meta, spec, status, state) if not started else None,
         pod_reason=status.get("reason"),
         pod_message=_short(status.get("message")),
         disruption=_disruption(status),
-        memory_limit=_memory_limit(spec),
+        memory_limit=_memory_limit(named(spec.get("containers"), own)),
         resource_version=meta.get("resourceVersion", ""),
         deleting_until=_optional_time(meta.get("deletionTimestamp")),
         node=spec.get("nodeName"),
         image_id=sys.intern(container.get("imageID") or "") or None,
         created=_optional_time(meta.get("creationTimestamp")),
         placed_at=_placed_at(status),
+        left_running=left_running(spec, status, own) if with_others and not over else (),
+        told_to_end=spec.get("activeDeadlineSeconds") == END_DEADLINE,
+        ended_at=ended_at,
+        ran_for=last_end - taken_at if last_end is not None and taken_at is not None else None,
+        failed_init=failed_init,
     )
 
 
 def attempt_of(job: ObservedJob, pods: Sequence[ObservedPod]) -> Attempt:
     """Put a Job and its pod together. Of several pods (backoffLimit is 0, so there are none) the ended one counts.
 
-    A pod that has ended with exit code 0 is the Job's success: the Job controller reports it a second or two later, and
-    the next stage need not wait for that. This holds even if the Job then exceeds its deadline, so that the verdict on
-    an attempt that later stages built on never changes.
+    A container that has ended with exit code 0 is the Job's success: the Job controller reports it a second or two
+    later, or never while another container goes on, and the next stage need not wait for that. This holds even if the
+    Job then fails, because the other container does, or exceeds its deadline, so that the verdict on an attempt that
+    later stages built on never changes. So is any other exit code the Job's failure where other containers go on.
 
     A pod that was ended by a suspension (Kueue's way to preempt) no longer belongs to the Job, which starts anew.
     """
@@ -276,11 +332,24 @@ def attempt_of(job: ObservedJob, pods: Sequence[ObservedPod]) -> Attempt:
         state = JobState.SUCCEEDED
     elif job.finished is not None:
         state = job.finished
+    elif pod is not None and _failed_by_itself(pod):
+        state = JobState.FAILED
     elif pod is not None and pod.started:
         state = JobState.RUNNING
     else:
         state = JobState.WAITING
     return Attempt(job=job, state=state, pod=pod)
+
+
+def _failed_by_itself(pod: ObservedPod) -> bool:
+    """Tell whether its container has failed beside others that go on, and for no cause outside of it.
+
+    A container that got a signal may have been ended with its whole pod: by an eviction, at its deadline, for a
+    suspension. The pod says so when all its containers have ended.
+    """
+    if not pod.left_running or pod.deleting_until is not None or pod.disruption is not None:
+        return False
+    return pod.exit_code not in KILLED_CODES or pod.reason == "OOMKilled"
 
 
 def pod_creation_obstacle(attempt: Attempt, event_note: str | None) -> Obstacle | None:
@@ -347,8 +416,7 @@ def _disruption(status: Mapping[str, Any]) -> str | None:
     )
 
 
-def _memory_limit(pod_spec: Mapping[str, Any]) -> int | None:
-    container: Mapping[str, Any] = next(iter(pod_spec.get("containers") or ()), {})
+def _memory_limit(container: Mapping[str, Any]) -> int | None:
     quantity = ((container.get("resources") or {}).get("limits") or {}).get("memory")
     try:
         return read_bytes(quantity) if quantity is not None else None
@@ -367,21 +435,16 @@ def _obstacle(
     since = parse_time(status.get("startTime") or meta["creationTimestamp"])
     if waiting.get("reason") in _IMAGE_REASONS:
         # The kubelet's message alternates between ErrImagePull and its back-off, and each change would be a write.
-        image = next((c.get("image") for c in spec.get("containers") or ()), "?")
+        image = named(spec.get("containers"), own_container_name(meta.get("labels") or {})).get("image", "?")
         return Obstacle(kind="ImagePull", message=f"image {image!r} cannot be pulled", since=since)
     if waiting.get("reason") in _CONFIG_REASONS:
         return Obstacle(kind="ContainerConfig", message=_short(waiting.get("message")) or "", since=since)
     return None
 
 
-def _image(job: Mapping[str, Any]) -> str | None:
-    containers = job.get("spec", {}).get("template", {}).get("spec", {}).get("containers") or ()
-    image = next((container.get("image") for container in containers), None)
-    return sys.intern(image) if image else None
-
-
 def _has_started(container: Mapping[str, Any]) -> bool:
-    return bool(container.get("started")) or "running" in (container.get("state") or {})
+    state = container.get("state") or {}
+    return bool(container.get("started")) or "running" in state or "terminated" in state
 
 
 def _optional_time(text: str | None) -> datetime | None:

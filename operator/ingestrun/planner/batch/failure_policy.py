@@ -18,7 +18,8 @@ from typing import Final
 from ingestrun.model.contract import EXIT_PERMANENT, Outcome, ResultError, StageResult, parse_result
 from ingestrun.model.size_budget import LOG_BYTES, MESSAGE_CHARS
 from ingestrun.model.text import truncate
-from ingestrun.planner.batch.attempt import JOB_DELETED, Attempt, JobState, ObservedPod
+from ingestrun.planner.batch.attempt import JOB_DELETED, KILLED_CODES, Attempt, JobState, ObservedPod
+from ingestrun.planner.batch.containers import STATUS_UNKNOWN, InitContainerEnd
 
 
 class FailureAction(StrEnum):
@@ -64,6 +65,7 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     "DeadlineExceeded": _RETRY,
     "StorageExceeded": _RETRY,
     "StartError": _RETRY,
+    "InitContainerFailed": _RETRY,
     # Its result is missing or not valid.
     "ResultMissing": _RETRY,
     "ResultInvalid": _RETRY,
@@ -107,16 +109,12 @@ _DISRUPTIONS: Final = {
     "DeletionByPodGC": "NodeLost",
 }
 """Reasons of a pod's condition DisruptionTarget (Kubernetes' docs, "Disruptions"), each with the table's reason."""
-_STATUS_UNKNOWN: Final = "ContainerStatusUnknown"
-"""The reason of a container that the kubelet cannot find: it was never started, or it is lost."""
 _DEADLINE: Final = "DeadlineExceeded"
 """The kubelet's reason of a pod, and the Job controller's of a Job, that exceeded its `activeDeadlineSeconds`."""
-_NODE_LOST: Final = frozenset({"NodeLost", _STATUS_UNKNOWN})
+_NODE_LOST: Final = frozenset({"NodeLost", STATUS_UNKNOWN})
 """Reasons of a pod or a container that its node has lost."""
 _NODE_REFUSED: Final = frozenset({"NodeAffinity", "NodeShutdown", "UnexpectedAdmissionError", "AdmissionFailed"})
 """Reasons of a kubelet that rejects a pod bound to its node; also OutOfcpu, OutOfmemory, OutOfpods and the like."""
-_KILLED: Final = (137, 143)
-"""The exit codes of SIGKILL and SIGTERM."""
 _ESCAPE: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 """Terminal sequences (ECMA-48): colours, cursor movements, titles."""
 
@@ -148,7 +146,7 @@ def outcome_of(ended: Attempt) -> StageResult | Failure:
             return _deadline_exceeded(ended)  # the container ended with 0 because it got SIGTERM
         return result
     failure = _failure_of(ended)
-    log = last_lines(ended.pod.message) if ended.pod is not None else None
+    log = last_lines(_last_words(ended.pod)) if ended.pod is not None else None
     return Failure(reason=failure.reason, message=failure.message, log=log)
 
 
@@ -201,6 +199,8 @@ def _failure_of(ended: Attempt) -> Failure:
         # The kubelet marks a pod DisruptionTarget that it evicts for the node's sake, not one for its own use.
         message = _with_kubelet_message(pod, "the kubelet evicted the pod for what it used")
         return Failure(reason="StorageExceeded", message=message)
+    if pod.failed_init is not None:
+        return _init_failure(pod.failed_init)
     if pod.exit_code is None:
         message = _with_kubelet_message(pod, "the pod ended without an exit code")
         return Failure(reason=pod.reason or "PodLost", message=message)
@@ -211,19 +211,25 @@ def _past_deadline(ended: Attempt) -> bool:
     """Tell whether the pod (or, for Jobs created before decision 0007, the Job) exceeded its activeDeadlineSeconds.
 
     The kubelet reports this for any pod that ends past its deadline, for any cause, so two other causes have
-    precedence: a disruption, and memory (a stage may hang because one of its processes was killed for it).
+    precedence: a disruption, and memory (a stage may hang because one of its processes was killed for it). Where other
+    containers kept the pod going, or the operator has ended them, the time that the stage's own container took counts.
     """
     if ended.job.reason == _DEADLINE:
         return True
     pod = ended.pod
-    return pod is not None and pod.pod_reason == _DEADLINE and pod.disruption is None and pod.reason != "OOMKilled"
+    if pod is None or pod.disruption is not None or pod.reason == "OOMKilled":
+        return False
+    if pod.ran_for is not None and ended.job.deadline is not None and (pod.left_running or pod.pod_reason == _DEADLINE):
+        return pod.ran_for >= ended.job.deadline
+    return pod.pod_reason == _DEADLINE
 
 
 def _deadline_exceeded(ended: Attempt) -> Failure:
     pod = ended.pod
-    began = pod is None or (pod.started and pod.reason not in (_DEADLINE, _STATUS_UNKNOWN))
+    began = pod is None or (pod.started and pod.reason not in (_DEADLINE, STATUS_UNKNOWN))
     did = "ran longer than" if began else "had not started at the end of"
-    return Failure(reason=_DEADLINE, message=f"the stage {did} its activeDeadlineSeconds")
+    waited = f": it waited for init container {pod.failed_init.name}" if pod is not None and pod.failed_init else ""
+    return Failure(reason=_DEADLINE, message=f"the stage {did} its activeDeadlineSeconds{waited}")
 
 
 def _disruption_failure(pod: ObservedPod) -> Failure | None:
@@ -231,15 +237,30 @@ def _disruption_failure(pod: ObservedPod) -> Failure | None:
     if pod.disruption is not None:
         reason = _DISRUPTIONS.get(pod.disruption, "Disrupted")
         return Failure(reason=reason, message=_with_kubelet_message(pod, f"the pod was ended: {pod.disruption}"))
-    if pod.reason in _NODE_LOST or pod.pod_reason in _NODE_LOST:
+    init_reason = pod.failed_init.reason if pod.failed_init is not None else None
+    if not _NODE_LOST.isdisjoint((pod.reason, init_reason, pod.pod_reason)):
         return Failure(reason="NodeLost", message=_with_kubelet_message(pod, "the node has lost the pod"))
     refused = pod.pod_reason or ""
     if pod.exit_code is None and (refused in _NODE_REFUSED or refused.startswith("OutOf")):
         message = _with_kubelet_message(pod, f"the node would not take the pod: {refused}")
         return Failure(reason="NodeRefused", message=message)
-    if pod.deleting_until is not None and pod.exit_code in _KILLED:
+    exit_code = pod.exit_code if pod.failed_init is None else pod.failed_init.exit_code
+    if pod.deleting_until is not None and exit_code in KILLED_CODES:
         return Failure(reason="PodDeleted", message="somebody deleted the pod")
     return None
+
+
+def _init_failure(end: InitContainerEnd) -> Failure:
+    times = f", {end.restarts + 1} times" if end.restarts else ""
+    why = f" ({end.reason})" if end.reason not in (None, "Error", "Completed") else ""
+    words = _container_message(end.message)
+    message = f"init container {end.name}: exit code {end.exit_code}{why}{times}" + (f": {words}" if words else "")
+    return Failure(reason="InitContainerFailed", message=message)
+
+
+def _last_words(pod: ObservedPod) -> str | None:
+    """Return the termination message of the container that has ended: the stage's own, or one that it waited for."""
+    return pod.failed_init.message if pod.failed_init is not None else pod.message
 
 
 def _exit_failure(reason: str, pod: ObservedPod) -> Failure:

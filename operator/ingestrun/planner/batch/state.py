@@ -202,7 +202,7 @@ class _StageWalk:
         if isinstance(outcome, StageResult):
             outcome = self._verified(step, outcome)
         if isinstance(outcome, Failure):
-            return self._after_failure(step, latest, outcome, used, at=latest.job.finished_at or self._context.now)
+            return self._after_failure(step, latest, outcome, used, at=latest.ended_at or self._context.now)
         if step.stage is Stage.FETCH:
             self._fetched = outcome
         self._rejected += outcome.rejected
@@ -350,7 +350,7 @@ class _StageWalk:
                 )
             decision = self._decide(step, attempt, outcome, used)
             used = decision.used
-            at = attempt.job.finished_at or self._context.now
+            at = attempt.ended_at or self._context.now
             failure = self._failure(step, number, outcome, decision.explanation, at)
             if failure.reason != JOB_MISSING:
                 self._failures.append(failure)

@@ -15,6 +15,7 @@ from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import Checkpoint
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
 from ingestrun.planner.actions import CreateJob, DeleteJobs
+from ingestrun.planner.batch.containers import own_container_name
 from ingestrun.planner.batch.pipeline import Step
 from ingestrun.planner.batch.retry import with_memory_limit
 from ingestrun.planner.batch.state import NextAttempt
@@ -189,7 +190,7 @@ def _json(checkpoint: Checkpoint) -> str:
 def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: CheckEndpoint | None) -> dict[str, Any]:
     step, own = create.attempt.step, create.attempt.step.container
     container: dict[str, Any] = {
-        "name": step.stage.value,
+        "name": own_container_name(job_labels(run, create)),
         "image": image_of(run, step, worker=worker.name, worker_policy=worker.pull_policy),
         "env": _environment(run, create, check),
         "terminationMessagePath": k.TERMINATION_LOG,

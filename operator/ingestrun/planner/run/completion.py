@@ -16,6 +16,7 @@ from ingestrun.planner.actions import CancelCause, Decision, Plan
 from ingestrun.planner.batch.attempt import JobState
 from ingestrun.planner.batch.ledger import claimable
 from ingestrun.planner.batch.state import BatchState
+from ingestrun.planner.jobs.sidecars import left_running_words
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
@@ -81,6 +82,7 @@ def _succeeded(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
     message = f"{status.records.published} records published in {len(status.batches.published)} batches"
     if failed_batches:
         message += f"; {failed_batches} batches failed ({status.batches.failed})"
+    left = left_running_words(attempt.pod for attempt in snapshot.attempts if attempt.pod is not None)
     reason = "CompletedWithFailedBatches" if failed_batches else "Completed"
     return Decision(
         plan=Plan(status=status.replace(completion_time=snapshot.now), requeue_at=snapshot.now),
@@ -88,7 +90,7 @@ def _succeeded(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
         conditions=[
             ConditionUpdate(type=c.SUCCEEDED, status="True", reason=reason, message=message),
             ConditionUpdate(type=c.FINISHED, status="True", reason="Succeeded", message=message),
-            ConditionUpdate(type=c.DRAINED, status="True", reason="NothingInFlight"),
+            ConditionUpdate(type=c.DRAINED, status="True", reason="NothingInFlight", message=left),
             ConditionUpdate(type=c.RECONCILING, status="False", reason="Finished"),
             *backpressure_over(status),
         ],

@@ -32,6 +32,7 @@ from ingestrun.planner.batch.failure_policy import Failure, outcome_of
 from ingestrun.planner.batch.pipeline import on_cancel_step, steps_of
 from ingestrun.planner.batch.state import CAPACITY_OBSTACLES, NextAttempt, is_checkpointed, start_timed_out
 from ingestrun.planner.jobs.retention import jobs_expire_at, jobs_to_delete_after_end, jobs_to_delete_except_kept
+from ingestrun.planner.jobs.sidecars import left_running_words
 from ingestrun.planner.run.cancel import cancel_cleared_event, policy_of, skipped_starts
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
@@ -70,7 +71,7 @@ def _await_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
         return Decision(plan=Plan(status=status, requeue_at=snapshot.now))
     pods = [pod for pod in snapshot.live.pods if not pod.ended]
     terminate = status.cancellation is not None and status.cancellation.policy is CancellationPolicy.TERMINATE
-    unfinished = sum(1 for attempt in snapshot.stages if not attempt.state.finished)
+    unfinished = sum(1 for attempt in snapshot.stages if not attempt.container_ended)
     if not unfinished and not pods:
         return _drained(snapshot, status, terminate=terminate)
     reason, message = "Draining", pluralize(max(unfinished, len(pods)), "pod has", "pods have") + " not ended"
@@ -81,7 +82,7 @@ def _await_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
         plan=Plan(
             status=status,
             pod_deletions=tuple(_pods_to_terminate(snapshot, pods)) if terminate else (),
-            job_deletions=unstarted_jobs(snapshot.stages),
+            job_deletions=(*unstarted_jobs(snapshot.stages), *_deleted_with_their_pods(snapshot.stages)),
             requeue_at=snapshot.now + DRAIN_RECHECK,
         ),
         conditions=[ConditionUpdate(type=c.DRAINED, status="False", reason=reason, message=message)],
@@ -114,6 +115,22 @@ def unstarted_jobs(attempts: Sequence[Attempt]) -> tuple[DeleteJob, ...]:
     )
 
 
+def _deleted_with_their_pods(attempts: Sequence[Attempt]) -> Iterator[DeleteJob]:
+    """Yield the deletions of Jobs whose container has ended while their pod is deleted, so that nothing starts anew.
+
+    Another container of the pod may take its whole grace period. Until then the Job has not failed, and could be
+    suspended and resumed; without its Job, the pod is not waited for.
+    """
+    for attempt in attempts:
+        if (
+            attempt.pod is not None
+            and attempt.pod.left_running
+            and not attempt.container_ended
+            and not attempt.job.deleting
+        ):
+            yield DeleteJob(job=attempt.job, why="its container has ended, and its pod is being deleted")
+
+
 def _drained(snapshot: Snapshot, status: IngestRunStatus, *, terminate: bool) -> Decision:
     """Declare the run drained, and account for the batches that were in flight, one by one."""
     run, now = snapshot.run, snapshot.now
@@ -136,12 +153,15 @@ def _drained(snapshot: Snapshot, status: IngestRunStatus, *, terminate: bool) ->
             requeue_at=now,
         ),
         conditions=[
-            ConditionUpdate(
-                type=c.DRAINED, status="True", reason="Drained", message="no pod of this run is left running"
-            ),
+            ConditionUpdate(type=c.DRAINED, status="True", reason="Drained", message=_drained_message(snapshot)),
             ConditionUpdate(type=c.RECONCILING, status="False", reason="Finished"),
         ],
     )
+
+
+def _drained_message(snapshot: Snapshot) -> str:
+    left = left_running_words(snapshot.live.pods if snapshot.live is not None else ())
+    return f"no stage of this run is left running; {left}" if left else "no pod of this run is left running"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +271,7 @@ def _late_jobs(snapshot: Snapshot, status: IngestRunStatus) -> tuple[DeleteJob, 
         late = tuple(
             DeleteJob(job=attempt.job)
             for attempt in snapshot.stages
-            if not attempt.state.finished and not attempt.job.deleting
+            if not attempt.container_ended and not attempt.job.deleting
         )
     if clean_up is None or clean_up.state is not JobState.WAITING or clean_up.job.deleting:
         return late
