@@ -174,7 +174,10 @@ def unschedulable_status(now: str, message: str) -> Json:
 
 def waiting_status(pod: Object, now: str, *, reason: str = "ContainerCreating", message: str = "") -> Json:
     state: Json = {"waiting": {"reason": reason, **({"message": message} if message else {})}}
-    return _pod_status(pod, now, phase="Pending", state=state, ready=False, started=False)
+    status = _pod_status(pod, now, phase="Pending", state=state, ready=False, started=False)
+    if reason == "ContainerCreating":
+        del status["podIP"]  # its volumes are not mounted yet, and its sandbox is not up
+    return status
 
 
 def running_status(pod: Object, now: str) -> Json:

@@ -17,25 +17,12 @@ from ingestrun.model.quantity import QuantityError, read_bytes
 from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.text import truncate
 from ingestrun.model.times import parse_time
+from ingestrun.planner.batch.obstacle import Obstacle, PodWait, read_wait, status_obstacle
 
 POD_EXPECTED_WITHIN: Final = timedelta(seconds=5)
 """Time after its start within which a Job has a pod. Without one by then, the pod's creation may be refused."""
-NO_POD_RECHECK: Final = timedelta(seconds=15)
-"""Interval at which a Job without a pod is checked again."""
 QUEUED_AFTER: Final = timedelta(seconds=5)
 """Time for which a Job is suspended before its run is reported as queued: a quick admission deserves no status."""
-
-_IMAGE_REASONS: Final = frozenset(
-    {
-        "ErrImagePull",
-        "ImagePullBackOff",
-        "ErrImageNeverPull",
-        "InvalidImageName",
-        "ImageInspectError",
-        "RegistryUnavailable",
-    }
-)
-_CONFIG_REASONS: Final = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 
 
 class JobState(StrEnum):
@@ -82,18 +69,6 @@ class ObservedJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Obstacle:
-    """Obstacle that keeps a pod from starting or from being created.
-
-    `kind` is one of Unschedulable, ImagePull and ContainerConfig; without a pod, of QuotaExceeded and PodRefused.
-    """
-
-    kind: str
-    message: str
-    since: datetime
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedPod:
     """The one pod of a Job of the run."""
 
@@ -109,6 +84,7 @@ class ObservedPod:
     message: str | None
     """The termination message: the stage's result, or the last lines of its log."""
     obstacle: Obstacle | None
+    """The obstacle to its start that its status names."""
     pod_reason: str | None = None
     """The reason in the pod's own status: Evicted, NodeAffinity and the like."""
     pod_message: str | None = None
@@ -125,6 +101,8 @@ class ObservedPod:
     created: datetime | None = None
     placed_at: datetime | None = None
     """Time at which the pod got a node; None while it waits for a node."""
+    wait: PodWait | None = None
+    """The wait for its first container; None while an init container is at work, and once it has started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,8 +112,10 @@ class Attempt:
     job: ObservedJob
     state: JobState
     pod: ObservedPod | None
-    pod_creation: Obstacle | None = None
-    """Obstacle to the creation of its pod; looked up only for a Job that lacks a pod (`lacks_pod`)."""
+    explanation: Obstacle | None = None
+    """The obstacle that no status names, looked up in Events (`pod_start.explanation_of`)."""
+    last_obstacle: Obstacle | None = None
+    """The obstacle that was seen last before it ended, as far as the process knows one."""
 
     @property
     def batch(self) -> int:
@@ -159,15 +139,12 @@ class Attempt:
 
     @property
     def obstacle(self) -> Obstacle | None:
-        """Return why its pod does not start or cannot be created; None if nothing prevents it."""
+        """Return what keeps its pod from starting or from being created; None if nothing is known to."""
         if self.state is not JobState.WAITING:
             return None
-        return self.pod.obstacle if self.pod is not None else self.pod_creation
-
-    def lacks_pod(self, now: datetime) -> bool:
-        """Tell whether it should have a pod by now and has none."""
-        at = self.lacks_pod_at
-        return at is not None and now >= at
+        if self.explanation is not None:
+            return self.explanation
+        return self.pod.obstacle if self.pod is not None else None
 
     @property
     def lacks_pod_at(self) -> datetime | None:
@@ -254,7 +231,7 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
         exit_code=terminated.get("exitCode"),
         reason=terminated.get("reason") or status.get("reason"),
         message=terminated.get("message"),
-        obstacle=_obstacle(meta, spec, status, state) if phase == "Pending" else None,
+        obstacle=status_obstacle(meta, spec, status) if phase == "Pending" else None,
         pod_reason=status.get("reason"),
         pod_message=_short(status.get("message")),
         disruption=_disruption(status),
@@ -265,6 +242,7 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod | None:
         image_id=sys.intern(container.get("imageID") or "") or None,
         created=_optional_time(meta.get("creationTimestamp")),
         placed_at=_placed_at(status),
+        wait=read_wait(meta, spec, status) if phase == "Pending" else None,
     )
 
 
@@ -288,21 +266,6 @@ def attempt_of(job: ObservedJob, pods: Sequence[ObservedPod]) -> Attempt:
     else:
         state = JobState.WAITING
     return Attempt(job=job, state=state, pod=pod)
-
-
-def pod_creation_obstacle(attempt: Attempt, event_note: str | None) -> Obstacle | None:
-    """Read the Job controller's Event about a pod that it cannot create; return None without one.
-
-    A quota may have room later. Every other refusal (by a LimitRange, the namespace's pod security, a webhook, or for a
-    service account or priority class that does not exist) is repeated until the cluster or the run is changed.
-    """
-    since = attempt.job.started_at
-    if not event_note or since is None:
-        return None
-    _, _, reason = event_note.partition("is forbidden: ")
-    kind = "QuotaExceeded" if "exceeded quota" in event_note else "PodRefused"
-    message = reason or event_note.removeprefix("Error creating: ")
-    return Obstacle(kind=kind, message=f"its pod is refused: {_short(message)}", since=since)
 
 
 def ended_by_suspension(job: ObservedJob, pod: ObservedPod) -> bool:
@@ -345,24 +308,6 @@ def _memory_limit(pod_spec: Mapping[str, Any]) -> int | None:
         return read_bytes(quantity) if quantity is not None else None
     except QuantityError:
         return None
-
-
-def _obstacle(
-    meta: Mapping[str, Any], spec: Mapping[str, Any], status: Mapping[str, Any], state: Mapping[str, Any]
-) -> Obstacle | None:
-    for condition in status.get("conditions") or ():
-        if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":
-            since = parse_time(condition.get("lastTransitionTime") or meta["creationTimestamp"])
-            return Obstacle(kind="Unschedulable", message=_short(condition.get("message")) or "", since=since)
-    waiting = state.get("waiting") or {}
-    since = parse_time(status.get("startTime") or meta["creationTimestamp"])
-    if waiting.get("reason") in _IMAGE_REASONS:
-        # The kubelet's message alternates between ErrImagePull and its back-off, and each change would be a write.
-        image = next((c.get("image") for c in spec.get("containers") or ()), "?")
-        return Obstacle(kind="ImagePull", message=f"image {image!r} cannot be pulled", since=since)
-    if waiting.get("reason") in _CONFIG_REASONS:
-        return Obstacle(kind="ContainerConfig", message=_short(waiting.get("message")) or "", since=since)
-    return None
 
 
 def _image(job: Mapping[str, Any]) -> str | None:
