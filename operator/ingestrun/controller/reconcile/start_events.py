@@ -73,7 +73,8 @@ class StartEvents:
         for attempt in attempts:
             if attempt.state is JobState.WAITING:
                 events = await self._events(namespace, attempt, now=now)
-                obstacle = explanation_of(attempt, events, now=now)
+                known = memory.obstacles.get(attempt.job.uid)
+                obstacle = explanation_of(attempt, events, now=now, before=known)
                 explained.append(replace(attempt, explanation=obstacle) if obstacle is not None else attempt)
             elif attempt.job.uid in memory.obstacles:
                 explained.append(replace(attempt, last_obstacle=memory.obstacles[attempt.job.uid]))

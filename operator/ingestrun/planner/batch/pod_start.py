@@ -45,6 +45,9 @@ _GRACES: Final = {
 }
 """The field of `spec.podStart` that bounds each kind of obstacle; a kind that holds the run has none."""
 
+_TOLD_ONCE: Final = frozenset({"VolumeUnavailable", "PodSandbox"})
+"""Kinds of which an Event may be told once and expire, so they stay until the sandbox is up."""
+
 
 class EventSubject(StrEnum):
     """Kind of the objects that Events are about."""
@@ -84,11 +87,13 @@ def explained_at(attempt: Attempt) -> datetime | None:
     return attempt.pod.wait.since + POD_EXPLAINED_AFTER if attempt.pod is not None and attempt.pod.wait else None
 
 
-def explanation_of(attempt: Attempt, events: Sequence[StartEvent], *, now: datetime) -> Obstacle | None:
+def explanation_of(
+    attempt: Attempt, events: Sequence[StartEvent], *, now: datetime, before: Obstacle | None = None
+) -> Obstacle | None:
     """Return the obstacle that the status of a pod does not name; None if there is none, or none is known yet.
 
-    `events` are those about `subject_of(attempt)`, of whatever object. A start that takes long is told even if nothing
-    explains it, because Events are dropped and expire.
+    `events` are those about `subject_of(attempt)`, of whatever object, and `before` is the obstacle known so far. A
+    start that takes long is told even if nothing explains it, because Events are dropped and expire.
     """
     job, pod = attempt.job, attempt.pod
     subject = subject_of(attempt)
@@ -105,6 +110,9 @@ def explanation_of(attempt: Attempt, events: Sequence[StartEvent], *, now: datet
         return None
     about = [event for event in events if event.uid == pod.uid]
     found = pod_event_obstacle(about, since=pod.wait.since, now=now) if subject is EventSubject.POD else None
+    if found is None and subject is EventSubject.POD and before is not None and before.kind in _TOLD_ONCE:
+        # An older obstacle is that of a pod before, which a suspension has ended.
+        found = before if before.since >= pod.wait.since else None
     return found or _unexplained(pod.wait.since, _silent_step(pod.wait, pod.node), now=now, last=last_event(about))
 
 

@@ -171,6 +171,16 @@ def test_a_start_that_nothing_explains_is_told_nevertheless(attempt: Attempt, wo
     assert not holds(found)
 
 
+def test_an_event_that_is_told_once_is_remembered_until_the_sandbox_is_up() -> None:
+    known = Obstacle(kind="VolumeUnavailable", message="FailedAttachVolume: Multi-Attach error", since=START)
+    assert explanation_of(waiting(PLACED), [], now=at(7200), before=known) == known
+    assert explanation_of(waiting(UP), [], now=at(100), before=known) is None
+    earlier = replace(known, since=at(-1))
+    assert explanation_of(waiting(PLACED), [], now=at(100), before=earlier) is None, "of a pod before"
+    secret = replace(known, kind="ContainerConfig")
+    assert explanation_of(waiting(PLACED), [], now=at(100), before=secret) is None, "the kubelet repeats that"
+
+
 def test_an_unknown_event_is_quoted() -> None:
     found = explanation_of(waiting(PLACED), [told("a", "gone fishing", reason="KubeletOnHoliday")], now=at(121))
     assert found is not None
