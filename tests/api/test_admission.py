@@ -443,6 +443,7 @@ AGREED: Final[dict[str, tuple[dict[str, Any], dict[str, Any], bool]]] = {
             "retries": 0,
             "backoff": {"initialSeconds": 0, "maxSeconds": 0},
             "backpressure": {"retrySeconds": 1},
+            "podStart": {"imagePullSeconds": 1, "refusedSeconds": 31_536_000, "infrastructureSeconds": 1},
             "activeDeadlineSeconds": 31_536_000,
             "staleAfterSeconds": 31_536_000,
             "ttlSecondsAfterFinished": 0,
@@ -618,6 +619,8 @@ CHANGES: Final[dict[str, tuple[dict[str, Any], str | None]]] = {
     "maxFailedBatches": ({"onBatchFailure": "Continue", "maxFailedBatches": 1}, "maxFailedBatches"),
     "outOfMemory": ({"outOfMemory": {"maxMemory": "4Gi"}}, "outOfMemory"),
     "backpressure": ({"backpressure": {"retrySeconds": 61}}, "backpressure"),
+    "podStart": ({"podStart": {"imagePullSeconds": 121}}, "podStart"),
+    "a grace more": ({"podStart": {"infrastructureSeconds": 600}}, "podStart"),
     "a parent": ({"parentRef": {"name": "above"}}, "parentRef"),
     "a clean-up": ({"onCancel": {"image": "clean:1"}}, "onCancel"),
 }

@@ -178,10 +178,10 @@ def test_a_pod_that_waits_for_a_node_for_longer_than_its_deadline_costs_no_attem
     made = partitions(1, 1, fetch=stage, hooks=None, publish=stage, retries=0)
     made["podTemplate"]["nodeSelector"][f"test.ingestrun.dev/{namespace}"] = "room"
     cluster.create_run(namespace, made, name="waits")
-    wait_for(lambda: backpressured(cluster, namespace, "waits", "Unschedulable"), 60, "Backpressured")
+    wait_for(lambda: backpressured(cluster, namespace, "waits", "NodeMismatch"), 60, "Backpressured")
     since = time.monotonic()
     wait_for(lambda: time.monotonic() - since > 8, 30, "four times the deadline")
-    backpressured(cluster, namespace, "waits", "Unschedulable")
+    backpressured(cluster, namespace, "waits", "NodeMismatch")
     (job,) = cluster.jobs(namespace)
     assert (job.metadata.labels["ingestrun.dev/attempt"], job.status.active) == ("0", 1)
     room()

@@ -32,6 +32,14 @@ CASES: Final = {
 }
 
 
+MISSING: Final[dict[str, Json]] = {
+    "no-secret": {"secret": {"secretName": "no-such-secret"}},
+    "no-config-map": {"configMap": {"name": "no-such-config-map"}},
+    "no-key": {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "no-such-key", "path": "a"}]}},
+}
+"""A volume that the kubelet cannot mount, because what the run names does not exist."""
+
+
 @pytest.fixture(scope="module")
 def started(kubectl: Kubectl, namespace: str) -> None:
     """All runs at once."""
@@ -44,7 +52,15 @@ def started(kubectl: Kubectl, namespace: str) -> None:
     batches: dict[str, Any] = {"cursor": {}, "size": 10_000, "limit": 10_000}
     bodies.append(flights(namespace, "wrong-type", hooks=[hook], batches=batches))
     workspace = {"persistentVolumeClaim": {"claimName": "no-such-claim"}}
-    bodies.append(flights(namespace, "no-volume", workspace=workspace))
+    # The grace is longer than the tests before take, because a run that has failed cannot be cancelled.
+    bodies.append(flights(namespace, "no-volume", workspace=workspace, podStart={"configurationSeconds": 3600}))
+    for name, volume in MISSING.items():
+        bodies.append(flights(namespace, name, retries=0))
+        bodies[-1]["spec"]["podTemplate"] = {
+            **bodies[-1]["spec"].get("podTemplate", {}),
+            "volumes": [{"name": "more", **volume}],
+            "volumeMounts": [{"name": "more", "mountPath": "/more"}],
+        }
     kubectl.apply(bodies)
 
 
@@ -83,6 +99,20 @@ def test_missing_volume_is_said_at_once_and_cancel_works_from_there(
     assert phase(run_of(kubectl, namespace, "no-volume")) == "Cancelled"
     left = kubectl.get("-n", namespace, "jobs", "-l", "ingestrun.dev/run=no-volume")["items"]
     assert left == []
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_missing_secret_or_config_map_as_a_volume_is_said_by_name(
+    kubectl: Kubectl, namespace: str, started: None, name: str
+) -> None:
+    """The pod's status says nothing of it; the kubelet's Events do."""
+    words = "no-such-key" if name == "no-key" else f'"no-such-{name.removeprefix("no-")}" not found'
+    run = ended(kubectl, namespace, name, seconds=480)
+    (failure,) = run["status"]["failures"]
+    assert (phase(run), failure["reason"]) == ("Failed", "ContainerConfig")
+    assert words in failure["message"]
+    told = events(kubectl, namespace, name, "PodNotStarting")
+    assert any(words in said for said in told), told
 
 
 @pytest.mark.parametrize(

@@ -192,12 +192,14 @@ class FakeCluster(Cluster):
         found = await self._call("list", "pods", "", "", None, lambda: self._select("Pod", None, label))
         return [read(body) for body in found]
 
-    async def list_failed_creates(self, *, namespace: str) -> Sequence[Object]:
+    async def list_start_events(self, read: Callable[[Object], T], *, namespace: str, about: str) -> Sequence[T]:
         def commit() -> Sequence[Object]:
-            events = self._select("Event", namespace)
-            return [e for e in events if e["reason"] == "FailedCreate" and e["regarding"]["kind"] == "Job"]
+            events = [e for e in self._select("Event", namespace) if e["regarding"]["kind"] == about]
+            if about == "Job":
+                return [e for e in events if e["reason"] == "FailedCreate"]
+            return [e for e in events if about != "Pod" or e["type"] == "Warning"]
 
-        return await self._call("list", "events", namespace, "", None, commit)
+        return [read(event) for event in await self._call("list", "events", namespace, "", None, commit)]
 
     async def list_pods(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
         selector = f"{RUN_UID_LABEL}={run_uid}"
@@ -525,15 +527,41 @@ class FakeCluster(Cluster):
         owner = self._find("Job", namespace, job)
         status = {**owner["status"], "startTime": self._since(owner), "active": 0, "ready": 0}
         self._set_job_status(owner, status)
-        name = f"{job}.{next(self._ids):x}"
+        self.tell("Job", job, namespace, reason="FailedCreate", note=f"Error creating: {message}")
+
+    def tell(
+        self,
+        kind: str,
+        name: str,
+        namespace: str = "default",
+        *,
+        reason: str,
+        note: str,
+        kind_of_event: str = "Warning",
+    ) -> None:
+        """Somebody tells an Event about an object; one of the same words once more, which has its first time still."""
+        regarding = {"kind": kind, "name": name, "namespace": namespace}
+        if kind in ("Job", "Pod"):
+            uid = self._find("Job" if kind == "Job" else "Pod", namespace, name)["metadata"]["uid"]
+            regarding["uid"] = uid
+        same = [
+            event
+            for event in self._select("Event", namespace)
+            if (event["reason"], event.get("note")) == (reason, note) and event["regarding"] == regarding
+        ]
+        if same:
+            self._store("Event", {**same[0], "deprecatedLastTimestamp": self._time()}, "MODIFIED")
+            return
+        named = f"{name}.{next(self._ids):x}"
         event: Json = {
             "apiVersion": "events.k8s.io/v1",
             "kind": "Event",
-            "metadata": {"name": name, "namespace": namespace, "uid": self._uid(), "creationTimestamp": self._time()},
-            "type": "Warning",
-            "reason": "FailedCreate",
-            "note": f"Error creating: {message}",
-            "regarding": {"kind": "Job", "name": job, "namespace": namespace, "uid": owner["metadata"]["uid"]},
+            "metadata": {"name": named, "namespace": namespace, "uid": self._uid(), "creationTimestamp": self._time()},
+            "type": kind_of_event,
+            "reason": reason,
+            "note": note,
+            "regarding": regarding,
+            "deprecatedFirstTimestamp": self._time(),
             "deprecatedLastTimestamp": self._time(),
         }
         self._store("Event", event, "ADDED")

@@ -188,7 +188,10 @@ def init_waiting_status(pod: Object, now: str, name: str, told: Object, *, phase
 
 def waiting_status(pod: Object, now: str, *, reason: str = "ContainerCreating", message: str = "") -> Json:
     state: Json = {"waiting": {"reason": reason, **({"message": message} if message else {})}}
-    return _pod_status(pod, now, phase="Pending", state=state, ready=False, started=False)
+    status = _pod_status(pod, now, phase="Pending", state=state, ready=False, started=False)
+    if reason == "ContainerCreating":
+        del status["podIP"]  # its volumes are not mounted yet, and its sandbox is not up
+    return status
 
 
 def running_status(pod: Object, now: str) -> Json:

@@ -44,7 +44,7 @@ CALLS: dict[str, Callable[[Cluster], Coroutine[Any, Any, object]]] = {
     "list_jobs": lambda c: c.list_jobs(namespace="n", run_uid="u"),
     "list_all_jobs": lambda c: c.list_all_jobs(dict),
     "list_all_pods": lambda c: c.list_all_pods(dict),
-    "list_failed_creates": lambda c: c.list_failed_creates(namespace="n"),
+    "list_start_events": lambda c: c.list_start_events(dict, namespace="n", about="Pod"),
     "list_pods": lambda c: c.list_pods(namespace="n", run_uid="u"),
     "create_job": lambda c: c.create_job(JOB),
     "get_job": lambda c: c.get_job(namespace="n", name="j"),

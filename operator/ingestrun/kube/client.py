@@ -18,6 +18,12 @@ EVENTS_API: Final = "/apis/events.k8s.io/v1"
 CORE_API: Final = "/api/v1"
 
 MERGE_PATCH: Final = "application/merge-patch+json"
+START_EVENTS: Final = {
+    "Job": "reason=FailedCreate,regarding.kind=Job",
+    "Pod": "type=Warning,regarding.kind=Pod",
+    "PersistentVolumeClaim": "regarding.kind=PersistentVolumeClaim",
+}
+"""Field selectors of the Events about starts, by the kind of object that they are about."""
 PAGE: Final = 200
 """Objects in one page of a list."""
 LIST_ATTEMPTS: Final = 3
@@ -74,9 +80,8 @@ class KubernetesCluster(Cluster):
     async def list_all_pods(self, read: Callable[[Object], T]) -> Sequence[T]:
         return await self._list_watched(CORE_API, "pods", read, selector=LABEL_RUN_UID)
 
-    async def list_failed_creates(self, *, namespace: str) -> Sequence[Object]:
-        path = _path(EVENTS_API, namespace, "events")
-        return await self._list(path, fields="reason=FailedCreate,regarding.kind=Job")
+    async def list_start_events(self, read: Callable[[Object], T], *, namespace: str, about: str) -> Sequence[T]:
+        return await self._list_as(read, _path(EVENTS_API, namespace, "events"), fields=START_EVENTS[about])
 
     async def list_pods(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
         return await self._list(_path(CORE_API, namespace, "pods"), selector=f"{LABEL_RUN_UID}={run_uid}")

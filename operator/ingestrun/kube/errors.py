@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import orjson
 
+from ingestrun.model.refusals import quota_exceeded, webhook_not_called
+
 READS = frozenset({"GET", "HEAD"})
 
 
@@ -72,7 +74,7 @@ _DENIED: Final = re.compile(
 )
 """Beginning of the message of a policy or a webhook that denied; a policy's own status is 422 unless it
 names a reason, a webhook's is 403 unless it names a code."""
-_WEBHOOK: Final = re.compile(r"failed calling webhook \"|^admission webhook \".*denied the request", re.S)
+_WEBHOOK_DENIED: Final = re.compile(r"^admission webhook \".*denied the request", re.S)
 _BY_STATUS: Final[Mapping[int, type[KubeError]]] = {404: NotFound, 401: Forbidden, 429: Unavailable}
 """Errors by the status alone. All others below 500 are Invalid: 400 and 422, and refusals or redirects that no API
 server sends (405, 406, 413, 415, 3xx)."""
@@ -109,7 +111,7 @@ def _server_error(message: str, method: str) -> type[KubeError]:
     if method in READS:
         return Unavailable
     # Admission comes before storage: an object that a webhook has kept from passing is not stored.
-    return WebhookUnavailable if _WEBHOOK.search(message) else Unknown
+    return WebhookUnavailable if webhook_not_called(message) or _WEBHOOK_DENIED.search(message) else Unknown
 
 
 def _conflict(reason: str, method: str) -> type[KubeError]:
@@ -122,7 +124,7 @@ def _conflict(reason: str, method: str) -> type[KubeError]:
 def _forbidden(causes: frozenset[str], message: str) -> type[KubeError]:
     if "NamespaceTerminating" in causes:
         return NamespaceTerminating
-    return QuotaExceeded if "exceeded quota" in message else Forbidden
+    return QuotaExceeded if quota_exceeded(message) else Forbidden
 
 
 def _status_body(body: bytes) -> Mapping[str, Any]:

@@ -59,8 +59,11 @@ class Cluster(Protocol):
     async def list_all_pods(self, read: Callable[[Object], T]) -> Sequence[T]:
         """List all pods of all runs that the operator watches, by the presence of the run's label; as `list_runs`."""
 
-    async def list_failed_creates(self, *, namespace: str) -> Sequence[Object]:
-        """List the namespace's Events in which the Job controller reports that it could not create a Job's pod."""
+    async def list_start_events(self, read: Callable[[Object], T], *, namespace: str, about: str) -> Sequence[T]:
+        """List the namespace's Events about starts, as `list_runs`. `about` is a kind of object.
+
+        Job: the Job controller could not create its pod. Pod: warnings. PersistentVolumeClaim: all.
+        """
 
     async def list_pods(self, *, namespace: str, run_uid: str) -> Sequence[Object]:
         """List the run's pods by its UID label."""

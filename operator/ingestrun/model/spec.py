@@ -185,6 +185,18 @@ class Backpressure(KubeModel):
     timeout_seconds: Seconds | None = None
 
 
+class PodStart(KubeModel):
+    """The time that a pod may wait for its start, by what keeps it from starting, before its batch has failed.
+
+    `infrastructureSeconds` unset is the stage's own deadline, after which the stage is tried again.
+    """
+
+    image_pull_seconds: Seconds = 120
+    configuration_seconds: Seconds = 120
+    refused_seconds: Seconds = 120
+    infrastructure_seconds: Seconds | None = None
+
+
 class JobRetention(KubeModel):
     """The retention of child Jobs and their pods after their batch has been counted."""
 
@@ -262,6 +274,7 @@ class IngestRunSpec(KubeModel):
     on_batch_failure: OnBatchFailure = OnBatchFailure.FAIL_RUN
     max_failed_batches: Annotated[int, Field(ge=1, le=MAX_FAILED_BATCHES)] | None = None
     backpressure: Backpressure = Backpressure()
+    pod_start: PodStart = PodStart()
     active_deadline_seconds: Seconds | None = None
     stale_after_seconds: Seconds | None = None
     concurrency: Concurrency | None = None

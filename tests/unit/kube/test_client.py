@@ -311,6 +311,26 @@ async def test_runs_of_all_or_of_some_namespaces(namespaces: list[str] | None, p
     assert [urlsplit(path).path for _, path, _, _ in server.seen] == paths
 
 
+@pytest.mark.parametrize(
+    ("about", "fields"),
+    [
+        ("Job", "reason=FailedCreate,regarding.kind=Job"),
+        ("Pod", "type=Warning,regarding.kind=Pod"),
+        ("PersistentVolumeClaim", "regarding.kind=PersistentVolumeClaim"),
+    ],
+)
+async def test_events_about_starts_are_asked_for_by_fields(about: str, fields: str) -> None:
+    items = [{"metadata": {"name": "e"}, "note": "late"}]
+    async with loopback(answers(200, {"metadata": {}, "items": items})) as server:
+        cluster = KubernetesCluster(await server.connection())
+        found = await cluster.list_start_events(lambda event: event["note"], namespace="a", about=about)
+        await cluster.close()
+    ((_, path, _, _),) = server.seen
+    assert found == ["late"]
+    assert urlsplit(path).path == "/apis/events.k8s.io/v1/namespaces/a/events"
+    assert parse_qs(urlsplit(path).query)["fieldSelector"] == [fields]
+
+
 async def test_runs_of_a_concurrency_key_are_asked_for_by_fields() -> None:
     async with loopback(answers(200, {"metadata": {}, "items": []})) as server:
         cluster = KubernetesCluster(await server.connection())

@@ -36,6 +36,8 @@ def test_defaults() -> None:
     assert (told.parallelism, told.retries) == (4, 3)
     assert (told.backoff.initial_seconds, told.backoff.max_seconds) == (10, 600)
     assert told.backpressure.retry_seconds == 60
+    assert (told.pod_start.image_pull_seconds, told.pod_start.configuration_seconds) == (120, 120)
+    assert (told.pod_start.refused_seconds, told.pod_start.infrastructure_seconds) == (120, None)
     assert told.on_batch_failure is OnBatchFailure.FAIL_RUN
     assert told.batches.size == 10_000
     assert told.batches.cursor is not None
@@ -120,6 +122,8 @@ def test_unions(base: dict[str, Any], changes: dict[str, Any], sentence: str) ->
         {"concurrency": {"key": "geo", "policy": "Queue"}},
         {"concurrency": {"key": "a,b"}},
         {"backpressure": {"retrySeconds": 0}},
+        {"podStart": {"imagePullSeconds": 0}},
+        {"podStart": {"infrastructureSeconds": 31_536_001}},
         {"backoff": {"maxSeconds": 86_401}},
         {"cancellation": {"reason": ""}},
         {"cancellation": {"reason": "x" * 513}},

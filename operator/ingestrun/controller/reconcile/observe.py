@@ -10,24 +10,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any, Final
 
 import structlog
 
+from ingestrun.controller.reconcile.start_events import StartEvents
 from ingestrun.controller.state.cache import RunCache, cancelled_with_cascade, parents_of
 from ingestrun.controller.state.memory import RunMemory
-from ingestrun.controller.state.usage import Usage
-from ingestrun.kube.errors import KubeError, NotFound
-from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.kube.errors import NotFound
+from ingestrun.kube.protocol import Cluster, RunKey
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import IngestRunStatus, Phase
 from ingestrun.planner.actions import CancelledParent, ChildRun, LivePods, Predecessor
 from ingestrun.planner.batch.attempt import (
-    NO_POD_RECHECK,
     Attempt,
     JobState,
-    pod_creation_obstacle,
 )
 from ingestrun.planner.batch.failure_policy import WORKER_CANCELLED, Failure, outcome_of
 from ingestrun.planner.run.backpressure import rejection_in_status
@@ -35,9 +32,6 @@ from ingestrun.planner.run.concurrency import ConcurrentRun
 from ingestrun.planner.snapshot import Snapshot
 
 logger = structlog.get_logger("ingestrun")
-
-FRESH_QUOTA_REFUSAL: Final = timedelta(minutes=10)
-"""Time for which a run whose pod a quota refuses has precedence over those with more Jobs; the pod may never fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +51,7 @@ class Observer:
         self._cache = cache
         self._clock = clock
         self._drain_pause = timedelta(seconds=drain_pause_seconds)
-        self._pod_creation_failures = PodCreationFailures(cluster, cache.usage)
+        self._start_events = StartEvents(cluster, cache.usage)
 
     async def observe(
         self,
@@ -85,7 +79,7 @@ class Observer:
         if first_pass and not ended and memory.rejection is None:
             memory.rejection = rejection_in_status(run, now=self._clock())
         attempts = await self._await_pod_results(run, memory)
-        attempts = await self._explain_missing_pods(key, run, attempts)
+        attempts = await self._explain_starts(key, run, memory, attempts)
         ask_parents = first_pass or not synced or self._pod_saw_cancel(key, attempts)
         parent = await self._cancelled_parent(key, ask=ask_parents)
         memory.observed = True
@@ -147,13 +141,15 @@ class Observer:
             replace(attempt, state=JobState.RUNNING) if attempt.job.uid in young else attempt for attempt in attempts
         ]
 
-    async def _explain_missing_pods(self, key: RunKey, run: IngestRun, attempts: list[Attempt]) -> list[Attempt]:
-        """Return the attempts; those that lack their pod with the reason, as far as it matters to the run."""
+    async def _explain_starts(
+        self, key: RunKey, run: IngestRun, memory: RunMemory, attempts: list[Attempt]
+    ) -> list[Attempt]:
+        """Return the attempts; those that do not start with the reason, as far as it matters to the run."""
         now = self._clock()
         if not run.status.ended:
-            return await self._pod_creation_failures.explain_and_count(key, run, attempts, now=now)
+            return await self._start_events.explain_and_count(key, run.metadata.uid, memory, attempts, now=now)
         if run.status.cancellation is not None and run.status.cancellation.on_cancel is not None:
-            return await self._pod_creation_failures.explain(key.namespace, attempts, now=now)
+            return await self._start_events.explain(key.namespace, memory, attempts, now=now)
         return attempts
 
     async def _cancelled_parent(self, key: RunKey, *, ask: bool) -> CancelledParent | None:
@@ -231,77 +227,3 @@ def _lacks_pod_result(attempt: Attempt) -> bool:
     if not attempt.state.finished or (attempt.pod is not None and attempt.pod.ended):
         return False
     return attempt.job.reason != "DeadlineExceeded"  # of the Job itself: its controller has deleted the pod
-
-
-# ---- pod-creation failures
-
-
-@dataclass(frozen=True, slots=True)
-class _FailedCreates:
-    at: datetime
-    messages: dict[str, str]
-    """The newest message of the Job controller, by the Job's UID."""
-
-
-class PodCreationFailures:
-    """The reasons why Jobs have no pod, which the Job controller reports in an Event, and nowhere else.
-
-    The Events are listed only for Jobs that should have a pod and have none, and once in a while for all Jobs of a
-    namespace, so that the normal course costs no call.
-    """
-
-    def __init__(self, cluster: Cluster, usage: Usage) -> None:
-        """Use `usage` to remember the runs that wait for a pod that a quota refuses."""
-        self._cluster = cluster
-        self._usage = usage
-        self._by_namespace: dict[str, _FailedCreates] = {}
-
-    async def explain_and_count(
-        self, key: RunKey, run: IngestRun, attempts: Sequence[Attempt], *, now: datetime
-    ) -> list[Attempt]:
-        """Do as `explain`, and give a run whose pod a quota refuses precedence over those with more Jobs."""
-        explained = await self.explain(key.namespace, attempts, now=now)
-        refused = any(
-            attempt.pod_creation is not None
-            and attempt.pod_creation.kind == "QuotaExceeded"
-            and now < attempt.pod_creation.since + FRESH_QUOTA_REFUSAL
-            for attempt in explained
-        )
-        self._usage.set_pods_refused(run.metadata.uid, key.namespace, refused=refused)
-        counted = [each for each in explained if each.pod_creation is not None and each.pod_creation.ended_counted]
-        self._usage.set_pods_counted(run.metadata.uid, key.namespace, refused=len(counted), now=now)
-        return explained
-
-    async def explain(self, namespace: str, attempts: Sequence[Attempt], *, now: datetime) -> list[Attempt]:
-        """Return the attempts; those that lack their pod with the reason, if the Job controller has given one."""
-        lacking = {attempt.job.uid for attempt in attempts if attempt.lacks_pod(now)}
-        if not lacking:
-            return list(attempts)
-        messages = await self._messages(namespace, now=now)
-        return [
-            replace(attempt, pod_creation=pod_creation_obstacle(attempt, messages.get(attempt.job.uid)))
-            if attempt.job.uid in lacking
-            else attempt
-            for attempt in attempts
-        ]
-
-    async def _messages(self, namespace: str, *, now: datetime) -> dict[str, str]:
-        known = self._by_namespace.get(namespace)
-        if known is not None and now - known.at < NO_POD_RECHECK:
-            return known.messages
-        for place in [place for place, last in self._by_namespace.items() if now - last.at > 4 * NO_POD_RECHECK]:
-            del self._by_namespace[place]
-        try:
-            found = sorted(await self._cluster.list_failed_creates(namespace=namespace), key=_last_repeated)
-        except KubeError as error:
-            logger.warning("why a Job has no pod could not be asked", error=str(error))
-            found = []
-        messages = {event["regarding"]["uid"]: str(event.get("note") or "") for event in found}
-        self._by_namespace[namespace] = _FailedCreates(now, messages)
-        return messages
-
-
-def _last_repeated(event: Object) -> str:
-    """Return when an Event was last repeated, as text, which sorts because all times have one form save fractions."""
-    series: dict[str, Any] = event.get("series") or {}
-    return str(series.get("lastObservedTime") or event.get("deprecatedLastTimestamp") or event.get("eventTime") or "")

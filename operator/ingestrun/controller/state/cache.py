@@ -340,7 +340,7 @@ class RunCache:
         if job is not None and attempt is not None and attempt.state.finished:
             children.done.add(job.uid)
             self._count(pod.run_uid, job)
-        if before is not None and replace(before, resource_version=pod.resource_version) == pod:
+        if before is not None and _is_same(before, pod):
             return Change.NONE
         return Change.MINOR if job and _essence(children.attempt(pod.job_uid)) == shown else Change.MAJOR
 
@@ -498,6 +498,12 @@ def _essence(attempt: Attempt | None) -> object:
     state = attempt.state if attempt.state.finished else JobState.WAITING
     pod_ended = attempt.pod is not None and attempt.pod.ended
     return state, attempt.obstacle, attempt.queued, attempt.job.deleting, pod_ended
+
+
+def _is_same(before: ObservedPod, pod: ObservedPod) -> bool:
+    """Tell whether nothing has changed but the step of a pod's start, for which a look is planned already."""
+    wait = pod.wait if before.wait is not None and pod.wait is not None else before.wait
+    return replace(before, resource_version=pod.resource_version, wait=wait) == pod
 
 
 def _concurrency_group(body: Object) -> tuple[str, str] | None:

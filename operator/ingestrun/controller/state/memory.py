@@ -12,6 +12,8 @@ from typing import Final
 
 from ingestrun.model.status import AttemptId
 from ingestrun.planner.actions import CreateRejection
+from ingestrun.planner.batch.attempt import Attempt
+from ingestrun.planner.batch.obstacle import Obstacle
 
 POD_GRACE_SECONDS: Final = 0.5
 """Seconds that an ended Job waits for the watched end of its pod, because the two watches race. Then the pods are
@@ -45,6 +47,13 @@ class RunMemory:
     pods were listed since then, and its pod was not among them or had not ended."""
     drain_checked_at: datetime | None = None
     """Time at which the Jobs of the ended run were last listed live."""
+    obstacles: dict[str, Obstacle] = field(default_factory=dict)
+    """The obstacle to each Job's start, by the Job's UID, also of one that has ended: for its failure's message."""
+
+    def keep_obstacles(self, attempts: Iterable[Attempt]) -> None:
+        """Note the obstacles of these attempts, of all that the run has, and forget those of Jobs that are gone."""
+        found = {attempt.job.uid: attempt.obstacle or attempt.last_obstacle for attempt in attempts}
+        self.obstacles = {uid: obstacle for uid, obstacle in found.items() if obstacle is not None}
 
     def await_pods(self, job_uids: Iterable[str], *, now: float) -> tuple[frozenset[str], bool]:
         """Note the ended Jobs whose pod's end has not been seen (`now` is monotonic), in place of those noted before.

@@ -24,13 +24,13 @@ from ingestrun.planner.batch.containers import (
     named,
     own_container_name,
 )
+from ingestrun.planner.batch.obstacle import Obstacle, PodWait, read_wait, status_obstacle
 
 POD_EXPECTED_WITHIN: Final = timedelta(seconds=5)
 """Time after its start within which a Job has a pod. Without one by then, the pod's creation may be refused."""
-NO_POD_RECHECK: Final = timedelta(seconds=15)
-"""Interval at which a Job without a pod is checked again."""
 QUEUED_AFTER: Final = timedelta(seconds=5)
 """Time for which a Job is suspended before its run is reported as queued: a quick admission deserves no status."""
+
 
 JOB_DELETED: Final = "JobDeleted"
 """Reason of a Job that somebody has deleted before it had ended, as far as is known."""
@@ -38,18 +38,6 @@ END_DEADLINE: Final = 1
 """The `activeDeadlineSeconds`, always over, that tells the kubelet to end what is left of a pod (decision 0009)."""
 KILLED_CODES: Final = (137, 143)
 """The exit codes of SIGKILL and SIGTERM."""
-
-_IMAGE_REASONS: Final = frozenset(
-    {
-        "ErrImagePull",
-        "ImagePullBackOff",
-        "ErrImageNeverPull",
-        "InvalidImageName",
-        "ImageInspectError",
-        "RegistryUnavailable",
-    }
-)
-_CONFIG_REASONS: Final = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 
 
 class JobState(StrEnum):
@@ -100,20 +88,6 @@ class ObservedJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Obstacle:
-    """Obstacle that keeps a pod from starting or from being created.
-
-    `kind` is one of Unschedulable, ImagePull and ContainerConfig; without a pod, of QuotaExceeded and PodRefused.
-    """
-
-    kind: str
-    message: str
-    since: datetime
-    ended_counted: bool = False
-    """True if it is a quota that counts pods which have ended, so that deleting them makes room."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedPod:
     """The one pod of a Job of the run. "Its container" is the stage's own, whatever others were put beside it."""
 
@@ -130,6 +104,7 @@ class ObservedPod:
     message: str | None
     """The termination message: the stage's result, or the last lines of its log."""
     obstacle: Obstacle | None
+    """The obstacle to its start that its status names."""
     pod_reason: str | None = None
     """The reason in the pod's own status: Evicted, NodeAffinity and the like."""
     pod_message: str | None = None
@@ -156,6 +131,8 @@ class ObservedPod:
     """Time from when a node had taken the pod to `ended_at`, or to the end of the failed init container."""
     failed_init: InitContainerEnd | None = None
     """The init container because of which its container could not start."""
+    wait: PodWait | None = None
+    """The wait for its first container; None while an init container is at work, and once it has started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +142,10 @@ class Attempt:
     job: ObservedJob
     state: JobState
     pod: ObservedPod | None
-    pod_creation: Obstacle | None = None
-    """Obstacle to the creation of its pod; looked up only for a Job that lacks a pod (`lacks_pod`)."""
+    explanation: Obstacle | None = None
+    """The obstacle that no status names, looked up in Events (`pod_start.explanation_of`)."""
+    last_obstacle: Obstacle | None = None
+    """The obstacle that was seen last before it ended, as far as the process knows one."""
 
     @property
     def batch(self) -> int:
@@ -205,15 +184,12 @@ class Attempt:
 
     @property
     def obstacle(self) -> Obstacle | None:
-        """Return why its pod does not start or cannot be created; None if nothing prevents it."""
+        """Return what keeps its pod from starting or from being created; None if nothing is known to."""
         if self.state is not JobState.WAITING:
             return None
-        return self.pod.obstacle if self.pod is not None else self.pod_creation
-
-    def lacks_pod(self, now: datetime) -> bool:
-        """Tell whether it should have a pod by now and has none."""
-        at = self.lacks_pod_at
-        return at is not None and now >= at
+        if self.explanation is not None:
+            return self.explanation
+        return self.pod.obstacle if self.pod is not None else None
 
     @property
     def lacks_pod_at(self) -> datetime | None:
@@ -297,7 +273,7 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod:
         exit_code=end.get("exitCode"),
         reason=end.get("reason") or status.get("reason"),
         message=end.get("message"),
-        obstacle=_obstacle(meta, spec, status, state) if not started else None,
+        obstacle=status_obstacle(meta, spec, status) if not started else None,
         pod_reason=status.get("reason"),
         pod_message=_short(status.get("message")),
         disruption=_disruption(status),
@@ -313,6 +289,7 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod:
         ended_at=ended_at,
         ran_for=last_end - taken_at if last_end is not None and taken_at is not None else None,
         failed_init=failed_init,
+        wait=read_wait(meta, spec, status) if not started else None,
     )
 
 
@@ -350,37 +327,6 @@ def _failed_by_itself(pod: ObservedPod) -> bool:
     if not pod.left_running or pod.deleting_until is not None or pod.disruption is not None:
         return False
     return pod.exit_code not in KILLED_CODES or pod.reason == "OOMKilled"
-
-
-def pod_creation_obstacle(attempt: Attempt, event_note: str | None) -> Obstacle | None:
-    """Read the Job controller's Event about a pod that it cannot create; return None without one.
-
-    A quota may have room later. Every other refusal (by a LimitRange, the namespace's pod security, a webhook, or for a
-    service account or priority class that does not exist) is repeated until the cluster or the run is changed.
-    """
-    since = attempt.job.started_at
-    if not event_note or since is None:
-        return None
-    _, _, reason = event_note.partition("is forbidden: ")
-    kind = "QuotaExceeded" if "exceeded quota" in event_note else "PodRefused"
-    message = reason or event_note.removeprefix("Error creating: ")
-    return Obstacle(
-        kind=kind,
-        message=f"its pod is refused: {_short(message)}",
-        since=since,
-        ended_counted=kind == "QuotaExceeded" and _counts_ended(event_note),
-    )
-
-
-def _counts_ended(refusal: str) -> bool:
-    """Tell whether a quota that is exceeded counts objects that have ended, as `count/pods` does and `pods` does not.
-
-    The server names just the resources that are exceeded; where it names none, the answer is yes, because a run must
-    not hang for what it keeps.
-    """
-    _, _, requested = refusal.partition("requested: ")
-    requested, _, _ = requested.partition(", used: ")
-    return not requested or "count/" in requested
 
 
 def ended_by_suspension(job: ObservedJob, pod: ObservedPod) -> bool:
@@ -422,24 +368,6 @@ def _memory_limit(container: Mapping[str, Any]) -> int | None:
         return read_bytes(quantity) if quantity is not None else None
     except QuantityError:
         return None
-
-
-def _obstacle(
-    meta: Mapping[str, Any], spec: Mapping[str, Any], status: Mapping[str, Any], state: Mapping[str, Any]
-) -> Obstacle | None:
-    for condition in status.get("conditions") or ():
-        if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":
-            since = parse_time(condition.get("lastTransitionTime") or meta["creationTimestamp"])
-            return Obstacle(kind="Unschedulable", message=_short(condition.get("message")) or "", since=since)
-    waiting = state.get("waiting") or {}
-    since = parse_time(status.get("startTime") or meta["creationTimestamp"])
-    if waiting.get("reason") in _IMAGE_REASONS:
-        # The kubelet's message alternates between ErrImagePull and its back-off, and each change would be a write.
-        image = named(spec.get("containers"), own_container_name(meta.get("labels") or {})).get("image", "?")
-        return Obstacle(kind="ImagePull", message=f"image {image!r} cannot be pulled", since=since)
-    if waiting.get("reason") in _CONFIG_REASONS:
-        return Obstacle(kind="ContainerConfig", message=_short(waiting.get("message")) or "", since=since)
-    return None
 
 
 def _has_started(container: Mapping[str, Any]) -> bool:

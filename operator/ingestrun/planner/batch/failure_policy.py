@@ -86,6 +86,10 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     # Its pod could not start.
     "ImagePull": _FAIL_BATCH,
     "ContainerConfig": _FAIL_BATCH,
+    "VolumeMissing": _FAIL_BATCH,
+    "VolumeUnavailable": _FAIL_BATCH,
+    "PodSandbox": _FAIL_BATCH,
+    "StartTimeout": _FAIL_BATCH,
     "PodRefused": _FAIL_BATCH,
     "JobMissing": _FAIL_BATCH,
     # The API server did not accept the Job.
@@ -96,6 +100,10 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     "NamespaceTerminating": _HOLD,
     "WebhookUnavailable": _HOLD,
     "QuotaExceeded": _HOLD,
+    # No node takes its pod.
+    "Unschedulable": _HOLD,
+    "NodeMismatch": _HOLD,
+    "SchedulingGated": _HOLD,
 }
 
 WORKER_CANCELLED: Final = "WorkerCancelled"
@@ -227,9 +235,14 @@ def _past_deadline(ended: Attempt) -> bool:
 def _deadline_exceeded(ended: Attempt) -> Failure:
     pod = ended.pod
     began = pod is None or (pod.started and pod.reason not in (_DEADLINE, STATUS_UNKNOWN))
-    did = "ran longer than" if began else "had not started at the end of"
-    waited = f": it waited for init container {pod.failed_init.name}" if pod is not None and pod.failed_init else ""
-    return Failure(reason=_DEADLINE, message=f"the stage {did} its activeDeadlineSeconds{waited}")
+    if began:
+        return Failure(reason=_DEADLINE, message="the stage ran longer than its activeDeadlineSeconds")
+    message = "the stage had not started at the end of its activeDeadlineSeconds"
+    if pod is not None and pod.failed_init:
+        message = f"{message}: it waited for init container {pod.failed_init.name}"
+    elif ended.last_obstacle is not None:
+        message = f"{message}: {ended.last_obstacle.kind}: {ended.last_obstacle.message}"
+    return Failure(reason=_DEADLINE, message=truncate(message, MESSAGE_CHARS))
 
 
 def _disruption_failure(pod: ObservedPod) -> Failure | None:

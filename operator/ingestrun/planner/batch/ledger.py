@@ -80,6 +80,7 @@ def batch_states(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) 
         steps=steps_of(spec),
         backoff=spec.backoff,
         out_of_memory=spec.out_of_memory,
+        pod_start=spec.pod_start,
         chained=spec.batches.cursor is not None,
         cursor=cursor_of(run, status),
         fetch_limit=fetch_limit(spec, status.records),

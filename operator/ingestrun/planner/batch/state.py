@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final
 
 from ingestrun.model.contract import Stage, StageResult
 from ingestrun.model.resume import UnpublishedBatch, cursor_digest
 from ingestrun.model.size_budget import MESSAGE_CHARS
-from ingestrun.model.spec import Backoff, OutOfMemory
+from ingestrun.model.spec import Backoff, OutOfMemory, PodStart
 from ingestrun.model.status import AttemptId, Checkpoint, StageFailure
 from ingestrun.model.text import truncate
-from ingestrun.planner.batch.attempt import Attempt, Obstacle
+from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.failure_policy import Failure, outcome_of
+from ingestrun.planner.batch.obstacle import Obstacle
 from ingestrun.planner.batch.pipeline import Step
+from ingestrun.planner.batch.pod_start import gives_up_at, start_timed_out
 from ingestrun.planner.batch.retry import (
     FREE_DISRUPTIONS,
     BudgetsUsed,
@@ -33,10 +35,6 @@ from ingestrun.planner.batch.retry import (
 
 JOB_MISSING: Final = "JobMissing"
 """The failure of a batch that lacks a Job which cannot be repeated."""
-POD_START_GRACE: Final = timedelta(seconds=120)
-"""Time that a pod may wait for its image or configuration before its batch fails, because an ErrImagePull may pass."""
-CAPACITY_OBSTACLES: Final = frozenset({"Unschedulable", "QuotaExceeded"})
-"""Obstacles of a full cluster, which lead to backpressure and not to a failure of the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +74,8 @@ class BatchState:
     rejected: int = 0
     next_attempt: NextAttempt | None = None
     running: Attempt | None = None
+    running_until: datetime | None = None
+    """Time at which the running Job is given up if its pod has not started; None if that is not so limited."""
     failed: StageFailure | None = None
     failures: tuple[StageFailure, ...] = ()
     """All failed attempts whose Jobs are still there, the final one included."""
@@ -101,6 +101,7 @@ class BatchContext:
     steps: tuple[Step, ...]
     backoff: Backoff
     out_of_memory: OutOfMemory | None
+    pod_start: PodStart
     chained: bool
     """True for a cursor chain, in which a fetch cannot be repeated once the cursor has moved on."""
     cursor: str
@@ -167,6 +168,7 @@ class _StageWalk:
         published: StageResult | None = None,
         next_attempt: NextAttempt | None = None,
         running: Attempt | None = None,
+        running_until: datetime | None = None,
         failed: StageFailure | None = None,
         checkpoint: Checkpoint | None = None,
         refetched: bool = False,
@@ -179,6 +181,7 @@ class _StageWalk:
             rejected=self._rejected,
             next_attempt=next_attempt,
             running=running,
+            running_until=running_until,
             failed=failed,
             failures=tuple(self._failures),
             retried=tuple(self._retried),
@@ -194,9 +197,14 @@ class _StageWalk:
         latest = attempts[-1]
         used = self._count_earlier(step, attempts, before=latest.number)
         if not latest.state.finished:
-            refused = start_timed_out(latest, self._context.now)
+            graces, now = self._context.pod_start, self._context.now
+            refused = start_timed_out(latest, step=step, graces=graces, now=now)
             if refused is None:
-                return self.state(running=latest, checkpoint=self._checkpoint_of_running(step, latest, used))
+                return self.state(
+                    running=latest,
+                    running_until=gives_up_at(latest, step=step, graces=graces),
+                    checkpoint=self._checkpoint_of_running(step, latest, used),
+                )
             return self._after_failure(step, latest, refused, used, at=self._context.now)
         outcome = outcome_of(latest)
         if isinstance(outcome, StageResult):
@@ -415,18 +423,6 @@ def _budgets_of(checkpoint: Checkpoint) -> BudgetsUsed:
         retries=checkpoint.retries or 0,
         memory=checkpoint.memory_retries or 0,
         disruptions=checkpoint.disruptions or 0,
-    )
-
-
-def start_timed_out(attempt: Attempt, now: datetime) -> Failure | None:
-    """Return the failure of a Job whose pod did not start in time; None while the pod may still start."""
-    obstacle = attempt.obstacle
-    if obstacle is None or obstacle.kind in CAPACITY_OBSTACLES or now - obstacle.since < POD_START_GRACE:
-        return None
-    waited = int(POD_START_GRACE.total_seconds())
-    return Failure(
-        reason=obstacle.kind,
-        message=f"the pod has not started for {waited} s: {obstacle.message}",
     )
 
 

@@ -9,8 +9,9 @@ from datetime import datetime
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import ImagePin, Phase
 from ingestrun.planner.actions import CancelCause, Decision, DeleteJob, Plan
-from ingestrun.planner.batch.attempt import NO_POD_RECHECK, QUEUED_AFTER
-from ingestrun.planner.batch.state import CAPACITY_OBSTACLES, POD_START_GRACE, BatchState
+from ingestrun.planner.batch.attempt import QUEUED_AFTER
+from ingestrun.planner.batch.pod_start import next_look_at_start
+from ingestrun.planner.batch.state import BatchState
 from ingestrun.planner.jobs.image_pins import image_drift_events, newly_pinned, pinned_images
 from ingestrun.planner.jobs.retention import jobs_to_delete
 from ingestrun.planner.run.backpressure import Backpressure, backpressure_deadline
@@ -122,8 +123,8 @@ def _unfinished_of_failed(snapshot: Snapshot) -> Iterator[DeleteJob]:
 
 def _rechecks(batch: BatchState, now: datetime) -> Iterator[datetime]:
     """Yield when a Job whose pod does not start, or that has no pod, needs a look although no event comes."""
-    if batch.obstacle is not None and batch.obstacle.kind not in CAPACITY_OBSTACLES:
-        yield batch.obstacle.since + POD_START_GRACE
+    if batch.running_until is not None:
+        yield batch.running_until
     attempt = batch.running
     if attempt is None:
         return
@@ -132,9 +133,9 @@ def _rechecks(batch: BatchState, now: datetime) -> Iterator[datetime]:
         if reported > now:
             yield reported
         return
-    at = attempt.lacks_pod_at
+    at = next_look_at_start(attempt, now=now)
     if at is not None:
-        yield max(at, now + NO_POD_RECHECK) if now >= at else at
+        yield at
 
 
 def _reconciling(

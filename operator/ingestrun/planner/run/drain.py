@@ -29,8 +29,9 @@ from ingestrun.model.status import (
 from ingestrun.planner.actions import ChildRun, CreateJob, Decision, DeleteJob, DeleteJobs, DeletePod, Plan
 from ingestrun.planner.batch.attempt import JOB_DELETED, Attempt, JobState, ObservedPod
 from ingestrun.planner.batch.failure_policy import Failure, outcome_of
-from ingestrun.planner.batch.pipeline import on_cancel_step, steps_of
-from ingestrun.planner.batch.state import CAPACITY_OBSTACLES, NextAttempt, is_checkpointed, start_timed_out
+from ingestrun.planner.batch.pipeline import Step, on_cancel_step, steps_of
+from ingestrun.planner.batch.pod_start import start_timed_out
+from ingestrun.planner.batch.state import NextAttempt, is_checkpointed
 from ingestrun.planner.jobs.retention import jobs_expire_at, jobs_to_delete_after_end, jobs_to_delete_except_kept
 from ingestrun.planner.jobs.sidecars import left_running_words
 from ingestrun.planner.run.cancel import cancel_cleared_event, policy_of, skipped_starts
@@ -292,26 +293,28 @@ def _advance_clean_up(snapshot: Snapshot, status: IngestRunStatus) -> tuple[Inge
         return status, ()
     if clean_up is None and before.state == "Claimed":
         return status, (create,)
-    return status.replace(cancellation=record.replace(on_cancel=_clean_up_status(clean_up, now=snapshot.now))), ()
+    return status.replace(cancellation=record.replace(on_cancel=_clean_up_status(snapshot, step, clean_up))), ()
 
 
-def _clean_up_status(clean_up: Attempt | None, *, now: datetime) -> OnCancelStatus:
+def _clean_up_status(snapshot: Snapshot, step: Step, clean_up: Attempt | None) -> OnCancelStatus:
     if clean_up is None:
         return OnCancelStatus(state="Failed", message="its Job is gone, and its result with it")
-    return _clean_up_result(clean_up) if clean_up.state.finished else _clean_up_progress(clean_up, now=now)
+    return _clean_up_result(clean_up) if clean_up.state.finished else _clean_up_progress(snapshot, step, clean_up)
 
 
-def _clean_up_progress(clean_up: Attempt, *, now: datetime) -> OnCancelStatus:
+def _clean_up_progress(snapshot: Snapshot, step: Step, clean_up: Attempt) -> OnCancelStatus:
     """Return the status of a clean-up that runs, or waits.
 
     The wait for room is not limited; any other obstacle of its pod is waited for no longer than with a stage.
     """
-    refused = start_timed_out(clean_up, now)
+    refused = start_timed_out(clean_up, step=step, graces=snapshot.run.spec.pod_start, now=snapshot.now)
     if refused is not None:
         return OnCancelStatus(state="Failed", message=f"{refused.reason}: {refused.message}")
     obstacle = clean_up.obstacle
-    full = obstacle is not None and obstacle.kind in CAPACITY_OBSTACLES
-    return OnCancelStatus(state="Running", message=f"waits for room: {obstacle.message}" if obstacle and full else "")
+    if obstacle is None:
+        return OnCancelStatus(state="Running")
+    waits = "waits for room" if obstacle.kind in ("Unschedulable", "QuotaExceeded") else "has not started"
+    return OnCancelStatus(state="Running", message=f"{waits}: {obstacle.message}")
 
 
 def _clean_up_result(clean_up: Attempt) -> OnCancelStatus:

@@ -9,9 +9,9 @@ from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus
 from ingestrun.planner.actions import CreateJob, DeleteJobs
-from ingestrun.planner.batch.attempt import NO_POD_RECHECK
 from ingestrun.planner.batch.ledger import claimable, cursor_of, fetch_limit, next_claims, replay_limit
 from ingestrun.planner.batch.pipeline import steps_of
+from ingestrun.planner.batch.pod_start import START_RECHECK
 from ingestrun.planner.batch.state import BatchState, NextAttempt
 from ingestrun.planner.run.backpressure import (
     Backpressure,
@@ -129,7 +129,7 @@ def _give_back(snapshot: Snapshot, status: IngestRunStatus) -> _GivenBack:
     rechecks = (snapshot.now,) if holding else ()
     if capacity.starved and bulk is None and not in_flight:
         bulk = jobs_to_free_quota(snapshot, last_resort=True)
-        rechecks = (snapshot.now + NO_POD_RECHECK,) if bulk is not None else ()
+        rechecks = (snapshot.now + START_RECHECK,) if bulk is not None else ()
     return _GivenBack(
         status=status,
         bulk_deletion=bulk,

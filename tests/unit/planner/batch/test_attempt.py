@@ -13,7 +13,6 @@ from ingestrun.planner.batch.attempt import (
     ObservedJob,
     ObservedPod,
     attempt_of,
-    pod_creation_obstacle,
 )
 
 START = datetime(2026, 11, 23, tzinfo=UTC)
@@ -96,30 +95,4 @@ def test_a_suspension_ends_pods_and_says_nothing_of_the_job(
 )
 def test_which_job_lacks_its_pod(facts: dict[str, Any], pods: list[ObservedPod], lacks: bool) -> None:
     seen = attempt_of(job(**facts), pods)
-    assert not seen.lacks_pod(START + POD_EXPECTED_WITHIN - timedelta(seconds=1))
-    assert seen.lacks_pod(START + POD_EXPECTED_WITHIN) is lacks
-
-
-@pytest.mark.parametrize(
-    ("said", "kind", "words"),
-    [
-        (
-            'Error creating: pods "x-1" is forbidden: exceeded quota: q, requested: pods=1',
-            "QuotaExceeded",
-            "exceeded quota: q, requested: pods=1",
-        ),
-        ('Error creating: pods "x-1" is forbidden: failed quota: q: must specify cpu', "PodRefused", "failed quota: q"),
-        ("Error creating: Internal error occurred: boom", "PodRefused", "refused: Internal error occurred: boom"),
-    ],
-)
-def test_what_the_job_controller_says(said: str, kind: str, words: str) -> None:
-    found = pod_creation_obstacle(attempt_of(job(), []), said)
-    assert found is not None
-    assert found.kind == kind
-    assert words in found.message
-    assert "x-1" not in found.message, "another pod, another name: the sentence must not change with it"
-
-
-@pytest.mark.parametrize("said", [None, ""])
-def test_nothing_said_is_no_reason(said: str | None) -> None:
-    assert pod_creation_obstacle(attempt_of(job(), []), said) is None
+    assert seen.lacks_pod_at == (START + POD_EXPECTED_WITHIN if lacks else None)

@@ -199,7 +199,8 @@ def test_verdicts(facts: Attempt, reason: str, rule: FailurePolicyRule, words: s
 def test_what_the_api_server_refuses() -> None:
     held = {reason for reason, rule in FAILURE_POLICY.items() if rule.action is FailureAction.HOLD}
     failed = {reason for reason, rule in FAILURE_POLICY.items() if rule.action is FailureAction.FAIL_RUN}
-    assert held == {"Forbidden", "NamespaceTerminating", "WebhookUnavailable", "QuotaExceeded"}
+    unplaced = {"Unschedulable", "NodeMismatch", "SchedulingGated"}
+    assert held == {"Forbidden", "NamespaceTerminating", "WebhookUnavailable", "QuotaExceeded"} | unplaced
     assert failed == {"JobRefused", "AdmissionDenied", "NameTaken"}
 
 
