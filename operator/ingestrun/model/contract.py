@@ -58,6 +58,8 @@ ENV_WORKSPACE: Final = "INGEST_WORKSPACE"
 """The path at which the workspace volume is mounted; unset if the run has none."""
 ENV_CONFIG: Final = "INGEST_CONFIG"
 """The configuration of the built-in source, hook or sink, as JSON. Unset for other images."""
+MAX_VARIABLE_BYTES: Final = 32 * 4096
+"""Most bytes that Linux gives a process as one variable (MAX_ARG_STRLEN): the name, "=", the value, and a zero byte."""
 ENV_IDEMPOTENCY_KEY: Final = "INGEST_IDEMPOTENCY_KEY"
 """`<run uid>/<batch>`, the same for every attempt. Publishing twice under one key leaves one result. A run that resumes
 another uses the UID of that run, so that a batch which is done again is still the same batch."""
@@ -65,6 +67,9 @@ ENV_CANCELLATION_URL: Final = "INGEST_CANCELLATION_URL"
 """The URL that answers whether this run is cancelled (GET, JSON). Unset if the operator offers no check."""
 ENV_CANCELLATION_TOKEN: Final = "INGEST_CANCELLATION_TOKEN"  # noqa: S105  (the variable's name)
 """The bearer token for that URL. It is valid for its run alone, for 30 days and the stage's deadline."""
+
+CONFIG_MAX_BYTES: Final = MAX_VARIABLE_BYTES - len(f"{ENV_CONFIG}=\0")
+"""Most bytes of a configuration: it is one variable."""
 
 EXIT_DONE: Final = 0
 EXIT_PERMANENT: Final = 65

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from ingestrun.model.contract import EXIT_PERMANENT, Outcome, ResultError, StageResult, parse_result
+from ingestrun.model.contract import (
+    EXIT_PERMANENT,
+    MAX_VARIABLE_BYTES,
+    Outcome,
+    ResultError,
+    StageResult,
+    parse_result,
+)
 from ingestrun.model.size_budget import LOG_BYTES, MESSAGE_CHARS
 from ingestrun.model.text import truncate
 from ingestrun.planner.batch.attempt import Attempt, JobState, ObservedPod
@@ -114,6 +121,12 @@ _NODE_LOST: Final = frozenset({"NodeLost", _STATUS_UNKNOWN})
 """Reasons of a pod or a container that its node has lost."""
 _NODE_REFUSED: Final = frozenset({"NodeAffinity", "NodeShutdown", "UnexpectedAdmissionError", "AdmissionFailed"})
 """Reasons of a kubelet that rejects a pod bound to its node; also OutOfcpu, OutOfmemory, OutOfpods and the like."""
+_TOO_LARGE: Final = "argument list too long"
+"""The words of E2BIG, at the end of a container runtime's long sentence."""
+_TOO_LARGE_MESSAGE: Final = (
+    f"a variable or an argument is too large for a process ({_TOO_LARGE}): each may have {MAX_VARIABLE_BYTES - 1} "
+    "bytes, also one that comes of a Secret or a ConfigMap"
+)
 _KILLED: Final = (137, 143)
 """The exit codes of SIGKILL and SIGTERM."""
 _ESCAPE: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -240,7 +253,8 @@ def _disruption_failure(pod: ObservedPod) -> Failure | None:
 
 
 def _exit_failure(reason: str, pod: ObservedPod) -> Failure:
-    words = _container_message(pod.message)
+    too_large = reason == "StartError" and _TOO_LARGE in (pod.message or "")
+    words = _TOO_LARGE_MESSAGE if too_large else _container_message(pod.message)
     return Failure(reason=reason, message=f"exit code {pod.exit_code}" + (f": {words}" if words else ""))
 
 
