@@ -18,6 +18,7 @@ from typing import Final
 from ingestrun.model.contract import (
     EXIT_PERMANENT,
     MAX_VARIABLE_BYTES,
+    PERMANENT_REASONS,
     Outcome,
     ResultError,
     StageResult,
@@ -201,7 +202,7 @@ def _failure_of(ended: Attempt) -> Failure:
     if pod is None:
         return Failure(reason="PodLost", message="the pod ended without an exit code: it is gone")
     if pod.exit_code == EXIT_PERMANENT:
-        return _exit_failure("PermanentError", pod)
+        return _exit_failure(_permanent_reason(pod), pod)
     if pod.reason == "OOMKilled":
         return Failure(reason="OOMKilled", message="the container used more memory than its limit")
     disrupted = _disruption_failure(pod)
@@ -250,6 +251,15 @@ def _disruption_failure(pod: ObservedPod) -> Failure | None:
     if pod.deleting_until is not None and pod.exit_code in _KILLED:
         return Failure(reason="PodDeleted", message="somebody deleted the pod")
     return None
+
+
+def _permanent_reason(pod: ObservedPod) -> str:
+    """Return the reason that the container's result gives for a failure for good, if it is one of the contract's."""
+    try:
+        reason = parse_result(pod.message).reason
+    except ResultError:
+        reason = None
+    return reason if reason in PERMANENT_REASONS else "PermanentError"
 
 
 def _exit_failure(reason: str, pod: ObservedPod) -> Failure:
