@@ -35,6 +35,9 @@ _HINTS: Final = {
 class HttpReader:
     """Reads a paged HTTP source from where the batch before ended."""
 
+    source_digest: str | None = None
+    """A source over HTTP has no list that could be fixed: its pages are what it sends when they are asked for."""
+
     def __init__(self, source: HttpSource, context: Context, stop: Stop) -> None:
         """Find the first page; nothing is sent yet.
 

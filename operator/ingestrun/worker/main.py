@@ -34,7 +34,7 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
     The stage of a cancelled run ends with 0 too, so that its Job completes; the outcome in the result is `cancelled`.
     """
     from ingestrun.model import contract
-    from ingestrun.worker.errors import to_worker_error
+    from ingestrun.worker.errors import PermanentError, to_worker_error
     from ingestrun.worker.logs import log_event
     from ingestrun.worker.result import cancelled_result, failed_result, write_result
 
@@ -50,7 +50,8 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
         failure = to_worker_error(error)
         if failure is not error:
             traceback.print_exc()
-        result = failed_result(str(failure), read=failure.read, rejected=failure.rejected)
+        reason = failure.reason if isinstance(failure, PermanentError) else None
+        result = failed_result(str(failure), reason=reason, read=failure.read, rejected=failure.rejected)
         code = contract.EXIT_PERMANENT if failure.permanent else 1
     stop.ignore_signals()
     write_result(env, result)
