@@ -37,6 +37,7 @@ class Context:
     partitions: int | None
     partition_file: Path | None
     source_digest: str | None
+    state: str
     input: Path | None
     output: Path | None
     rejects: Path | None
@@ -91,6 +92,7 @@ def read_context(env: Mapping[str, str]) -> Context:
         partitions=partitions,
         partition_file=_path(env, contract.ENV_PARTITION_FILE),
         source_digest=env.get(contract.ENV_SOURCE_DIGEST) or None,
+        state=env.get(contract.ENV_STATE, ""),
         input=_path(env, contract.ENV_INPUT),
         output=_path(env, contract.ENV_OUTPUT),
         rejects=_path(env, contract.ENV_REJECTS),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import ClassVar, Final
 
-from ingestrun.model.contract import SOURCE_CHANGED
+from ingestrun.model.contract import NO_PROGRESS, SOURCE_CHANGED
 
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 
@@ -29,6 +29,12 @@ class PermanentError(WorkerError):
 
     permanent = True
     reason: ClassVar[str | None] = None
+
+
+class NoProgressError(PermanentError):
+    """A source that repeats itself, so that reading it would never end."""
+
+    reason = NO_PROGRESS
 
 
 class SourceChangedError(PermanentError):

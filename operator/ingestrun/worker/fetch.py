@@ -28,6 +28,9 @@ class BatchReader(Protocol):
             The cursor of the next batch, or None if the source itself has reported its end.
         """
 
+    def state(self) -> str | None:
+        """Return what the next batch's reader has to know beside the cursor."""
+
 
 def fetch(context: Context, stop: Stop) -> StageResult:
     """Read one batch, or one whole partition.
@@ -62,6 +65,7 @@ def fetch(context: Context, stop: Stop) -> StageResult:
         next_cursor=cursor,
         exhausted=cursor is None,
         source_digest=list_digest or reader.source_digest,
+        state=reader.state() if cursor is not None else None,
     )
 
 

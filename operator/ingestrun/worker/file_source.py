@@ -99,6 +99,9 @@ class FilesReader:
         )
         return position.model_dump_json(exclude_defaults=True)
 
+    def state(self) -> None:
+        """Return nothing, as `fetch.BatchReader`: the cursor says it all."""
+
     def _read_file(
         self, file: ListedFile, start: FileOffset, limit: int | None, output: OutputWriter
     ) -> tuple[bool, FileOffset]:

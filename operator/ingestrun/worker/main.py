@@ -77,6 +77,9 @@ def _run_stage(env: Mapping[str, str], stop: Stop) -> StageResult:
     stages = {Stage.FETCH: _fetch, Stage.HOOK: _hook, Stage.PUBLISH: _publish}
     result = stages[context.stage](context, stop)
     if len(render_result(result).encode()) > RESULT_MAX_BYTES:
+        # A long cursor has precedence: without the state a source that repeats itself is only recognized later.
+        result = result.model_copy(update={"state": None})
+    if len(render_result(result).encode()) > RESULT_MAX_BYTES:
         raise PermanentError(f"the cursor to go on from is too long for a result of {RESULT_MAX_BYTES} bytes")
     return result
 

@@ -221,7 +221,7 @@ def _comparable_spec(spec: IngestRunSpec) -> dict[str, Any]:
     source = (
         spec.source.model_dump(by_alias=True, exclude_none=True, exclude=set(STAGE_SETTINGS)) if spec.source else {}
     )
-    for how in ("timeoutSeconds", "authorization"):
+    for how in ("timeoutSeconds", "authorization", "allowRepeatedPages"):
         source.get("http", {}).pop(how, None)
     return {
         "source": source,
