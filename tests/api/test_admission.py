@@ -211,6 +211,18 @@ RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
         {"batches": {"limit": 0}},
         "spec.batches.limit: Invalid value: 0: spec.batches.limit in body should be greater than or equal to 1",
     ),
+    "more parameters than a container can be given": (
+        HTTP,
+        {"source": {"http": {"params": {f"p{n}": "x" * 2000 for n in range(16)}}}},
+        "spec.source.http.params: Invalid value: shorten the parameters to 32000 characters together, names included, "
+        "because a container's environment has no room for more",
+    ),
+    "longer names of columns than a container can be given": (
+        HTTP,
+        {"hooks": [{"name": "check", "validate": {"columns": [{"name": f"{n:03d}" + "c" * 125} for n in range(251)]}}]},
+        "spec.hooks[0].validate.columns: Invalid value: shorten the columns' names to 32000 characters together, "
+        "because a container's environment has no room for more",
+    ),
     "http partitions without a place": (HTTP, COUNT, "spec.source.http: Invalid value: write {partition} into the url"),
     "files with named partitions without a place": (
         FILES,
@@ -429,6 +441,11 @@ AGREED: Final[dict[str, tuple[dict[str, Any], dict[str, Any], bool]]] = {
     ),
     "a partition in the url": (HTTP, COUNT | {"source": {"http": {"url": "https://example.org/{partition}"}}}, True),
     "a partition in a parameter": (HTTP, VALUES | {"source": {"http": {"params": {"day": "{partition}"}}}}, True),
+    "as many parameters as a container can be given": (
+        HTTP,
+        {"source": {"http": {"params": {f"p{n:03d}": "x" * 1996 for n in range(16)}}}},
+        True,
+    ),
     "files by number": (FILES, COUNT, True),
     "files by name": (FILES, VALUES | {"source": {"files": {"path": "landing/{partition}.csv"}}}, True),
     "a csv with its own signs": (FILES, {"source": {"files": {"delimiter": "|", "nullValues": []}}}, True),

@@ -38,6 +38,11 @@ ENV_PARTITION_FILE: Final = "INGEST_PARTITION_FILE"
 the one with the number `INGEST_CURSOR`, from 0."""
 PARTITION_MAX_BYTES: Final = 1024
 """Most bytes in a line of that file that the built-in worker takes, without the line's end."""
+ENV_SOURCE_DIGEST: Final = "INGEST_SOURCE_DIGEST"
+"""Fetch only: the `sourceDigest` of the run, from the first of its fetches that returned one. Unset: none has."""
+ENV_STATE: Final = "INGEST_STATE"
+"""Fetch only, in a cursor chain: the `state` of the batch before. Unset if there is none, and for a batch that a
+resumed run fetches again."""
 ENV_LIMIT: Final = "INGEST_LIMIT"
 """Fetch only: the most records to read. Unset: no limit."""
 ENV_INPUT: Final = "INGEST_INPUT"
@@ -58,6 +63,8 @@ ENV_WORKSPACE: Final = "INGEST_WORKSPACE"
 """The path at which the workspace volume is mounted; unset if the run has none."""
 ENV_CONFIG: Final = "INGEST_CONFIG"
 """The configuration of the built-in source, hook or sink, as JSON. Unset for other images."""
+MAX_VARIABLE_BYTES: Final = 32 * 4096
+"""Most bytes that Linux gives a process as one variable (MAX_ARG_STRLEN): the name, "=", the value, and a zero byte."""
 ENV_IDEMPOTENCY_KEY: Final = "INGEST_IDEMPOTENCY_KEY"
 """`<run uid>/<batch>`, the same for every attempt. Publishing twice under one key leaves one result. A run that resumes
 another uses the UID of that run, so that a batch which is done again is still the same batch."""
@@ -66,16 +73,32 @@ ENV_CANCELLATION_URL: Final = "INGEST_CANCELLATION_URL"
 ENV_CANCELLATION_TOKEN: Final = "INGEST_CANCELLATION_TOKEN"  # noqa: S105  (the variable's name)
 """The bearer token for that URL. It is valid for its run alone, for 30 days and the stage's deadline."""
 
+CONFIG_MAX_BYTES: Final = MAX_VARIABLE_BYTES - len(f"{ENV_CONFIG}=\0")
+"""Most bytes of a configuration: it is one variable."""
+
 EXIT_DONE: Final = 0
 EXIT_PERMANENT: Final = 65
 """The failure is permanent, so a retry can't help (sysexits' EX_DATAERR). Any other code but 0 is retried."""
 
 WORKSPACE_MOUNT: Final = "/workspace"
+RUNS_DIRECTORY: Final = ".ingestrun"
+"""The directory of the workspace that has what runs hand on from stage to stage, by the run's UID."""
 TERMINATION_LOG: Final = "/dev/termination-log"
 """The file for a container's result: Kubernetes' default terminationMessagePath."""
 
 RESULT_MAX_BYTES: Final = 1024
 CURSOR_MAX_CHARS: Final = 512
+STATE_MAX_CHARS: Final = 112
+SOURCE_DIGEST_MAX_CHARS: Final = 64
+"""Room for a SHA-256 in hexadecimal digits."""
+
+
+NO_PROGRESS: Final = "NoProgress"
+"""The source repeats itself, so that reading it would never end."""
+SOURCE_CHANGED: Final = "SourceChanged"
+"""The source is not the one that the run's other fetches have read."""
+PERMANENT_REASONS: Final = frozenset({NO_PROGRESS, SOURCE_CHANGED})
+"""Reasons that a container can give for a failure for good; any other is shown as `PermanentError`."""
 
 
 class Stage(StrEnum):
@@ -106,13 +129,19 @@ class ResultError(ValueError):
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Cursor = Annotated[str, StringConstraints(max_length=CURSOR_MAX_CHARS, pattern=r"^[^\x00-\x1f\x7f]*$")]
+State = Annotated[str, StringConstraints(max_length=STATE_MAX_CHARS, pattern=r"^[\x20-\x7e]*$")]
+SourceDigest = Annotated[
+    str, StringConstraints(min_length=1, max_length=SOURCE_DIGEST_MAX_CHARS, pattern=r"^[\x21-\x7e]+$")
+]
 
 
 class StageResult(BaseModel):
     """The JSON object that a container leaves in its termination message, at most 1 KiB.
 
     `read` counts the rows that came in (from the source, or from the stage before), `written` the rows that were handed
-    on, `rejected` the rows that were put in quarantine.
+    on, `rejected` the rows that were put in quarantine. `source_digest` identifies what all fetches of the run share:
+    two fetches of one run that return different ones have read different sources. `state` is for the chain's next
+    fetch. `reason` is that of a failure for good (exit code 65), if it is one of `PERMANENT_REASONS`.
     """
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True, strict=True)
@@ -124,6 +153,9 @@ class StageResult(BaseModel):
     rejected: Count = 0
     next_cursor: Cursor | None = None
     exhausted: bool = False
+    source_digest: SourceDigest | None = None
+    state: State | None = None
+    reason: Annotated[str, StringConstraints(max_length=64)] | None = None
     manifest: Annotated[str, StringConstraints(max_length=256)] | None = None
     message: Annotated[str, StringConstraints(max_length=512)] | None = None
 

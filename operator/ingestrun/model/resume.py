@@ -8,7 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from ingestrun.model.base import KubeModel
-from ingestrun.model.contract import CURSOR_MAX_CHARS
+from ingestrun.model.contract import CURSOR_MAX_CHARS, SourceDigest
 from ingestrun.model.worker import exactly_one
 
 MAX_SAVED_GAPS = 100
@@ -34,6 +34,11 @@ class UnpublishedBatch(KubeModel):
 def cursor_digest(cursor: str) -> str:
     """Return a short digest of a cursor, by which two cursors can be compared."""
     return hashlib.sha256(cursor.encode()).hexdigest()[:8]
+
+
+def mark_of_cursor(cursor: str) -> str:
+    """Return the digest by which a chain recognizes a cursor: longer, because each of a million batches compares it."""
+    return hashlib.sha256(cursor.encode()).hexdigest()[:16]
 
 
 class SavedBatches(KubeModel):
@@ -73,6 +78,7 @@ class SavedState(KubeModel):
     uid: Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
     batches: SavedBatches = SavedBatches()
     cursor: Annotated[str, StringConstraints(max_length=CURSOR_MAX_CHARS)] | None = None
+    source_digest: SourceDigest | None = None
     records: SavedRecords = SavedRecords()
     after_end: SavedAfterEnd = SavedAfterEnd()
 

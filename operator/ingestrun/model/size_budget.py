@@ -20,7 +20,7 @@ STATUS_BYTES: Final = 13 * 1024
 SAVED_STATE_BYTES: Final = 5632
 """Share of STATUS_BYTES that a saved state may use: its ranges come again in the status. One run never leaves more."""
 
-UNMEASURED_RANGES_BYTES: Final = 2048
+UNMEASURED_RANGES_BYTES: Final = 1808
 """With ranges up to this length the status fits with every other part at its longest, so the status is not measured."""
 MAX_PARALLELISM: Final = 100
 """Most batches in flight: each may cut the ranges of the status in two, as each failed one may."""
@@ -29,7 +29,7 @@ MAX_FAILED_BATCHES: Final = 80
 
 MESSAGE_CHARS: Final = 256
 """Characters of a condition's or a failure's message; the rest is in the pod's log."""
-SHORT_MESSAGE_CHARS: Final = 64
+SHORT_MESSAGE_CHARS: Final = 56
 """Characters to which a condition's message is cut in a status that does not fit."""
 
 KEPT_FAILURES: Final = 4
@@ -74,6 +74,7 @@ STATUS_PARTS: Final = MappingProxyType(
         "resumedFrom, resumedBy": 704,  # two names of 253
         "images": 656,  # MAX_IMAGE_PINS, one of them with a name of 128
         "cursor": 528,  # CURSOR_MAX_CHARS
+        "cursorState, cursorMark, sourceDigest": 244,  # STATE_MAX_CHARS, 16, SOURCE_DIGEST_MAX_CHARS
         "retries": 16 + RETRIES_BYTES,
         "counts, phase, times": 352,
     }

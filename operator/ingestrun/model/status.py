@@ -239,6 +239,9 @@ class IngestRunStatus(KubeModel):
     batches: BatchesStatus = BatchesStatus()
     records: RecordsStatus = RecordsStatus()
     cursor: str | None = None
+    cursor_state: str | None = None
+    cursor_mark: str | None = None
+    source_digest: str | None = None
     failures: list[StageFailure] = []
     images: list[ImagePin] = []
     retries: list[RetryCount] = []

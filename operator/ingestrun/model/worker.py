@@ -91,6 +91,7 @@ class HttpSource(KubeModel):
     records: ShortText | None = None
     page_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     pagination: Pagination
+    allow_repeated_pages: bool = False
     timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = 60
     authorization: SecretKeySelector | None = None
 

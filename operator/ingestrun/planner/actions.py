@@ -129,11 +129,13 @@ class DeleteJobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateJob:
-    """Creation of the Job of an attempt; `cursor` and `limit` are for a fetch."""
+    """Creation of the Job of an attempt; all but `attempt` is for a fetch, as `StageResult` names it."""
 
     attempt: NextAttempt
     cursor: str | None = None
     limit: int | None = None
+    source_digest: str | None = None
+    state: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

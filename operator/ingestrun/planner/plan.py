@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ingestrun.planner.actions import CreateRejection, Decision, Plan
+from ingestrun.planner.batch.pipeline import config_refusal, steps_of
 from ingestrun.planner.jobs.sidecars import pods_to_end
 from ingestrun.planner.run.active import progress, stalled
 from ingestrun.planner.run.cancel import cancel
+from ingestrun.planner.run.completion import failed
 from ingestrun.planner.run.concurrency import replacement_cause, start_block
 from ingestrun.planner.run.drain import drain
 from ingestrun.planner.run.resume import TakenOver, resume
@@ -47,7 +49,11 @@ def _decide(snapshot: Snapshot) -> Decision | Plan:
 
 
 def _begin_or_progress(snapshot: Snapshot) -> Decision | Plan:
-    """Let an active run go on, or begin (where it resumes, if it does) unless another run prevents that."""
+    """Let an active run go on, or begin (where it resumes, if it does) unless its spec or another run prevents that."""
+    if snapshot.run.status.start_time is None:
+        refusal = config_refusal(steps_of(snapshot.run.spec))
+        if refusal is not None:
+            return failed(snapshot, snapshot.run.status, "InvalidSpec", refusal)
     block = start_block(snapshot.run, snapshot.peers)
     if block is not None:
         if block.final:

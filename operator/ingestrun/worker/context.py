@@ -18,6 +18,7 @@ from ingestrun.worker.errors import PermanentError
 PARTITION_PLACEHOLDER: Final = "{partition}"
 """In a path, a URL or its parameters: stands for the partition's value."""
 _MAX_DIGITS: Final = 18
+_KEY: Final = re.compile(r"(?P<uid>[A-Za-z0-9][A-Za-z0-9.-]{0,62})/(?P<batch>[0-9]{1,18})")
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -35,6 +36,8 @@ class Context:
     limit: int | None
     partitions: int | None
     partition_file: Path | None
+    source_digest: str | None
+    state: str
     input: Path | None
     output: Path | None
     rejects: Path | None
@@ -88,6 +91,8 @@ def read_context(env: Mapping[str, str]) -> Context:
         limit=limit,
         partitions=partitions,
         partition_file=_path(env, contract.ENV_PARTITION_FILE),
+        source_digest=env.get(contract.ENV_SOURCE_DIGEST) or None,
+        state=env.get(contract.ENV_STATE, ""),
         input=_path(env, contract.ENV_INPUT),
         output=_path(env, contract.ENV_OUTPUT),
         rejects=_path(env, contract.ENV_REJECTS),
@@ -95,6 +100,18 @@ def read_context(env: Mapping[str, str]) -> Context:
         # A Secret that was made with `echo` ends in a newline.
         authorization=env.get(ENV_HTTP_AUTHORIZATION, "").strip() or None,
     )
+
+
+def parse_key(key: str) -> tuple[str, int]:
+    """Return the parts of the idempotency key: the UID of the run that began, over all resumes, and the batch.
+
+    Raises:
+        PermanentError: it is not such a key.
+    """
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise PermanentError(f"{contract.ENV_IDEMPOTENCY_KEY} is {key[:80]!r}, not <run uid>/<batch>")
+    return match["uid"], int(match["batch"])
 
 
 def parse_config(model: type[Model], text: str, what: str) -> Model:

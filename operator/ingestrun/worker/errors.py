@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
-from typing import Final
+from typing import ClassVar, Final
+
+from ingestrun.model.contract import NO_PROGRESS, SOURCE_CHANGED
 
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 
@@ -23,9 +25,22 @@ class WorkerError(Exception):
 
 
 class PermanentError(WorkerError):
-    """A failure that every further attempt would repeat."""
+    """A failure that every further attempt would repeat. `reason` is the contract's word for it, if there is one."""
 
     permanent = True
+    reason: ClassVar[str | None] = None
+
+
+class NoProgressError(PermanentError):
+    """A source that repeats itself, so that reading it would never end."""
+
+    reason = NO_PROGRESS
+
+
+class SourceChangedError(PermanentError):
+    """A source that is not what the run's other fetches have read from."""
+
+    reason = SOURCE_CHANGED
 
 
 class RetryableError(WorkerError):

@@ -18,12 +18,18 @@ from ingestrun.worker.stage_io import OutputWriter, open_output
 class BatchReader(Protocol):
     """Reads a source from where the batch before ended."""
 
+    source_digest: str | None
+    """The digest of the list that all fetches of the run read from; None if there is none."""
+
     def read(self, limit: int | None, output: OutputWriter) -> str | None:
         """Read at most `limit` records into the output.
 
         Returns:
             The cursor of the next batch, or None if the source itself has reported its end.
         """
+
+    def state(self) -> str | None:
+        """Return what the next batch's reader has to know beside the cursor."""
 
 
 def fetch(context: Context, stop: Stop) -> StageResult:
@@ -37,8 +43,10 @@ def fetch(context: Context, stop: Stop) -> StageResult:
     limit = None if context.partitions else context.limit
     stop.set_progress(0, limit)
     stop.raise_if_stopped()
+    list_digest = None
     if context.partition_file is not None:
-        context = replace(context, cursor=read_partition(context, context.partition_file))
+        partition, list_digest = read_partition(context, context.partition_file)
+        context = replace(context, cursor=partition)
     reader = _open_reader(source, context, stop)
     with open_output(directory, stop, limit) as output:
         cursor = reader.read(limit, output)
@@ -56,6 +64,8 @@ def fetch(context: Context, stop: Stop) -> StageResult:
         written=output.rows,
         next_cursor=cursor,
         exhausted=cursor is None,
+        source_digest=list_digest or reader.source_digest,
+        state=reader.state() if cursor is not None else None,
     )
 
 

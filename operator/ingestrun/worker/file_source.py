@@ -6,7 +6,6 @@ import gzip
 import io
 import lzma
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -15,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from ingestrun.model.worker import FileFormat, FilesSource
 from ingestrun.worker.context import PARTITION_PLACEHOLDER, Context
-from ingestrun.worker.errors import PermanentError
+from ingestrun.worker.errors import PermanentError, SourceChangedError
 from ingestrun.worker.file_formats import FileOffset, reader_for
+from ingestrun.worker.file_list import ListedFile, fixed_list, listed_file
 from ingestrun.worker.stage_io import OutputWriter
 
 _FORMAT_BY_SUFFIX: Final = {
@@ -48,44 +48,40 @@ class FilePosition(BaseModel):
     line: NonNegativeInt = 0
 
 
-@dataclass(frozen=True)
-class _File:
-    path: str
-    name: str
-    size: int
-
-
 class FilesReader:
     """Reads the files of a glob from where the batch before ended."""
 
+    source_digest: str | None = None
+
     def __init__(self, source: FilesSource, context: Context) -> None:
-        """List the files.
+        """Find the files: by the list that is the same for the whole run, or those of this partition's own glob.
 
         Raises:
             PermanentError: no file matches, the partition or the cursor does not fit the files, or this image can't
                 read the path's protocol.
+            SourceChangedError: the files are not those that the run began with.
         """
         self._source = source
-        path, partition = source.path, None
-        cursor = context.cursor
-        if context.partitions is not None:
-            if PARTITION_PLACEHOLDER in path:
-                path = path.replace(PARTITION_PLACEHOLDER, context.cursor)
-            else:
-                partition = _partition_index(context.cursor, context.partitions)
-            cursor = ""
-        self._path = path
-        self._fs, pattern = _open_fs(path, context.workspace)
-        self._files = self._list(pattern)
-        if partition is not None:
-            self._files = self._files[partition :: context.partitions]
-        self._index, self._start = self._resume(cursor) if cursor else (0, FileOffset())
+        own_glob = context.partitions is not None and PARTITION_PLACEHOLDER in source.path
+        self._path = source.path.replace(PARTITION_PLACEHOLDER, context.cursor) if own_glob else source.path
+        self._fs, self._pattern = _open_fs(self._path, context.workspace)
+        self._root = _common_directory(self._pattern)
+        if own_glob:
+            self._files = self._find()
+        else:
+            self._files, self.source_digest = fixed_list(context, source.path, self._find)
+        self._index, self._start = 0, FileOffset()
+        if context.partitions is None and context.cursor:
+            self._index, self._start = self._resume(context.cursor)
+        elif context.partitions is not None and not own_glob:
+            self._files = self._files[_partition_index(context.cursor, context.partitions) :: context.partitions]
 
     def read(self, limit: int | None, output: OutputWriter) -> str | None:
         """Read a batch, as `fetch.BatchReader`.
 
         Raises:
-            PermanentError: a file is empty, missing, broken, or not of its format; the text names it and the line.
+            PermanentError: a file is empty, broken, or not of its format; the text names it and the line.
+            SourceChangedError: a file is not as it was when it was listed.
         """
         index, start, remaining = self._index, self._start, limit
         while index < len(self._files) and (remaining is None or remaining > 0):
@@ -103,36 +99,57 @@ class FilesReader:
         )
         return position.model_dump_json(exclude_defaults=True)
 
+    def state(self) -> None:
+        """Return nothing, as `fetch.BatchReader`: the cursor says it all."""
+
     def _read_file(
-        self, file: _File, start: FileOffset, limit: int | None, output: OutputWriter
+        self, file: ListedFile, start: FileOffset, limit: int | None, output: OutputWriter
     ) -> tuple[bool, FileOffset]:
         read = reader_for(_format(self._source, file.name))
-        if file.size == 0:
-            raise PermanentError(f"{file.name} is empty (0 bytes): remove it, or have it written again")
         try:
-            with self._open(file) as handle:
-                return read(handle, file.name, self._source, start, limit, output.add)
+            self._verify_unchanged(file)
+            if file.size == 0:
+                raise PermanentError(f"{file.name} is empty (0 bytes): remove it, or have it written again")
+            try:
+                with self._open(file) as handle:
+                    end = read(handle, file.name, self._source, start, limit, output.add)
+            except Exception:
+                self._verify_unchanged(file)  # it may be broken because it has changed
+                raise
+            self._verify_unchanged(file)
+            return end
         except FileNotFoundError:
-            raise PermanentError(f"{file.name} was there when the files were listed, and is not any more") from None
+            raise SourceChangedError(f"{file.name} was there when the run began, and is not any more") from None
         except PermissionError:
             raise PermanentError(f"{file.name} may not be read: check its mode and the pod's fsGroup") from None
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
             raise PermanentError(f"{file.name} is not compressed as its name says, or cut off: {error}") from None
 
-    def _open(self, file: _File) -> BinaryIO:
-        raw = self._fs.open(file.path, "rb", compression="infer")
+    def _verify_unchanged(self, file: ListedFile) -> None:
+        self._fs.invalidate_cache()
+        now = listed_file(file.name, self._fs.info(self._root + file.name))
+        if now != file:
+            size = (
+                f"it had {file.size} bytes, and has now {now.size}" if now.size != file.size else "with as many bytes"
+            )
+            raise SourceChangedError(
+                f"{file.name} has changed since the run began ({size}): "
+                "a file must not change while it is read, so start a new run"
+            )
+
+    def _open(self, file: ListedFile) -> BinaryIO:
+        raw = self._fs.open(self._root + file.name, "rb", compression="infer")
         return io.BufferedReader(raw, _BUFFER_BYTES)
 
-    def _list(self, pattern: str) -> list[_File]:
+    def _find(self) -> list[ListedFile]:
         try:
-            found: dict[str, dict[str, Any]] = self._fs.glob(pattern, detail=True)
+            found: dict[str, dict[str, Any]] = self._fs.glob(self._pattern, detail=True)
         except FileNotFoundError:
             found = {}
         paths = sorted(path for path, info in found.items() if info["type"] != "directory")
         if not paths:
             raise PermanentError(f"no file matches {self._path!r}: check the path, and that the volume holds it")
-        root = _common_directory(pattern)
-        return [_File(path, path.removeprefix(root), found[path].get("size") or 0) for path in paths]
+        return [listed_file(path.removeprefix(self._root), found[path]) for path in paths]
 
     def _resume(self, cursor: str) -> tuple[int, FileOffset]:
         try:
@@ -143,15 +160,15 @@ class FilesReader:
             ) from None
         names = [file.name for file in self._files]
         if position.file not in names:
-            raise PermanentError(f"{position.file}, where the batch before ended, is no longer among the files")
+            raise SourceChangedError(f"{position.file}, where the batch before ended, is no longer among the files")
         index = names.index(position.file)
         if index != position.index:
-            raise PermanentError(
+            raise SourceChangedError(
                 f"{position.file} was file {position.index} of the glob and is now file {index}: "
                 "files came or went before it, so records would be missed"
             )
         if self._files[index].size != position.size:
-            raise PermanentError(
+            raise SourceChangedError(
                 f"{position.file} had {position.size} bytes and has now {self._files[index].size}: "
                 "a file must not change while it is read"
             )

@@ -14,7 +14,8 @@ from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION, HttpSource
 from ingestrun.worker.columns import parse_json, table_from_records
 from ingestrun.worker.context import PARTITION_PLACEHOLDER, Context
 from ingestrun.worker.errors import PermanentError, RetryableError, WorkerError
-from ingestrun.worker.pagination import Page, is_absent, pager_for, same_origin, value_at
+from ingestrun.worker.page_history import PageHistory, table_digest
+from ingestrun.worker.pagination import Page, Position, is_absent, pager_for, same_origin, value_at
 from ingestrun.worker.shutdown import Stop
 from ingestrun.worker.stage_io import OutputWriter
 
@@ -35,6 +36,9 @@ _HINTS: Final = {
 class HttpReader:
     """Reads a paged HTTP source from where the batch before ended."""
 
+    source_digest: str | None = None
+    """A source over HTTP has no list that could be fixed: its pages are what it sends when they are asked for."""
+
     def __init__(self, source: HttpSource, context: Context, stop: Stop) -> None:
         """Find the first page; nothing is sent yet.
 
@@ -51,6 +55,7 @@ class HttpReader:
         self._position = self._pager.start_position(cursor)
         self._stop = stop
         self._client = PageClient(source, url, context.authorization, stop)
+        self._history = PageHistory(context.state, repeats_allowed=source.allow_repeated_pages)
 
     def read(self, limit: int | None, output: OutputWriter) -> str | None:
         """Read a batch, as `fetch.BatchReader`.
@@ -67,6 +72,7 @@ class HttpReader:
                 fresh = page.records[position.taken :]
                 kept = fresh if remaining is None else fresh[:remaining]
                 try:
+                    self._remember(position, page)
                     following = self._pager.next_position(position, page, len(kept))
                     output.add(table_from_records(kept))
                 except WorkerError as error:
@@ -76,6 +82,17 @@ class HttpReader:
                 remaining = None if remaining is None else remaining - len(kept)
                 position = following
         return position.cursor()
+
+    def state(self) -> str:
+        """Return the history of the pages so far, as `fetch.BatchReader`."""
+        return self._history.state()
+
+    def _remember(self, position: Position, page: Page) -> None:
+        if position.taken:
+            return  # the batch before has seen this page
+        rows = len(page.records)
+        digest = table_digest(table_from_records(page.records)) if rows else ""
+        self._history.add(self._pager.describe(position), position.place(), rows, digest)
 
 
 class PageClient:

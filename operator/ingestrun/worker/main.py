@@ -34,7 +34,7 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
     The stage of a cancelled run ends with 0 too, so that its Job completes; the outcome in the result is `cancelled`.
     """
     from ingestrun.model import contract
-    from ingestrun.worker.errors import to_worker_error
+    from ingestrun.worker.errors import PermanentError, to_worker_error
     from ingestrun.worker.logs import log_event
     from ingestrun.worker.result import cancelled_result, failed_result, write_result
 
@@ -50,7 +50,8 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
         failure = to_worker_error(error)
         if failure is not error:
             traceback.print_exc()
-        result = failed_result(str(failure), read=failure.read, rejected=failure.rejected)
+        reason = failure.reason if isinstance(failure, PermanentError) else None
+        result = failed_result(str(failure), reason=reason, read=failure.read, rejected=failure.rejected)
         code = contract.EXIT_PERMANENT if failure.permanent else 1
     stop.ignore_signals()
     write_result(env, result)
@@ -75,6 +76,9 @@ def _run_stage(env: Mapping[str, str], stop: Stop) -> StageResult:
         raise PermanentError("INGEST_CONFIG is not set: the built-in worker needs a source, a hook or a sink")
     stages = {Stage.FETCH: _fetch, Stage.HOOK: _hook, Stage.PUBLISH: _publish}
     result = stages[context.stage](context, stop)
+    if len(render_result(result).encode()) > RESULT_MAX_BYTES:
+        # A long cursor has precedence: without the state a source that repeats itself is only recognized later.
+        result = result.model_copy(update={"state": None})
     if len(render_result(result).encode()) > RESULT_MAX_BYTES:
         raise PermanentError(f"the cursor to go on from is too long for a result of {RESULT_MAX_BYTES} bytes")
     return result

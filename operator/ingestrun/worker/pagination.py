@@ -15,7 +15,7 @@ from urllib.parse import urljoin, urlsplit
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from ingestrun.model.worker import CursorPagination, HttpSource, LinkPagination, OffsetPagination, PagePagination
-from ingestrun.worker.errors import PermanentError, RetryableError
+from ingestrun.worker.errors import NoProgressError, PermanentError, RetryableError
 
 _ABSENT: Final = object()
 
@@ -40,6 +40,10 @@ class Position(BaseModel):
         """Return the position as JSON in ASCII."""
         return json.dumps(self.model_dump(exclude_defaults=True), separators=(",", ":"))
 
+    def place(self) -> str | None:
+        """Return what the source itself has said where the page is; None if the worker counts the pages by itself."""
+        return None
+
 
 class PagePosition(Position):
     """A page's number; `size` is the page size that it counts by, `seen` how many records were taken in all."""
@@ -60,11 +64,19 @@ class CursorPosition(Position):
 
     at: str | int | None = None
 
+    def place(self) -> str:
+        """Return the source's cursor."""
+        return "" if self.at is None else str(self.at)
+
 
 class LinkPosition(Position):
     """The next page's URL, without scheme and host if they are the source's; null for the first page."""
 
     next: str | None = None
+
+    def place(self) -> str:
+        """Return the link."""
+        return self.next or ""
 
 
 class Pager(Protocol):
@@ -259,7 +271,7 @@ class CursorPager(_Pager[CursorPagination]):
         if isinstance(following, bool) or not isinstance(following, str | int):
             raise PermanentError(f"the cursor at {path!r} is a {type(following).__name__}, not a string or a number")
         if following == position.at:
-            raise PermanentError(f"the cursor at {path!r} is the one that was sent: the source would never end")
+            raise NoProgressError(f"the cursor at {path!r} is the one that was sent: the source would never end")
         return CursorPosition(at=following)
 
 
@@ -287,7 +299,7 @@ class LinkPager(_Pager[LinkPagination]):
             return None
         following = relative_url(self._requests.url, page.next_link)
         if following == position.next:
-            raise PermanentError('the Link header\'s rel="next" is the page itself: the source would never end')
+            raise NoProgressError('the Link header\'s rel="next" is the page itself: the source would never end')
         return LinkPosition(next=following)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -18,18 +15,16 @@ import pyarrow.parquet as pq
 from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
 from ingestrun.model.worker import Sink
-from ingestrun.worker.context import Context, parse_config
+from ingestrun.worker.context import Context, parse_config, parse_key
 from ingestrun.worker.errors import PermanentError, RetryableError
 from ingestrun.worker.shutdown import Stop
-from ingestrun.worker.stage_io import InputReader, ParquetFileWriter, sync_directory
+from ingestrun.worker.stage_io import InputReader, ParquetFileWriter, link_once
 
 FOOTER_KEY: Final = "ingestrun.key"
 FOOTER_ROWS: Final = "ingestrun.rows"
 TEMPORARY_DIRECTORY: Final = "_tmp"
 """Readers of a dataset skip names that begin with an underscore."""
 _MAX_MANIFEST_CHARS: Final = 256
-_KEY: Final = re.compile(r"(?P<uid>[A-Za-z0-9][A-Za-z0-9.-]{0,62})/(?P<batch>[0-9]{1,18})")
-_NO_HARD_LINKS: Final = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 def publish(context: Context, stop: Stop) -> StageResult:
@@ -55,7 +50,8 @@ def publish(context: Context, stop: Stop) -> StageResult:
             _audit(temporary, source.rows, context.key)
             stop.set_progress(source.rows, source.rows)
             stop.commit_point()
-            _commit(temporary, target)
+            # Where an earlier attempt that still ran has published, the file is verified below.
+            link_once(temporary, target)
     if source.rows or target.exists():
         _verify_published(target, source.rows, context.key)
     _remove_temporary_files(target)
@@ -82,10 +78,8 @@ def _dataset_directory(workspace: Path, path: str) -> Path:
 
 
 def _file_name(key: str) -> str:
-    match = _KEY.fullmatch(key)
-    if match is None:
-        raise PermanentError(f"{contract.ENV_IDEMPOTENCY_KEY} is {key[:80]!r}, not <run uid>/<batch>")
-    return f"{match['uid']}-{int(match['batch']):06d}.parquet"
+    uid, batch = parse_key(key)
+    return f"{uid}-{batch:06d}.parquet"
 
 
 @contextmanager
@@ -130,20 +124,6 @@ def _audit(path: Path, rows: int, key: str) -> None:
         raise RetryableError(f"the audit could not read the file back ({name}), nothing was published") from None
     if found != (key, rows) or read != rows:
         raise RetryableError(f"the audit found {read} rows where {rows} were written, nothing was published")
-
-
-def _commit(temporary: Path, target: Path) -> None:
-    """Give the file its name in one step that never replaces another file."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        return  # an earlier attempt that still ran has published; the caller verifies what
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        # The file system has no hard links. A rename could replace a file, but only one of the same key and rows.
-        temporary.rename(target)
-    sync_directory(target.parent)
 
 
 def _verify_published(target: Path, rows: int, key: str) -> None:

@@ -15,10 +15,12 @@ ENV_TERMINATION_PATH: Final = "INGEST_TERMINATION_MESSAGE_PATH"
 _MESSAGE_CHARS: Final = 512
 
 
-def failed_result(message: str, *, read: int = 0, rejected: int = 0) -> StageResult:
+def failed_result(message: str, *, reason: str | None = None, read: int = 0, rejected: int = 0) -> StageResult:
     """Return the result of a stage that failed, its message truncated to what the contract takes."""
     short = truncate(message, _MESSAGE_CHARS)
-    return StageResult(v=contract.VERSION, outcome=Outcome.FAILED, read=read, rejected=rejected, message=short)
+    return StageResult(
+        v=contract.VERSION, outcome=Outcome.FAILED, reason=reason, read=read, rejected=rejected, message=short
+    )
 
 
 def cancelled_result(message: str, *, read: int) -> StageResult:

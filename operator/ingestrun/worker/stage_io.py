@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -21,6 +22,7 @@ DATA_FILE: Final = "data.parquet"
 ROW_GROUP_ROWS: Final = 65_536
 """Most rows that are held in memory at a time; also the size of a row group."""
 _BUFFER_BYTES: Final = 64 * 2**20
+_NO_HARD_LINKS: Final = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 def sync_directory(path: Path) -> None:
@@ -30,6 +32,21 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_once(temporary: Path, target: Path) -> None:
+    """Give a file its name in one step that never replaces another file; where there is one, that one stays."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # The file system has no hard links. A rename could replace the file of another attempt in the same moment;
+        # those who name a file here compare afterwards what it holds.
+        temporary.rename(target)
+    sync_directory(target.parent)
 
 
 @contextmanager

@@ -51,6 +51,7 @@ def parts(status: IngestRunStatus) -> dict[str, int]:
         "batches: unpublished": size(take(batches, "unpublished")),
         "resumedFrom, resumedBy": size(take(told, "resumedFrom", "resumedBy")),
     }
+    rows["cursorState, cursorMark, sourceDigest"] = size(take(told, "cursorState", "cursorMark", "sourceDigest"))
     for name in ("conditions", "failures", "cancellation", "images", "cursor", "retries"):
         rows[name] = size(take(told, name))
     rows["counts, phase, times"] = size({**told, "batches": batches})

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from tests.fakes.world import manifest
 
 from ingestrun.model.base import KubeModel
-from ingestrun.model.contract import CURSOR_MAX_CHARS
+from ingestrun.model.contract import CURSOR_MAX_CHARS, SOURCE_DIGEST_MAX_CHARS, STATE_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
-from ingestrun.model.resume import LandedRecords, UnpublishedBatch
+from ingestrun.model.resume import LandedRecords, UnpublishedBatch, mark_of_cursor
 from ingestrun.model.run import IngestRun
 from ingestrun.model.size_budget import (
     KEPT_FAILURES,
@@ -109,6 +109,9 @@ STATUSES = made(
     ),
     records=made(RecordsStatus, fetched=COUNTS, rejected=COUNTS, published=COUNTS),
     cursor=st.none() | TEXT,
+    cursor_state=st.none() | TEXT,
+    cursor_mark=st.none() | TEXT,
+    source_digest=st.none() | TEXT,
     failures=st.lists(
         made(StageFailure, batch=COUNTS, stage=TEXT, attempt=COUNTS, reason=TEXT, message=TEXT, time=TIMES),
         max_size=3,
@@ -292,6 +295,9 @@ def worst_status(
         ),
         records=RecordsStatus(fetched=2**53, rejected=2**53, published=2**53),
         cursor="c" * CURSOR_MAX_CHARS,
+        cursor_state="s" * STATE_MAX_CHARS,
+        cursor_mark=mark_of_cursor("c"),
+        source_digest="d" * SOURCE_DIGEST_MAX_CHARS,
         failures=[
             StageFailure(
                 batch=batches,

@@ -53,7 +53,7 @@ def http(site: Site) -> dict[str, Any]:
 
 def ten(request: Request) -> Reply:
     number = int(request.params["page"])
-    return page([{"id": index} for index in range(10)] if number <= 5 else [])
+    return page([{"id": 10 * number + index} for index in range(10)] if number <= 5 else [])
 
 
 def assert_stopped(answer: Answer, message: str, read: int) -> None:

@@ -158,8 +158,8 @@ def test_an_empty_page_with_a_next_cursor_is_no_end(bench: Bench, site: Site) ->
     ],
 )
 def test_a_bad_page(bench: Bench, site: Site, pauses: list[float], reply: Reply, code: int, text: str) -> None:
-    good = page({"data": records(10)})
-    site.answer = lambda request: reply if request.params["page"] == "3" else good
+    good = {"1": page({"data": records(20)[:10]}), "2": page({"data": records(20)[10:]})}
+    site.answer = lambda request: good.get(request.params["page"], reply)
     url = site.url.replace("://", "://user:hunter2@") + "/items?token=hunter2"
     answer = bench.run("fetch", source(url, {"page": {}}), limit=100)
     assert answer.code == code
@@ -208,7 +208,7 @@ def test_authorization_goes_to_the_source_alone(bench: Bench, site: Site, sites:
     config = source(site.url + "/a", {"link": {}}, authorization={"name": "s", "key": "k"})
     first = page({"data": records(1)}, link=f'<{other.url}/b>; rel="next"')
     site.answer = lambda _request: first
-    other.answer = lambda _request: page({"data": records(1)})
+    other.answer = lambda _request: page({"data": records(2)})
     assert bench.run("fetch", config, http_authorization="Bearer hunter2\n").code == 0
     assert site.requests[0].headers["authorization"] == "Bearer hunter2"
     assert "authorization" not in other.requests[0].headers
@@ -280,6 +280,14 @@ def test_a_cursor_that_fits_but_not_in_the_result(bench: Bench, site: Site) -> N
     answer = bench.run("fetch", source(site.url, WAYS["cursor"]), limit=2)
     assert answer.code in (0, 65)
     assert answer.result is not None
+
+
+def test_a_cursor_that_leaves_no_room_for_the_state(bench: Bench, site: Site) -> None:
+    site.answer = lambda _request: page({"data": records(2), "meta": {"next": '"' * 220}})
+    answer = bench.run("fetch", source(site.url, WAYS["cursor"]), limit=2)
+    assert answer.result is not None
+    assert (answer.code, answer.result.state) == (0, None)
+    assert answer.result.next_cursor is not None
 
 
 def test_urls_in_short() -> None:

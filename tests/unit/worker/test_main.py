@@ -155,8 +155,8 @@ def tiny(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_a_full_volume(tiny: Bench, site: Site) -> None:
-    noise = [{"id": os.urandom(4096).hex()} for _ in range(20)]
-    site.answer = lambda request: page(noise if int(request.params["page"]) < 3 else [])
+    noise = [[{"id": os.urandom(4096).hex()} for _ in range(20)] for _ in range(2)]
+    site.answer = lambda request: page(noise[number - 1] if (number := int(request.params["page"])) < 3 else [])
     answer = tiny.run("fetch", http(site))
     assert answer.code == 1
     assert "no space left on the workspace volume" in answer.message

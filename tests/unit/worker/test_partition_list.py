@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from .support import Answer, Bench, Site, page
 SOURCE: dict[str, Any] = {"files": {"path": "landing/{partition}.jsonl"}}
 
 
-def fetch(bench: Bench, lines: bytes | None, *, index: int = 0, count: int, source: Any = SOURCE) -> Answer:
+def fetch(
+    bench: Bench, lines: bytes | None, *, index: int = 0, count: int, source: Any = SOURCE, **more: Any
+) -> Answer:
     path = bench.workspace / "lists" / "stations.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     if lines is not None:
         path.write_bytes(lines)
-    return bench.run("fetch", source, batch=index, cursor=index, partitions=count, partition_file=path)
+    return bench.run("fetch", source, batch=index, cursor=index, partitions=count, partition_file=path, **more)
 
 
 def land(bench: Bench, *names: str) -> None:
@@ -77,6 +80,22 @@ def test_a_list_that_is_not_as_it_should_be(
     answer = fetch(bench, lines, index=index, count=count)
     assert answer.code == 65
     assert message in answer.message
+
+
+def test_a_list_that_changes_is_told_although_it_is_as_long_as_before(bench: Bench) -> None:
+    """Sorted anew, say: line 1 would be read again as line 2, and another line not at all."""
+    land(bench, "a", "b", "c")
+    first = fetch(bench, b"b\nc\na\n", index=0, count=3)
+    assert first.result is not None
+    digest = first.result.source_digest
+    assert digest == hashlib.sha256(b"b\nc\na\n").hexdigest()
+    same = fetch(bench, b"b\nc\na\n", index=1, count=3, source_digest=digest)
+    assert same.result is not None
+    assert (same.code, same.result.source_digest) == (0, digest)
+    answer = fetch(bench, b"a\nb\nc\n", index=1, count=3, source_digest=digest)
+    assert answer.result is not None
+    assert (answer.code, answer.result.reason) == (65, "SourceChanged")
+    assert "lists/stations.txt has changed since the run began" in answer.message
 
 
 def test_of_two_equal_lines_the_first_is_read(bench: Bench) -> None:

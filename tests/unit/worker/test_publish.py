@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ingestrun.worker import publish as module
+from ingestrun.worker import stage_io
 from ingestrun.worker.shutdown import Stop, Stopped
 
 from .support import UID, Bench
@@ -80,7 +81,7 @@ def test_an_attempt_that_dies_at_any_step(bench: Bench, monkeypatch: pytest.Monk
 
     bench.hand_on(ROWS)
     with monkeypatch.context() as patch:
-        patch.setattr(os if step == "link" else module, step, die)
+        patch.setattr({"link": os, "sync_directory": stage_io}.get(step, module), step, die)
         with pytest.raises(KeyboardInterrupt):
             bench.run("publish", SINK)
     left = [name for name in published(bench) if not name.startswith("_tmp/")]

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from ingestrun.model.contract import EXIT_PERMANENT, Outcome, ResultError, StageResult, parse_result
+from ingestrun.model.contract import (
+    EXIT_PERMANENT,
+    MAX_VARIABLE_BYTES,
+    PERMANENT_REASONS,
+    Outcome,
+    ResultError,
+    StageResult,
+    parse_result,
+)
 from ingestrun.model.size_budget import LOG_BYTES, MESSAGE_CHARS
 from ingestrun.model.text import truncate
 from ingestrun.planner.batch.attempt import JOB_DELETED, KILLED_CODES, Attempt, JobState, ObservedPod
@@ -123,6 +131,12 @@ _NODE_LOST: Final = frozenset({"NodeLost", STATUS_UNKNOWN})
 """Reasons of a pod or a container that its node has lost."""
 _NODE_REFUSED: Final = frozenset({"NodeAffinity", "NodeShutdown", "UnexpectedAdmissionError", "AdmissionFailed"})
 """Reasons of a kubelet that rejects a pod bound to its node; also OutOfcpu, OutOfmemory, OutOfpods and the like."""
+_TOO_LARGE: Final = "argument list too long"
+"""The words of E2BIG, at the end of a container runtime's long sentence."""
+_TOO_LARGE_MESSAGE: Final = (
+    f"a variable or an argument is too large for a process ({_TOO_LARGE}): each may have {MAX_VARIABLE_BYTES - 1} "
+    "bytes, also one that comes of a Secret or a ConfigMap"
+)
 _ESCAPE: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 """Terminal sequences (ECMA-48): colours, cursor movements, titles."""
 
@@ -197,7 +211,7 @@ def _failure_of(ended: Attempt) -> Failure:
     if pod is None:
         return Failure(reason="PodLost", message="the pod ended without an exit code: it is gone")
     if pod.exit_code == EXIT_PERMANENT:
-        return _exit_failure("PermanentError", pod)
+        return _exit_failure(_permanent_reason(pod), pod)
     if pod.reason == "OOMKilled":
         return Failure(reason="OOMKilled", message="the container used more memory than its limit")
     disrupted = _disruption_failure(pod)
@@ -276,8 +290,18 @@ def _last_words(pod: ObservedPod) -> str | None:
     return pod.failed_init.message if pod.failed_init is not None else pod.message
 
 
+def _permanent_reason(pod: ObservedPod) -> str:
+    """Return the reason that the container's result gives for a failure for good, if it is one of the contract's."""
+    try:
+        reason = parse_result(pod.message).reason
+    except ResultError:
+        reason = None
+    return reason if reason in PERMANENT_REASONS else "PermanentError"
+
+
 def _exit_failure(reason: str, pod: ObservedPod) -> Failure:
-    words = _container_message(pod.message)
+    too_large = reason == "StartError" and _TOO_LARGE in (pod.message or "")
+    words = _TOO_LARGE_MESSAGE if too_large else _container_message(pod.message)
     return Failure(reason=reason, message=f"exit code {pod.exit_code}" + (f": {words}" if words else ""))
 
 

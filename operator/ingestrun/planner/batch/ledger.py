@@ -11,14 +11,14 @@ from typing import Final
 
 from ingestrun.model.contract import StageResult
 from ingestrun.model.ranges import IndexRanges
-from ingestrun.model.resume import UnpublishedBatch
+from ingestrun.model.resume import UnpublishedBatch, mark_of_cursor
 from ingestrun.model.run import IngestRun
 from ingestrun.model.size_budget import KEPT_FAILURES, KEPT_LOGS, RETRIES_BYTES
 from ingestrun.model.spec import IngestRunSpec
 from ingestrun.model.status import BatchesStatus, IngestRunStatus, RecordsStatus, RetryCount, StageFailure
 from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.pipeline import steps_of
-from ingestrun.planner.batch.state import BatchContext, BatchState, batch_state
+from ingestrun.planner.batch.state import BatchContext, BatchState, batch_state, marks_cursor
 
 OTHER: Final = "Other"
 _ENTRY_BYTES: Final = len('{"stage":"","reason":"","count":1234567890},')
@@ -84,6 +84,7 @@ def batch_states(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) 
         chained=spec.batches.cursor is not None,
         cursor=cursor_of(run, status),
         fetch_limit=fetch_limit(spec, status.records),
+        cursor_mark=status.cursor_mark,
         now=now,
     )
     replays, checkpoints = status.batches.pending_replays, status.batches.checkpoint_by_batch
@@ -102,7 +103,13 @@ def batch_states(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) 
             return own
         return replace(own, cursor=replayed.cursor, fetch_limit=replay_limit(replayed), replayed=replayed)
 
-    return [batch_state(context_of(index), index, by_batch[index]) for index in status.batches.in_flight]
+    states, digest = [], status.source_digest
+    for index in status.batches.in_flight:
+        state = batch_state(replace(context_of(index), source_digest=digest), index, by_batch[index])
+        # Of fetches that end at once, the one of the first batch is what the others are compared with.
+        digest = digest or (state.fetched.source_digest if state.fetched is not None else None)
+        states.append(state)
+    return states
 
 
 def update_counters(
@@ -114,15 +121,16 @@ def update_counters(
     failed = [batch for batch in seen if batch.failed is not None]
     # A replayed batch was counted when it was first fetched, and the chain has gone on from it since.
     replays = old.batches.pending_replays
-    first_time = [result for index, result in fetched.items() if index not in replays]
+    first_time = {index: result for index, result in fetched.items() if index not in replays}
     batches = _moved_ranges(old.batches, fetched=fetched, published=published, failed=failed)
     batches = _without_refetched(batches, [batch for batch in seen if batch.refetched])
-    if chained and any(result.exhausted for result in first_time):
+    if chained and any(result.exhausted for result in first_time.values()):
         batches = batches.replace(exhausted=True)
-    return old.replace(
+    moved = _moved_cursor(old, first_time) if chained else old
+    return moved.replace(
         batches=batches,
-        records=_counted_records(old.records, fetched=first_time, published=published),
-        cursor=_moved_cursor(old.cursor, first_time) if chained else old.cursor,
+        records=_counted_records(old.records, fetched=first_time.values(), published=published),
+        source_digest=old.source_digest or _source_digest(fetched.values()),
         failures=merge_failures(old.failures, chain.from_iterable(batch.failures for batch in seen)),
         retries=add_retries(old.retries, chain.from_iterable(batch.retried for batch in (*published, *failed))),
         last_progress_time=now if (fetched or published or failed) else old.last_progress_time,
@@ -168,9 +176,19 @@ def _without_refetched(batches: BatchesStatus, refetched: Sequence[BatchState]) 
     )
 
 
-def _moved_cursor(old: str | None, fetched: Iterable[StageResult]) -> str | None:
-    """Return the cursor after these fetches, of which a chain has one at most."""
-    return next((result.next_cursor for result in fetched if result.next_cursor is not None), old)
+def _moved_cursor(old: IngestRunStatus, fetched: Mapping[int, StageResult]) -> IngestRunStatus:
+    """Return the status with the cursor after these fetches, of which a chain has one at most."""
+    for index, result in fetched.items():
+        cursor = result.next_cursor
+        if cursor is not None:
+            mark = mark_of_cursor(cursor) if marks_cursor(index + 1) else old.cursor_mark
+            return old.replace(cursor=cursor, cursor_state=result.state, cursor_mark=mark)
+    return old
+
+
+def _source_digest(fetched: Iterable[StageResult]) -> str | None:
+    """Return the first digest among the results, which `batch_states` has found to be equal."""
+    return next((result.source_digest for result in fetched if result.source_digest is not None), None)
 
 
 def merge_failures(old: Iterable[StageFailure], seen: Iterable[StageFailure]) -> list[StageFailure]:

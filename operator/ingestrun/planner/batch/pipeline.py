@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-from ingestrun.model.contract import Stage
+from ingestrun.model.contract import CONFIG_MAX_BYTES, ENV_CONFIG, Stage
 from ingestrun.model.names import hook_job_part
 from ingestrun.model.spec import Container, IngestRunSpec
 from ingestrun.model.stages import STAGE_SETTINGS, Resources, StageSettings
@@ -40,6 +42,13 @@ class Step:
     def job_part(self) -> str:
         """Return the step's part of its Job's name."""
         return hook_job_part(self.index, self.name) if self.stage is Stage.HOOK else self.name
+
+    @property
+    def field(self) -> str:
+        """Return the field of the spec that configures the step, if the built-in worker runs it."""
+        if self.stage is Stage.HOOK:
+            return f"spec.hooks[{self.index - 1}]"
+        return "spec.source" if self.stage is Stage.FETCH else "spec.sink"
 
 
 ON_CANCEL_STEP: Final = 1000
@@ -115,3 +124,30 @@ def _step(
         config=config,
         authorization=authorization,
     )
+
+
+def config_refusal(steps: Iterable[Step]) -> str | None:
+    """Return why no process can be given the configuration of a step, as a sentence; None if each can.
+
+    The CRD refuses most of what is too large. It counts characters, and here the bytes of the JSON are counted.
+    """
+    for step in steps:
+        size = len((step.config or "").encode())
+        if size > CONFIG_MAX_BYTES:
+            heaviest = _heaviest_field(step.field, json.loads(step.config or "{}"))
+            return (
+                f"{heaviest} is too large: as JSON, {step.field} has {size} bytes, and a container can be given "
+                f"{CONFIG_MAX_BYTES} at most ({ENV_CONFIG})"
+            )
+    return None
+
+
+def _heaviest_field(path: str, value: Any) -> str:
+    """Return the path of the smallest part that is more than half of the value."""
+    half = len(json.dumps(value)) / 2
+    while isinstance(value, dict):
+        name, part = max(value.items(), key=lambda item: len(json.dumps(item[1])))
+        if len(json.dumps(part)) <= half:
+            break
+        path, value = f"{path}.{name}", part
+    return path

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
-from ingestrun.model.contract import Stage, StageResult
-from ingestrun.model.resume import UnpublishedBatch, cursor_digest
+from ingestrun.model.contract import NO_PROGRESS, SOURCE_CHANGED, Stage, StageResult
+from ingestrun.model.resume import UnpublishedBatch, cursor_digest, mark_of_cursor
 from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.spec import Backoff, OutOfMemory, PodStart
 from ingestrun.model.status import AttemptId, Checkpoint, StageFailure
@@ -116,6 +116,10 @@ class BatchContext:
     """The values that the status keeps of those of the batch's Jobs that may be deleted."""
     refetchable: bool = False
     """True if the status knows the cursor that the batch's counted fetch began with."""
+    source_digest: str | None = None
+    """The digest of what the run's fetches read from; None if no fetch has returned one yet."""
+    cursor_mark: str | None = None
+    """Digest of the cursor with which the latest batch began whose index is a power of two."""
 
 
 def is_checkpointed(checkpoint: Checkpoint, attempt: Attempt) -> bool:
@@ -402,7 +406,7 @@ class _StageWalk:
             return mismatch
         if step.stage is not Stage.FETCH or self._context.fetch_counted:
             return result
-        return _fetch_failure(self._context, result) or result
+        return _fetch_failure(self._context, self._index, result) or result
 
 
 def carried_checkpoint(attempt: Attempt) -> Checkpoint | None:
@@ -426,9 +430,11 @@ def _budgets_of(checkpoint: Checkpoint) -> BudgetsUsed:
     )
 
 
-def _fetch_failure(context: BatchContext, result: StageResult) -> Failure | None:
+def _fetch_failure(context: BatchContext, index: int, result: StageResult) -> Failure | None:
     """Return why the result of a fetch cannot be accepted; None if it can."""
-    changed = _source_changed(context.replayed, result) if context.replayed is not None else None
+    changed = _other_source(context.source_digest, result)
+    if changed is None and context.replayed is not None:
+        changed = _source_changed(context.replayed, result)
     if changed is not None:
         return changed
     if context.fetch_limit is not None and result.read > context.fetch_limit:
@@ -441,10 +447,46 @@ def _fetch_failure(context: BatchContext, result: StageResult) -> Failure | None
             return Failure(reason="ResultInvalid", message="neither exhausted nor a nextCursor in the result")
         if result.next_cursor == context.cursor:
             return Failure(
-                reason="NoProgress",
+                reason=NO_PROGRESS,
                 message="the fetch returned the cursor that it was given, and did not say exhausted",
             )
+        return _circle(context, index, result.next_cursor) if context.replayed is None else None
     return None
+
+
+def marks_cursor(index: int) -> bool:
+    """Tell whether the status keeps the digest of the cursor with which the batch begins: its index is a power of two.
+
+    So a circle of any length is found with one digest, before the batches go round for the fourth time (Brent's way).
+    """
+    return index.bit_count() == 1
+
+
+def _circle(context: BatchContext, index: int, cursor: str) -> Failure | None:
+    """Return a failure if the chain is back at the cursor that the status has marked."""
+    if context.cursor_mark is None or mark_of_cursor(cursor) != context.cursor_mark:
+        return None
+    marked = 1 << (index.bit_length() - 1)
+    return Failure(
+        reason=NO_PROGRESS,
+        message=f"the fetch returned the cursor with which batch {marked} began, and did not say exhausted: "
+        f"the source goes in a circle, from batch {marked} to batch {index}",
+    )
+
+
+def _other_source(digest: str | None, result: StageResult) -> Failure | None:
+    """Return a failure if the fetch has not read from what the run's other fetches have read from.
+
+    Batches of one list are parts of a whole, and parts of different lists have gaps and overlaps.
+    """
+    if digest is None or result.source_digest == digest:
+        return None
+    told = f"has read {result.source_digest[:12]}" if result.source_digest is not None else "does not say what it read"
+    message = (
+        f"the source is not the one that the run began with: the fetch {told}, and the fetches before it "
+        f"have read {digest[:12]} (sourceDigest), so records would be missed or doubled"
+    )
+    return Failure(reason=SOURCE_CHANGED, message=message)
 
 
 def _source_changed(before: UnpublishedBatch, result: StageResult) -> Failure | None:
@@ -457,7 +499,7 @@ def _source_changed(before: UnpublishedBatch, result: StageResult) -> Failure | 
     else:
         return None
     message = f"the source has changed: the batch {what}, and the batch after it began there"
-    return Failure(reason="SourceChanged", message=message)
+    return Failure(reason=SOURCE_CHANGED, message=message)
 
 
 def _row_mismatch(step: Step, result: StageResult, handed_on: int | None) -> Failure | None:

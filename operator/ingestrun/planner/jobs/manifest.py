@@ -247,6 +247,8 @@ def _environment(run: IngestRun, create: CreateJob, check: CheckEndpoint | None)
         k.ENV_ATTEMPT: str(attempt.number),
         k.ENV_CURSOR: create.cursor,
         k.ENV_LIMIT: str(create.limit) if create.limit is not None else None,
+        k.ENV_SOURCE_DIGEST: create.source_digest,
+        k.ENV_STATE: create.state,
         k.ENV_IDEMPOTENCY_KEY: f"{run.origin_uid}/{attempt.batch}",
         k.ENV_CONFIG: step.config,
     }
@@ -305,7 +307,7 @@ def _cancellation_environment(run: IngestRun) -> dict[str, str | None]:
 
 def _directory(run: IngestRun, batch: int, step: int, attempt: int) -> str:
     """Return a directory of one attempt alone, so that a lost pod that still writes cannot spoil a later one."""
-    return f"{k.WORKSPACE_MOUNT}/.ingestrun/{run.metadata.uid}/{batch}/{step}-{attempt}"
+    return f"{k.WORKSPACE_MOUNT}/{k.RUNS_DIRECTORY}/{run.metadata.uid}/{batch}/{step}-{attempt}"
 
 
 def _literal(value: str) -> str:

@@ -94,6 +94,7 @@ class RunProgress:
     exhausted: bool
     cursor: str | None
     records: RecordsStatus
+    source_digest: str | None
 
     def leaves_same_as(self, other: RunProgress) -> bool:
         """Tell whether the same is left to be done. The counts so far may differ."""
@@ -131,6 +132,7 @@ def progress_of_run(ended: IngestRun) -> RunProgress:
         cursor=status.cursor,
         records=status.records,
         landed_records=late.records,
+        source_digest=status.source_digest,
     )
 
 
@@ -157,6 +159,7 @@ def progress_of_saved_state(saved: SavedState) -> RunProgress:
         cursor=saved.cursor,
         records=RecordsStatus(**saved.records.model_dump()),
         landed_records=saved.after_end.records,
+        source_digest=saved.source_digest,
     )
 
 
@@ -176,6 +179,7 @@ def _progress(
     cursor: str | None,
     records: RecordsStatus,
     landed_records: LandedRecords,
+    source_digest: str | None,
 ) -> RunProgress:
     published = batches.published | late
     return RunProgress(
@@ -191,6 +195,7 @@ def _progress(
             rejected=records.rejected + landed_records.rejected,
             published=records.published + landed_records.published,
         ),
+        source_digest=source_digest,
     )
 
 
@@ -216,7 +221,7 @@ def _comparable_spec(spec: IngestRunSpec) -> dict[str, Any]:
     source = (
         spec.source.model_dump(by_alias=True, exclude_none=True, exclude=set(STAGE_SETTINGS)) if spec.source else {}
     )
-    for how in ("timeoutSeconds", "authorization"):
+    for how in ("timeoutSeconds", "authorization", "allowRepeatedPages"):
         source.get("http", {}).pop(how, None)
     return {
         "source": source,

@@ -303,6 +303,7 @@ def _take_over(run: IngestRun, progress: RunProgress, *, predecessor: IngestRun 
         batches=batches,
         records=progress.records,
         cursor=progress.cursor,
+        source_digest=progress.source_digest,
         resumed_from=ResumedFromStatus(
             name=meta.name if meta is not None else None,
             uid=meta.uid if meta is not None else None,

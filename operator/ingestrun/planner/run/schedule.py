@@ -166,12 +166,17 @@ def _not_before(batch: BatchState) -> datetime | None:
 def _create_job(run: IngestRun, status: IngestRunStatus, following: NextAttempt) -> CreateJob:
     if following.step.stage is not Stage.FETCH:
         return CreateJob(attempt=following)
-    partitions = run.spec.batches.partitions
+    partitions, digest = run.spec.batches.partitions, status.source_digest
     replayed = status.batches.pending_replays.get(following.batch)
     if replayed is not None:
-        return CreateJob(attempt=following, cursor=replayed.cursor, limit=replay_limit(replayed))
+        return CreateJob(attempt=following, cursor=replayed.cursor, limit=replay_limit(replayed), source_digest=digest)
     if partitions is None:
-        limit = fetch_limit(run.spec, status.records)
-        return CreateJob(attempt=following, cursor=cursor_of(run, status), limit=limit)
+        return CreateJob(
+            attempt=following,
+            cursor=cursor_of(run, status),
+            limit=fetch_limit(run.spec, status.records),
+            source_digest=digest,
+            state=status.cursor_state,
+        )
     value = partitions.values[following.batch] if partitions.values is not None else str(following.batch)
-    return CreateJob(attempt=following, cursor=value)
+    return CreateJob(attempt=following, cursor=value, source_digest=digest)

@@ -92,8 +92,8 @@ def saved_state_bytes(spec: IngestRunSpec) -> int:
 def fit_status(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
     """Return the status within its bytes: logs are dropped first, then older failures, then the ends of long messages.
 
-    Last go the names of children, the clean-up's message and the one failure left. `beside` is the number of bytes
-    that a saved state takes.
+    Last go the names of children, the clean-up's message, the state of a chain's fetches and the one failure left.
+    `beside` is the number of bytes that a saved state takes.
     """
     batches, cancellation = status.batches, status.cancellation
     ranges = (batches.claimed, batches.fetched, batches.published, batches.failed, batches.replay)
@@ -140,10 +140,16 @@ def _without_failures(status: IngestRunStatus) -> IngestRunStatus:
     return status.replace(failures=[])
 
 
+def _without_cursor_state(status: IngestRunStatus) -> IngestRunStatus:
+    """Drop the state of a chain's fetches: without it a source that repeats itself is only recognized later."""
+    return status.replace(cursor_state=None)
+
+
 _STEPS: Final[tuple[Callable[[IngestRunStatus], IngestRunStatus], ...]] = (
     _without_logs,
     _latest_failure,
     _short_conditions,
     _short_record,
+    _without_cursor_state,
     _without_failures,
 )

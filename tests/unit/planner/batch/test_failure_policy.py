@@ -136,6 +136,13 @@ TMP = 'Usage of EmptyDir volume "tmp" exceeds the limit "1Gi".'
         (ended(exit_code=65, disruption="PreemptionByScheduler"), "PermanentError", FAIL_BATCH, "exit code 65"),
         (ended(exit_code=137, reason="OOMKilled"), "OOMKilled", MEMORY, "memory"),
         (ended(exit_code=128, reason="StartError", message="no such file"), "StartError", RETRY, "no such file"),
+        (
+            ended(exit_code=128, reason="StartError", message=f"{'OCI: ' * 90}exec: argument list too long: unknown"),
+            "StartError",
+            RETRY,
+            "exit code 128: a variable or an argument is too large for a process (argument list too long): "
+            "each may have 131071 bytes, also one that comes of a Secret or a ConfigMap",
+        ),
         (ended(exit_code=137), "Error", RETRY, "exit code 137"),
         (overdue(), "DeadlineExceeded", RETRY, "the stage ran longer than its activeDeadlineSeconds"),
         (overdue(137), "DeadlineExceeded", RETRY, "ran longer"),
