@@ -20,7 +20,8 @@ from ingestrun.planner.batch.state import NextAttempt
 from ingestrun.planner.jobs.image_pins import image_of
 
 WORKER_RESOURCES: Final = {"requests": {"cpu": "100m", "memory": "192Mi"}, "limits": {"memory": "1Gi"}}
-WORKER_USER: Final = 65532
+POD_USER: Final = 65532
+"""User and group of the pods, where neither the run nor the operator's settings say otherwise; that of our images."""
 _LABEL_VALUE: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 
@@ -45,9 +46,14 @@ CheckEndpointFor = Callable[[IngestRun, int], CheckEndpoint | None]
 
 
 def job_manifest(
-    run: IngestRun, create: CreateJob, *, worker: WorkerImage, check: CheckEndpoint | None = None
+    run: IngestRun,
+    create: CreateJob,
+    *,
+    worker: WorkerImage,
+    check: CheckEndpoint | None = None,
+    user: int | None = POD_USER,
 ) -> dict[str, Any]:
-    """Return the Job to create.
+    """Return the Job to create; `user`: the pod's user and group if the run sets none, None leaves them out.
 
     `backoffLimit: 0` and `restartPolicy: Never`, because the planner alone retries, so that no retry follows a
     cancel. Pods are restricted, without a service-account token, and owned by the run through their Job.
@@ -61,14 +67,7 @@ def job_manifest(
         "activeDeadlineSeconds": attempt.step.deadline_seconds,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": WORKER_USER,
-            "runAsGroup": WORKER_USER,
-            "fsGroup": WORKER_USER,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": _security_context(run, user),
         "containers": [_container(run, create, worker, check)],
         "volumes": [{"name": "tmp", "emptyDir": {}}, *_workspace_volume(run), *template.volumes],
     }
@@ -178,6 +177,23 @@ def adoptable(run: IngestRun, create: CreateJob, found: Mapping[str, Any]) -> bo
         ref.get("uid") == run.metadata.uid and ref.get("controller") for ref in meta.get("ownerReferences") or ()
     )
     return ours and owned
+
+
+def _security_context(run: IngestRun, user: int | None) -> dict[str, Any]:
+    """Return the pod's security context: the run's own in place of the default, and what pod security insists on."""
+    own = run.spec.pod_template.security_context
+    if own is not None:
+        chosen = own.model_dump(by_alias=True, exclude_unset=True)
+    elif user is not None:
+        chosen = {"runAsUser": user, "runAsGroup": user, "fsGroup": user}
+    else:
+        chosen = {}
+    return {
+        "fsGroupChangePolicy": "OnRootMismatch",
+        **chosen,
+        "runAsNonRoot": True,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
 
 
 def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: CheckEndpoint | None) -> dict[str, Any]:

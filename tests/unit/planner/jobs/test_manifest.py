@@ -51,3 +51,58 @@ def test_the_deadline_is_the_pods_and_the_job_has_none_that_waiting_could_meet(
     job = job_manifest(run, create, worker=WorkerImage(name="example/worker:1"))
     assert "activeDeadlineSeconds" not in job["spec"]
     assert job["spec"]["template"]["spec"]["activeDeadlineSeconds"] == seconds
+
+
+DEFAULT = {"runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532, "fsGroupChangePolicy": "OnRootMismatch"}
+ALWAYS = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+
+
+def pod_of(run: IngestRun, step: Step, **defaults: Any) -> dict[str, Any]:
+    create = CreateJob(attempt=NextAttempt(batch=0, step=step, number=0, input_attempt=None))
+    job = job_manifest(run, create, worker=WorkerImage(name="example/worker:1"), **defaults)
+    pod: dict[str, Any] = job["spec"]["template"]["spec"]
+    return pod
+
+
+@pytest.mark.parametrize(
+    ("template", "user", "expected"),
+    [
+        ({}, 65532, DEFAULT),
+        ({}, 1234, {**DEFAULT, "runAsUser": 1234, "runAsGroup": 1234, "fsGroup": 1234}),
+        ({}, None, {"fsGroupChangePolicy": "OnRootMismatch"}),
+        # The run's own replaces all of the default: a group that nobody has named is the platform's.
+        ({"securityContext": {}}, 65532, {"fsGroupChangePolicy": "OnRootMismatch"}),
+        (
+            {"securityContext": {"runAsUser": 1000650000}},
+            65532,
+            {"runAsUser": 1000650000, "fsGroupChangePolicy": "OnRootMismatch"},
+        ),
+        (
+            {
+                "securityContext": {
+                    "runAsUser": 7,
+                    "runAsGroup": 0,
+                    "fsGroup": 9,
+                    "fsGroupChangePolicy": "Always",
+                    "supplementalGroups": [10, 11],
+                    "seLinuxOptions": {"level": "s0:c1,c2"},
+                }
+            },
+            None,
+            {
+                "runAsUser": 7,
+                "runAsGroup": 0,
+                "fsGroup": 9,
+                "fsGroupChangePolicy": "Always",
+                "supplementalGroups": [10, 11],
+                "seLinuxOptions": {"level": "s0:c1,c2"},
+            },
+        ),
+    ],
+)
+@pytest.mark.parametrize("step_of", [fetch, clean_up])
+def test_the_pods_user_is_the_runs_or_the_default_or_the_platforms(
+    step_of: Any, template: dict[str, Any], user: int | None, expected: dict[str, Any]
+) -> None:
+    run = run_of(onCancel=IMAGE, podTemplate=template)
+    assert pod_of(run, step_of(run.spec), user=user)["securityContext"] == {**ALWAYS, **expected}
