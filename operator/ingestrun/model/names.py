@@ -34,6 +34,7 @@ QUEUE_LABELS: Final = (LABEL_QUEUE, "kueue.x-k8s.io/priority-class")
 """Kueue's labels that are passed on from a run to its Jobs."""
 
 ANNOTATION_REQUESTED_BY: Final = f"{GROUP}/cancel-requested-by"
+ANNOTATION_SAFE_TO_EVICT: Final = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes"
 
 _HASH_CHARS: Final = 10
 

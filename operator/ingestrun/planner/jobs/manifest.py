@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from ingestrun.planner.jobs.image_pins import image_of
 WORKER_RESOURCES: Final = {"requests": {"cpu": "100m", "memory": "192Mi"}, "limits": {"memory": "1Gi"}}
 POD_USER: Final = 65532
 """User and group of the pods, where neither the run nor the operator's settings say otherwise; that of our images."""
+SCRATCH: Final = "/tmp"  # noqa: S108  (a path in the container)
 _LABEL_VALUE: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 
@@ -69,8 +70,10 @@ def job_manifest(
         "enableServiceLinks": False,
         "securityContext": _security_context(run, user),
         "containers": [_container(run, create, worker, check)],
-        "volumes": [{"name": "tmp", "emptyDir": {}}, *_workspace_volume(run), *template.volumes],
     }
+    if volumes := [*_workspace_volume(run), *template.volumes]:
+        pod_spec["volumes"] = volumes
+    annotations = {**_evictable(template.volumes), **template.annotations}
     for key, value in (
         ("serviceAccountName", template.service_account_name),
         ("nodeSelector", template.node_selector),
@@ -98,7 +101,7 @@ def job_manifest(
             "template": {
                 "metadata": {
                     "labels": {**template.labels, **labels},
-                    **({"annotations": template.annotations} if template.annotations else {}),
+                    **({"annotations": annotations} if annotations else {}),
                 },
                 "spec": pod_spec,
             },
@@ -197,7 +200,17 @@ def _security_context(run: IngestRun, user: int | None) -> dict[str, Any]:
 
 
 def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: CheckEndpoint | None) -> dict[str, Any]:
+    """Return the stage's container.
+
+    It brings no volume for `/tmp`, because `kubectl drain` stops at any pod with an `emptyDir`. The built-in worker
+    writes into the workspace alone. A container of the user may need one, so its root file system is read-only only
+    where the run mounts a volume there.
+    """
     step, own = create.attempt.step, create.attempt.step.container
+    mounts: list[dict[str, Any]] = [
+        *([{"name": "workspace", "mountPath": k.WORKSPACE_MOUNT}] if run.spec.workspace else []),
+        *run.spec.pod_template.volume_mounts,
+    ]
     container: dict[str, Any] = {
         "name": step.stage.value,
         "image": image_of(run, step, worker=worker.name, worker_policy=worker.pull_policy),
@@ -206,15 +219,12 @@ def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: Ch
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
             "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
+            "readOnlyRootFilesystem": own is None or any(mount["mountPath"] == SCRATCH for mount in mounts),
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": [
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108  (the pod's own emptyDir)
-            *([{"name": "workspace", "mountPath": k.WORKSPACE_MOUNT}] if run.spec.workspace else []),
-            *run.spec.pod_template.volume_mounts,
-        ],
     }
+    if mounts:
+        container["volumeMounts"] = mounts
     resources = _resources(create)
     if resources:
         container["resources"] = resources
@@ -230,6 +240,12 @@ def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: Ch
         if value:
             container[key] = value
     return container
+
+
+def _evictable(volumes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the annotation that lets the cluster autoscaler evict a pod with an `emptyDir`: its attempt runs again."""
+    local = [volume["name"] for volume in volumes if "emptyDir" in volume]
+    return {names.ANNOTATION_SAFE_TO_EVICT: ",".join(local)} if local else {}
 
 
 def _resources(create: CreateJob) -> Mapping[str, Any]:
