@@ -1,4 +1,4 @@
-"""Pods under a user that the platform chooses, as OpenShift does: no entry in /etc/passwd, group 0, no /tmp to write."""
+"""Pods under a user that the platform chooses, as OpenShift does: unknown to the image, in group 0, no /tmp."""
 
 from __future__ import annotations
 

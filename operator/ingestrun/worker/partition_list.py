@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from ingestrun.model.contract import ENV_CURSOR, PARTITION_MAX_BYTES
+from ingestrun.model.text import pluralize
 from ingestrun.worker.context import Context
 from ingestrun.worker.errors import PermanentError
 
@@ -53,8 +54,8 @@ def read_line(path: Path, shown: str, index: int, count: int | None) -> str:
             own = _without_carriage_return(block.split(b"\n")[index - number])
     if own is None or total != count:
         raise PermanentError(
-            f"{shown} has {total} lines, and batches.partitions.count is {count}: they must agree, and the list must "
-            "not change while the run goes on"
+            f"{shown} has {pluralize(total, 'line')}, and batches.partitions.count is {count}: they must agree, "
+            "and the list must not change while the run goes on"
         )
     value = _decode_line(own, shown, index)
     first = _first_occurrence(path, shown, own)

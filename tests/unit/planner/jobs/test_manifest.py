@@ -117,7 +117,7 @@ BUILT_IN = {
     "hooks": [{"name": "check", "validate": {"columns": [{"name": "id"}]}}],
     "workspace": WORKSPACE,
 }
-SCRATCH_VOLUME = {
+SCRATCH_VOLUME: dict[str, Any] = {
     "volumes": [{"name": "scratch", "emptyDir": {}}, {"name": "ca", "configMap": {"name": "ca"}}],
     "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}, {"name": "ca", "mountPath": "/ca"}],
 }
