@@ -12,7 +12,7 @@ SOURCES := operator tests dev
 
 include $(addprefix dev/mk/,cluster.mk images.mk demo.mk proof.mk)
 
-.PHONY: help test lint format types test-unit test-api test-e2e test-static test-ground clean
+.PHONY: help test lint format types test-unit test-api test-e2e test-docs test-static test-ground clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST) | sort
@@ -22,6 +22,7 @@ help: ## This list
 test: deps ## All tests: lint, types, unit, e2e, api, races
 	@$(MAKE) -j2 test-static test-ground
 	@$(MAKE) -j2 --output-sync=target test-unit test-e2e
+	@$(MAKE) test-docs
 	@$(MAKE) test-api test-race
 
 test-static:
@@ -59,6 +60,9 @@ test-api: $(VENV)/.installed ## Tests against a real API server and simulated no
 
 test-e2e: $(VENV)/.installed ## Tests of the deployed operator and the real images
 	@eval "$$($(DEVCLUSTER) env)" && set -a && . build/images.env && set +a && $(BIN)/pytest tests/e2e
+
+test-docs: $(VENV)/.installed ## What README and docs show, applied and run, and the output compared
+	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest tests/docs
 
 clean: ## Remove what was built here; the caches and the cluster stay
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)

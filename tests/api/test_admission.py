@@ -95,6 +95,10 @@ def mount(path: str, **fields: Any) -> dict[str, Any]:
     }
 
 
+def security(**fields: Any) -> dict[str, Any]:
+    return {"podTemplate": {"securityContext": fields}}
+
+
 def toleration(**fields: Any) -> dict[str, Any]:
     return {"podTemplate": {"tolerations": [fields]}}
 
@@ -339,6 +343,15 @@ RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
         {"podTemplate": {"annotations": {"ingestrun.dev/x": "1"}}},
         "choose other annotations",
     ),
+    "annotation with a profile": (
+        OWN,
+        {"podTemplate": {"annotations": {"container.apparmor.security.beta.kubernetes.io/fetch": "unconfined"}}},
+        "leave AppArmor profiles out",
+    ),
+    "user root": (OWN, security(runAsUser=0), "spec.podTemplate.securityContext.runAsUser"),
+    "no user": (OWN, security(runAsUser=-1), "should be greater than or equal to 1"),
+    "user too large": (OWN, security(runAsUser=2**31), "should be less than or equal to 2147483647"),
+    "SELinux type": (OWN, security(seLinuxOptions={"type": "spc_t"}), "Unsupported value"),
     "volume of two kinds": (
         OWN,
         volume(emptyDir={}, secret={"secretName": "a"}),
@@ -348,12 +361,10 @@ RULES: Final[dict[str, tuple[dict[str, Any], dict[str, Any], str]]] = {
     "volume of the operator": (
         OWN,
         {"podTemplate": {"volumes": [{"name": "workspace", "emptyDir": {}}]}},
-        "the volumes workspace and tmp are the operator's",
+        "choose another name, because the volume workspace is the operator's",
     ),
-    "volume tmp": (OWN, {"podTemplate": {"volumes": [{"name": "tmp", "emptyDir": {}}]}}, "are the operator's"),
-    "mount over the workspace": (OWN, mount("/workspace"), "mount it elsewhere, because /workspace and /tmp"),
+    "mount over the workspace": (OWN, mount("/workspace"), "mount it elsewhere, because /workspace is the operator's"),
     "mount within the workspace": (OWN, mount("/workspace/in"), "mount it elsewhere"),
-    "mount over /tmp": (OWN, mount("/tmp"), "mount it elsewhere"),
     "mount by a detour": (OWN, mount("/data/../workspace"), "give a path without . and .."),
     "mount out of the volume": (OWN, mount("/data", subPath="../up"), "give a path inside the volume"),
     "mount of an unknown volume": (
@@ -581,6 +592,12 @@ def test_what_the_server_stores_is_what_the_model_reads_without_it(cluster: Clus
         "cancellation.force",
         "batches.cursor.step",
         "fetch.securityContext",
+        "podTemplate.securityContext.runAsNonRoot",
+        "podTemplate.securityContext.seccompProfile",
+        "podTemplate.securityContext.sysctls",
+        "podTemplate.securityContext.privileged",
+        "podTemplate.securityContext.seLinuxOptions.user",
+        "podTemplate.hostNetwork",
         "source.http.method",
         "resumeFrom.savedState.phase",
     ],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import yaml
+from dev.cluster.simulated import node
 from kubernetes import client
 
 from tests.api.conftest import REPOSITORY, Cluster, Json, WaitFor, refusal
@@ -116,6 +120,75 @@ def test_an_eviction_is_not_taken_from_the_retries(
     failure = cluster.run(namespace, "drained")["status"]["failures"][-1]
     assert failure["reason"] in ("PodDeleted", "PodLost")
     assert "retry 2 of 10 for disruptions in " in failure["message"]
+
+
+@contextmanager
+def simulated_node(cluster: Cluster, wait_for: WaitFor) -> Iterator[str]:
+    """A node of this test's own, which no other test's pod tolerates."""
+    core: Any = cluster.core
+    body: Any = node(0)
+    name = f"drained-{uuid.uuid4().hex[:8]}"
+    body["metadata"] |= {"name": name, "labels": {"kubernetes.io/hostname": name}}
+    body["spec"] = {"taints": [{"key": "drained", "value": name, "effect": "NoSchedule"}]}
+    core.create_node(body)
+
+    def ready() -> bool:
+        conditions = core.read_node(name).status.conditions or ()
+        return any(condition.type == "Ready" and condition.status == "True" for condition in conditions)
+
+    try:
+        wait_for(ready, 30, f"the node {name}")
+        yield name
+    finally:
+        core.delete_node(name)
+
+
+def on_node(name: str) -> Mapping[str, Any]:
+    return {
+        "nodeSelector": {"kubernetes.io/hostname": name},
+        "tolerations": [{"key": "drained", "operator": "Equal", "value": name, "effect": "NoSchedule"}],
+        "annotations": {"simulate.ingestrun.dev/hold": "true"},
+    }
+
+
+def test_drain_without_flags_evicts_and_the_attempts_are_free(
+    cluster: Cluster,
+    namespace: str,
+    operator: OperatorProcess,
+    wait_for: WaitFor,
+) -> None:
+    with simulated_node(cluster, wait_for) as name:
+        cluster.create_run(
+            namespace,
+            spec(hooks=[], batches={"partitions": {"count": 3}}, retries=0, podTemplate=on_node(name)),
+            name="run",
+        )
+
+        def running() -> bool:
+            return [pod.status.phase for pod in cluster.pods(namespace)] == ["Running"] * 3
+
+        wait_for(running, 60, "three running pods")
+        drain = subprocess.run(
+            [
+                *("kubectl", "--kubeconfig", str(cluster.kubeconfig), "--context", cluster.context),
+                *("drain", name, "--pod-selector=ingestrun.dev/run", "--ignore-daemonsets", "--timeout=60s"),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert drain.returncode == 0, drain.stderr
+        assert drain.stdout.count("evicted") == 3
+
+        def told() -> list[Json]:
+            failures: list[Json] = cluster.run(namespace, "run")["status"].get("failures", [])
+            assert len(failures) == 3
+            return failures
+
+        failures = wait_for(told, 60, "three failed attempts")
+        assert {failure["reason"] for failure in failures} == {"Evicted"}
+        assert all("for disruptions" in failure["message"] for failure in failures)
+        assert cluster.run(namespace, "run")["status"]["phase"] == "Running", "retries: 0, and none was taken"
 
 
 def test_a_stage_that_runs_past_its_deadline_is_tried_again(

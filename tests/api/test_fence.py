@@ -10,7 +10,7 @@ import copy
 import os
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -78,11 +78,11 @@ def labelled_namespace(cluster: Cluster, labels: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def installed(cluster: Cluster, folder: Path) -> Iterator[dict[str, str]]:
-    """The component, effective; gives the labels of a namespace that it holds for."""
+def installed(cluster: Cluster, policies: Sequence[Json]) -> Iterator[dict[str, str]]:
+    """The policies with their bindings, effective; gives the labels of a namespace that they hold for."""
     suffix = uuid.uuid4().hex[:8]
     labels = {SESSION_LABEL: suffix}
-    bodies = component(folder)
+    bodies = list(policies)
     # The bindings last: they name the policies. What mutates comes after the lock, which could not be seen behind it.
     bodies.sort(key=lambda body: (body["kind"].startswith("Mutating"), body["kind"].endswith("Binding")))
     made: list[tuple[str, str]] = []
@@ -130,7 +130,18 @@ def _await_effect(cluster: Cluster, namespace: str, policy: str) -> None:
         run = cluster.run(namespace, "p")
         return post_late(cluster, render(run)) is not None
 
+    def kept_to_cancel() -> bool:
+        if not cluster.runs(namespace):
+            cluster.create_run(namespace, {**minimal, "suspend": True}, name="p")
+            let(cluster, namespace, "prober", verbs=["list", "patch"])
+        try:
+            as_user(cluster, "prober").patch_run(namespace, "p", {"metadata": {"labels": {"try": uuid.uuid4().hex}}})
+        except client.ApiException as error:
+            return int(error.status or 0) == 403
+        return False
+
     checks: dict[str, Callable[[], bool]] = {
+        "ingestrun-canceller": kept_to_cancel,
         "ingestrun-cancel-marks": marks,
         "ingestrun-requested-by": stamped,
         "ingestrun-cancelled-fence": fenced,
@@ -142,7 +153,7 @@ def _await_effect(cluster: Cluster, namespace: str, policy: str) -> None:
 def labels(cluster: Cluster, crd: Json) -> Iterator[dict[str, str]]:
     """Both policies and the stamp, installed."""
     assert crd
-    with installed(cluster, COMPONENT) as found:
+    with installed(cluster, component(COMPONENT)) as found:
         yield found
 
 
@@ -166,11 +177,13 @@ def as_user(cluster: Cluster, user: str) -> Cluster:
     return replace(cluster, api=api)
 
 
-def let(cluster: Cluster, namespace: str, *users: str) -> None:
+ENGINEER: Final = ("create", "get", "list", "patch", "update", "delete")
+
+
+def let(cluster: Cluster, namespace: str, *users: str, verbs: Sequence[str] = ENGINEER) -> None:
     """Let the users do with the namespace's runs what a data engineer may: not write their status."""
     rbac: Any = client.RbacAuthorizationV1Api(cluster.api)
-    verbs = ["create", "get", "list", "patch", "update", "delete"]
-    rules = [{"apiGroups": [names.GROUP], "resources": [names.PLURAL], "verbs": verbs}]
+    rules = [{"apiGroups": [names.GROUP], "resources": [names.PLURAL], "verbs": list(verbs)}]
     rbac.create_namespaced_role(namespace, {"metadata": {"name": "engineer"}, "rules": rules})
     subjects = [{"kind": "User", "name": user, "apiGroup": "rbac.authorization.k8s.io"} for user in users]
     reference = {"kind": "Role", "name": "engineer", "apiGroup": "rbac.authorization.k8s.io"}

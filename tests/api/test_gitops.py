@@ -19,7 +19,7 @@ from kubernetes import client
 from ingestrun.model import names
 from tests.api.conftest import Cluster, Json, WaitFor
 from tests.api.operator_process import OperatorProcess
-from tests.api.test_fence import ANNOTATION, COMPONENT, LABEL, installed, labelled_namespace, operating
+from tests.api.test_fence import ANNOTATION, COMPONENT, LABEL, component, installed, labelled_namespace, operating
 from tests.api.test_runs import (
     Audit,
     assert_nothing_started_after_cancelled,
@@ -41,7 +41,7 @@ UNDONE: Final = (("kubectl", "Apply"), ("kubectl", "Update"), ("before-first-app
 def labels(cluster: Cluster, crd: Json) -> Iterator[dict[str, str]]:
     """The admission policies: what a tool sends must pass them too."""
     assert crd
-    with installed(cluster, COMPONENT) as found:
+    with installed(cluster, component(COMPONENT)) as found:
         yield found
 
 

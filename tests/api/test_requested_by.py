@@ -19,6 +19,7 @@ from tests.api.test_fence import (
     OPERATOR_USER,
     VALIDATING,
     as_user,
+    component,
     installed,
     labelled_namespace,
     let,
@@ -36,7 +37,7 @@ UNMARKED: Final = {"metadata": {"labels": {LABEL: None}}}
 def labels(cluster: Cluster, crd: Json) -> Iterator[dict[str, str]]:
     """The whole component, installed."""
     assert crd
-    with installed(cluster, COMPONENT) as found:
+    with installed(cluster, component(COMPONENT)) as found:
         yield found
 
 
@@ -321,7 +322,7 @@ def test_refused_cancel_leaves_no_mark(cluster: Cluster, namespace: str, alice: 
 def older_labels(cluster: Cluster, crd: Json) -> Iterator[dict[str, str]]:
     """What an older cluster has: nothing that stamps."""
     assert crd
-    with installed(cluster, VALIDATING) as found:
+    with installed(cluster, component(VALIDATING)) as found:
         yield found
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import yaml
 from dev.demo.__main__ import check_job
+from pydantic import ValidationError
 
 from ingestrun import __version__
 from ingestrun.controller.http import tokens
@@ -19,6 +20,7 @@ from ingestrun.controller.watch.handlers import registry
 from ingestrun.kube.client import KubernetesCluster
 from ingestrun.kube.connection import Connection
 from ingestrun.kube.protocol import Cluster, RunKey
+from ingestrun.planner.jobs.manifest import POD_USER
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "manifests" / "base"
@@ -169,7 +171,8 @@ def pod_specs() -> Iterator[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize(("name", "pod"), list(pod_specs()))
 def test_the_pods_pass_restricted_with_a_read_only_root(name: str, pod: dict[str, Any]) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["securityContext"]["runAsUser"] > 0
+    # The operator's is the image's own, or the platform's choice; the next test has the image's.
+    assert "runAsUser" not in pod["securityContext"] if name == NAME else pod["securityContext"]["runAsUser"] > 0
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
     assert all({"hostPath"}.isdisjoint(volume) for volume in pod.get("volumes", []))
@@ -182,6 +185,39 @@ def test_the_pods_pass_restricted_with_a_read_only_root(name: str, pod: dict[str
         }
         assert container["resources"]["requests"].keys() == {"cpu", "memory"}
         assert "memory" in container["resources"]["limits"]
+
+
+def test_the_images_have_a_user_that_is_a_number_and_not_root() -> None:
+    """By a name the kubelet can't tell that it is not root, and refuses to start the pod."""
+    stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    images = [stage for stage in stages if "ENTRYPOINT" in stage]
+    assert [re.findall(r"^USER (.*)$", image, re.MULTILINE) for image in images] == [[f"{POD_USER}:{POD_USER}"]] * 3
+
+
+def test_no_workload_of_the_operator_has_a_user_of_its_own() -> None:
+    """OpenShift's restricted-v2 refuses pods that name another user or group than the namespace's."""
+    (container,) = one(BASE, "Deployment")["spec"]["template"]["spec"]["containers"]
+    pod = one(BASE, "Deployment")["spec"]["template"]["spec"]
+    for context in (pod["securityContext"], container["securityContext"]):
+        assert not {"runAsUser", "runAsGroup", "fsGroup", "supplementalGroups", "seLinuxOptions"} & context.keys()
+
+
+def test_the_component_for_openshift_leaves_the_runs_user_to_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    component = yaml.safe_load((ROOT / "manifests/components/openshift/kustomization.yaml").read_text())
+    (patch,) = component["patches"]
+    assert patch["target"] == {"kind": "Deployment", "name": NAME}
+    (change,) = yaml.safe_load(patch["patch"])
+    assert (change["op"], change["path"]) == ("add", "/spec/template/spec/containers/0/env/-")
+    assert Settings().pod_user == POD_USER
+    monkeypatch.setenv(change["value"]["name"], change["value"]["value"])
+    assert Settings().pod_user == ""
+
+
+@pytest.mark.parametrize("user", ["0", "-1", "root", str(2**31)])
+def test_the_runs_user_is_a_number_and_not_root(user: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INGESTRUN_POD_USER", user)
+    with pytest.raises(ValidationError):
+        Settings()
 
 
 @pytest.mark.parametrize(("folder", "name"), [(BASE, NAMESPACE), (DEMO, "ingest-demo")], ids=["operator", "demo"])

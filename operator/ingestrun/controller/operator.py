@@ -134,6 +134,7 @@ async def _operate(
         cache,
         worker=WorkerImage(name=settings.worker_image, pull_policy=settings.worker_pull_policy),
         instance=instance_name(),
+        user=settings.pod_user or None,
         check=check,
         defer=events.put,
     )

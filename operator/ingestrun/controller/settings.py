@@ -10,6 +10,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ingestrun import __version__
+from ingestrun.planner.jobs.manifest import POD_USER
 from ingestrun.planner.run.fair_sharing import JobLimits
 
 LogFormat = Literal["json", "console"]
@@ -24,6 +25,8 @@ class Settings(BaseSettings):
     worker_image: Annotated[str, Field(min_length=1)] = f"ingestrun/worker:{__version__}"
     """The image of the built-in source, hooks and sink."""
     worker_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    pod_user: Annotated[int, Field(ge=1, le=2**31 - 1)] | Literal[""] = POD_USER
+    """User, group and file group of the pods whose run has no `podTemplate.securityContext`; empty: the platform's."""
     namespaces: Annotated[str, NoDecode] = ""
     """The namespaces to watch, separated by commas; empty: all of the cluster."""
     lease_name: str = "ingestrun-operator"

@@ -38,6 +38,7 @@ QUEUE_LABELS: Final = (LABEL_QUEUE, "kueue.x-k8s.io/priority-class")
 ANNOTATION_CHECKPOINT: Final = f"{GROUP}/checkpoint"
 """On a Job: the state of its batch when it was created (`status.Checkpoint`), because the Jobs before it may vanish."""
 ANNOTATION_REQUESTED_BY: Final = f"{GROUP}/cancel-requested-by"
+ANNOTATION_SAFE_TO_EVICT: Final = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes"
 
 _HASH_CHARS: Final = 10
 

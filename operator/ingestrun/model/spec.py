@@ -99,12 +99,40 @@ class Hook(StageSettings):
         return self
 
 
+UserId = Annotated[int, Field(ge=1, le=2**31 - 1)]
+GroupId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class SELinuxOptions(KubeModel):
+    """The SELinux context of the pods, as far as pod security `restricted` allows one to be set."""
+
+    level: Annotated[str, StringConstraints(min_length=1, max_length=255)] | None = None
+    type: (
+        Annotated[
+            str, StringConstraints(pattern=r"^(container_t|container_init_t|container_kvm_t|container_engine_t)$")
+        ]
+        | None
+    ) = None
+
+
+class PodSecurityContext(KubeModel):
+    """Users and groups of the pods. It replaces the default as a whole: what is unset, the platform chooses."""
+
+    run_as_user: UserId | None = None
+    run_as_group: GroupId | None = None
+    fs_group: GroupId | None = None
+    fs_group_change_policy: Annotated[str, StringConstraints(pattern=r"^(Always|OnRootMismatch)$")] | None = None
+    supplemental_groups: Annotated[list[GroupId], Field(max_length=32)] = []
+    se_linux_options: SELinuxOptions | None = None
+
+
 class PodTemplate(KubeModel):
     """Settings that the pods of all stages share."""
 
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
     service_account_name: ObjectName | None = None
+    security_context: PodSecurityContext | None = None
     node_selector: dict[str, str] = {}
     tolerations: list[dict[str, Any]] = []
     image_pull_secrets: list[LocalObjectReference] = []

@@ -1,4 +1,4 @@
-"""Shortening texts for fields that have a limit."""
+"""Shortening texts for fields that have a limit, and counts in sentences."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def truncate_bytes(text: str, limit: int) -> str:
         return text
     beginning = encoded[: max(0, limit - len(_ELLIPSIS.encode()))].decode(errors="ignore")
     return beginning + _ELLIPSIS if beginning else ""
+
+
+def pluralize(number: int, one: str, many: str | None = None) -> str:
+    """Return the number with the noun that fits it; `many` is by default `one` with an s."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"

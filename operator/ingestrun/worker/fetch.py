@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
+from ingestrun.model.text import pluralize
 from ingestrun.model.worker import Source
 from ingestrun.worker.context import Context, parse_config
 from ingestrun.worker.errors import PermanentError
@@ -51,7 +52,7 @@ def fetch(context: Context, stop: Stop) -> StageResult:
     with open_output(directory, stop, limit) as output:
         cursor = reader.read(limit, output)
         if limit is not None and output.rows > limit:
-            raise AssertionError(f"{output.rows} records read, {limit} allowed")
+            raise AssertionError(f"{pluralize(output.rows, 'record')} read, {limit} allowed")
         if cursor is not None and len(cursor) > contract.CURSOR_MAX_CHARS:
             raise PermanentError(
                 f"the cursor to go on from has {len(cursor)} characters, at most {contract.CURSOR_MAX_CHARS} "

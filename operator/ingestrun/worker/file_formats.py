@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ingestrun.model.text import pluralize
 from ingestrun.model.worker import FileFormat, FilesSource
 from ingestrun.worker.columns import TEXT, parse_json, table_from_records
 from ingestrun.worker.errors import PermanentError
@@ -135,7 +136,10 @@ def _csv_rows(lines: _LineReader, name: str, delimiter: str, width: int) -> Iter
         if not row:
             continue
         if len(row) != width:
-            raise PermanentError(f"{name}, line {first_line}: {len(row)} values where the header has {width} columns")
+            raise PermanentError(
+                f"{name}, line {first_line}: {pluralize(len(row), 'value')} "
+                f"where the header has {pluralize(width, 'column')}"
+            )
         yield row
 
 
@@ -216,5 +220,7 @@ def read_parquet(
             raise  # an error of the disk or the volume, not of the file's content
         raise PermanentError(f"{name} is no Parquet file, or not a whole one ({type(error).__name__})") from None
     if remaining:
-        raise PermanentError(f"{name}: its footer speaks of {total} rows, {remaining} of them are not there")
+        raise PermanentError(
+            f"{name}: its footer speaks of {pluralize(total, 'row')}, {remaining} of them are not there"
+        )
     return end == total, FileOffset(row=end)

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Final
 import fsspec
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
+from ingestrun.model.text import pluralize
 from ingestrun.model.worker import FileFormat, FilesSource
 from ingestrun.worker.context import PARTITION_PLACEHOLDER, Context
 from ingestrun.worker.errors import PermanentError, SourceChangedError
@@ -169,7 +170,7 @@ class FilesReader:
             )
         if self._files[index].size != position.size:
             raise SourceChangedError(
-                f"{position.file} had {position.size} bytes and has now {self._files[index].size}: "
+                f"{position.file} had {pluralize(position.size, 'byte')} and has now {self._files[index].size}: "
                 "a file must not change while it is read"
             )
         return index, FileOffset(position.offset, position.row, position.line)

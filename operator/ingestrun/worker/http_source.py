@@ -10,6 +10,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
+from ingestrun.model.text import pluralize
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION, HttpSource
 from ingestrun.worker.columns import parse_json, table_from_records
 from ingestrun.worker.context import PARTITION_PLACEHOLDER, Context
@@ -142,7 +143,7 @@ class PageClient:
             # source really sends no JSON, it only costs a few attempts.
             content_type = response.headers.get("content-type", "no content-type")[:60]
             raise RetryableError(
-                f"{where}: the page is not JSON ({len(response.content)} bytes, {content_type})"
+                f"{where}: the page is not JSON ({pluralize(len(response.content), 'byte')}, {content_type})"
             ) from None
         found = value_at(body, records)
         if is_absent(found) or not isinstance(found, list):

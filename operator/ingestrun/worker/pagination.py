@@ -14,6 +14,7 @@ from urllib.parse import urljoin, urlsplit
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
+from ingestrun.model.text import pluralize
 from ingestrun.model.worker import CursorPagination, HttpSource, LinkPagination, OffsetPagination, PagePagination
 from ingestrun.worker.errors import NoProgressError, PermanentError, RetryableError
 
@@ -161,7 +162,7 @@ def _parse_cursor(kind: type[_Position], cursor: str) -> _Position:
 
 def _page_shrank(where: str, taken: int, now: int) -> RetryableError:
     return RetryableError(
-        f"{where}: the batch before took {taken} records of this page, now it has {now}: "
+        f"{where}: the batch before took {pluralize(taken, 'record')} of this page, now it has {now}: "
         "the source changed under the run"
     )
 
@@ -195,7 +196,7 @@ class PagePager(_Pager[PagePagination]):
         position = _parse_cursor(PagePosition, cursor)
         if position.size != size:
             raise PermanentError(
-                f"the cursor counts pages of {position.size} records, pageSize is {size}: "
+                f"the cursor counts pages of {pluralize(position.size, 'record')}, pageSize is {size}: "
                 "a page number means nothing under another size"
             )
         return position

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from ingestrun.model.contract import ENV_CURSOR, PARTITION_MAX_BYTES
+from ingestrun.model.text import pluralize
 from ingestrun.worker.context import Context
 from ingestrun.worker.errors import PermanentError, SourceChangedError
 
@@ -66,8 +67,8 @@ def read_line(
             own = _without_carriage_return(block.split(b"\n")[index - number])
     if own is None or total != count:
         raise PermanentError(
-            f"{shown} has {total} lines, and batches.partitions.count is {count}: they must agree, and the list must "
-            "not change while the run goes on"
+            f"{shown} has {pluralize(total, 'line')}, and batches.partitions.count is {count}: they must agree, "
+            "and the list must not change while the run goes on"
         )
     value = _decode_line(own, shown, index)
     first = _first_occurrence(path, shown, own)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
+from ingestrun.model.text import pluralize
 from ingestrun.model.worker import Sink
 from ingestrun.worker.context import Context, parse_config, parse_key
 from ingestrun.worker.errors import PermanentError, RetryableError
@@ -123,7 +124,9 @@ def _audit(path: Path, rows: int, key: str) -> None:
         name = type(error).__name__
         raise RetryableError(f"the audit could not read the file back ({name}), nothing was published") from None
     if found != (key, rows) or read != rows:
-        raise RetryableError(f"the audit found {read} rows where {rows} were written, nothing was published")
+        raise RetryableError(
+            f"the audit found {pluralize(read, 'row')} where {rows} were written, nothing was published"
+        )
 
 
 def _verify_published(target: Path, rows: int, key: str) -> None:
@@ -135,8 +138,9 @@ def _verify_published(target: Path, rows: int, key: str) -> None:
     found = _read_footer(target)
     if found != (key, rows):
         raise PermanentError(
-            f"{target.name} stands published with {found[1]} rows of key {found[0]!r}, this attempt has {rows} "
-            f"of {key!r}: the source or a hook gave other rows than before; what is published was left as it is"
+            f"{target.name} stands published with {pluralize(found[1], 'row')} of key {found[0]!r}, this "
+            f"attempt has {rows} of {key!r}: the source or a hook gave other rows than before; "
+            "what is published was left as it is"
         )
 
 

@@ -7,6 +7,8 @@ from time import sleep
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
+from ingestrun.model.text import pluralize
+
 if TYPE_CHECKING:
     from ingestrun.worker.cancellation import CancellationClient
 
@@ -76,8 +78,9 @@ class Stop:
         if self._sigterm_received:
             raise Stopped
         if reason is not None:
-            of_total = "" if self._rows_total is None else f" of {self._rows_total}"
-            raise Cancelled(f"{reason}, stopped after {self._rows_read}{of_total} rows", self._rows_read)
+            read, total = self._rows_read, self._rows_total
+            rows = pluralize(read, "row") if total is None else f"{read} of {pluralize(total, 'row')}"
+            raise Cancelled(f"{reason}, stopped after {rows}", read)
 
     def wait(self, seconds: float) -> None:
         """Sleep, with a check every two seconds and at the end. Raises as `raise_if_stopped` does."""

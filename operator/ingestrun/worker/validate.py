@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
+from ingestrun.model.text import pluralize
 from ingestrun.model.worker import ColumnRule, ColumnType, Validate
 from ingestrun.worker import casting
 from ingestrun.worker.context import Context
@@ -57,11 +58,13 @@ def validate(rules: Validate, context: Context, stop: Stop) -> StageResult:
                 read, written, rejected = read + table.num_rows, written + valid.num_rows, rejected + invalid.num_rows
         stop.set_progress(read, source.rows)
         if read != source.rows or read != written + rejected:
-            raise AssertionError(f"{source.rows} rows came in, {read} were read, {written} kept, {rejected} rejected")
+            raise AssertionError(
+                f"{pluralize(source.rows, 'row')} came in, {read} read, {written} kept, {rejected} rejected"
+            )
         if rules.max_rejected is not None and rejected > rules.max_rejected:
             quarantine.close()
             raise PermanentError(
-                f"{rejected} of {read} rows break the rules, maxRejected is {rules.max_rejected}; "
+                f"{rejected} of {pluralize(read, 'row')} broke the rules, maxRejected is {rules.max_rejected}; "
                 f"they are kept in {rejects}, each with its reason",
                 read=read,
                 rejected=rejected,

@@ -137,7 +137,7 @@ def test_absolute_paths_and_uris(bench: Bench, tmp_path: Path) -> None:
         ("a.csv", b"", "a.csv is empty (0 bytes)"),
         ("a.csv", b"\n", "a.csv has no header line"),
         ("a.csv", b"x,y\n1,2\n1,2,3\n", "a.csv, line 3: 3 values where the header has 2 columns"),
-        ("a.csv", b'x,y\n"1\n1",2\n\n7\n', "a.csv, line 5: 1 values"),
+        ("a.csv", b'x,y\n"1\n1",2\n\n7\n', "a.csv, line 5: 1 value where"),
         ("a.csv", b'x,y\n1,2\n"1,2\n3,4\n', "a.csv, line 3: unexpected end of data"),
         ("a.csv", b"x,x\n1,2\n", "two columns are named 'x'"),
         ("a.csv", b"x,y\n1,\xff\n", "a.csv, line 2: not UTF-8"),

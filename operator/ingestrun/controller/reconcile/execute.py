@@ -323,12 +323,14 @@ class JobCreator:
         cache: RunCache,
         *,
         worker: WorkerImage,
+        user: int | None,
         check: CheckEndpointFor | None,
         clock: Callable[[], datetime],
     ) -> None:
         self._cluster = cluster
         self._cache = cache
         self._worker = worker
+        self._user = user
         self._check = check
         self._clock = clock
 
@@ -339,7 +341,7 @@ class JobCreator:
         """
         attempt, namespace = create.attempt, run.metadata.namespace
         check = self._check(run, attempt.step.deadline_seconds) if self._check is not None else None
-        manifest = job_manifest(run, create, worker=self._worker, check=check)
+        manifest = job_manifest(run, create, worker=self._worker, check=check, user=self._user)
         name = manifest["metadata"]["name"]
         try:
             job = await self._create_or_find(manifest)

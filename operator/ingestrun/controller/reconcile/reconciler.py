@@ -21,7 +21,7 @@ from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model.run import IngestRun
 from ingestrun.planner.actions import Plan, Predecessor
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
-from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage, job_name
+from ingestrun.planner.jobs.manifest import POD_USER, CheckEndpointFor, WorkerImage, job_name
 from ingestrun.planner.plan import plan
 from ingestrun.planner.run.concurrency import ConcurrentRun
 from ingestrun.planner.snapshot import Snapshot
@@ -44,6 +44,7 @@ class Reconciler:
         *,
         worker: WorkerImage,
         instance: str,
+        user: int | None = POD_USER,
         check: CheckEndpointFor | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         drain_pause_seconds: float = DRAIN_PAUSE_SECONDS,
@@ -58,7 +59,7 @@ class Reconciler:
         self._executor = Executor(
             cluster,
             cache,
-            JobCreator(cluster, cache, worker=worker, check=check, clock=clock),
+            JobCreator(cluster, cache, worker=worker, user=user, check=check, clock=clock),
             EventRecorder(cluster, instance=instance, clock=clock, defer=defer),
             self._concurrency,
             clock=clock,

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from ingestrun.model.quantity import QuantityError, read_bytes, render_bytes
 from ingestrun.model.spec import Backoff, OutOfMemory
+from ingestrun.model.text import pluralize
 from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.failure_policy import Failure, FailureAction, RetryBudget, rule_of
 
@@ -157,7 +158,8 @@ def _retry_with_more_memory(
     elif more is None:
         why_not = f"it had {had}, and outOfMemory.maxMemory of {settings.max_memory} allows no more"
     elif used.memory >= settings.retries:
-        why_not = f"it had {had}, after {used.memory} of {settings.retries} retries with more memory"
+        retries = pluralize(settings.retries, "retry", "retries")
+        why_not = f"it had {had}, after {used.memory} of {retries} with more memory"
     else:
         delay = retry_delay(policy.backoff, identity=identity, attempt=used.memory)
         return RetryDecision(

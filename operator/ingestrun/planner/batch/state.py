@@ -17,7 +17,7 @@ from ingestrun.model.resume import UnpublishedBatch, cursor_digest, mark_of_curs
 from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.spec import Backoff, OutOfMemory, PodStart
 from ingestrun.model.status import AttemptId, Checkpoint, StageFailure
-from ingestrun.model.text import truncate
+from ingestrun.model.text import pluralize, truncate
 from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.failure_policy import Failure, outcome_of
 from ingestrun.planner.batch.obstacle import Obstacle
@@ -440,7 +440,7 @@ def _fetch_failure(context: BatchContext, index: int, result: StageResult) -> Fa
     if context.fetch_limit is not None and result.read > context.fetch_limit:
         return Failure(
             reason="LimitExceeded",
-            message=f"read {result.read} records, at most {context.fetch_limit} were asked for",
+            message=f"read {pluralize(result.read, 'record')}, at most {context.fetch_limit} were asked for",
         )
     if context.chained and not result.exhausted:
         if result.next_cursor is None:
@@ -493,7 +493,7 @@ def _source_changed(before: UnpublishedBatch, result: StageResult) -> Failure | 
     """Return a failure if a replayed batch does not end where the next one began, as rows would be lost or repeated."""
     cursor = result.next_cursor
     if result.read != before.read:
-        what = f"read {result.read} records where the run that is resumed read {before.read}"
+        what = f"read {pluralize(result.read, 'record')} where the run that is resumed read {before.read}"
     elif before.next is not None and cursor is not None and cursor_digest(cursor) != before.next:
         what = "ended at another cursor than in the run that is resumed"
     else:
@@ -507,11 +507,11 @@ def _row_mismatch(step: Step, result: StageResult, handed_on: int | None) -> Fai
     if handed_on is not None and result.read != handed_on:
         return Failure(
             reason="RowsMismatch",
-            message=f"read {result.read} rows of the {handed_on} that the stage before handed on",
+            message=f"read {pluralize(result.read, 'row')} of the {handed_on} that the stage before handed on",
         )
     if step.stage is not Stage.FETCH and result.read != result.written + result.rejected:
         return Failure(
             reason="RowsMismatch",
-            message=f"read {result.read} rows, but wrote {result.written} and rejected {result.rejected}",
+            message=f"read {pluralize(result.read, 'row')}, but wrote {result.written} and rejected {result.rejected}",
         )
     return None

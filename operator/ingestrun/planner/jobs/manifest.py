@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -22,7 +22,9 @@ from ingestrun.planner.batch.state import NextAttempt
 from ingestrun.planner.jobs.image_pins import image_of
 
 WORKER_RESOURCES: Final = {"requests": {"cpu": "100m", "memory": "192Mi"}, "limits": {"memory": "1Gi"}}
-WORKER_USER: Final = 65532
+POD_USER: Final = 65532
+"""User and group of the pods, where neither the run nor the operator's settings say otherwise; that of our images."""
+SCRATCH: Final = "/tmp"  # noqa: S108  (a path in the container)
 _LABEL_VALUE: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 
@@ -47,9 +49,14 @@ CheckEndpointFor = Callable[[IngestRun, int], CheckEndpoint | None]
 
 
 def job_manifest(
-    run: IngestRun, create: CreateJob, *, worker: WorkerImage, check: CheckEndpoint | None = None
+    run: IngestRun,
+    create: CreateJob,
+    *,
+    worker: WorkerImage,
+    check: CheckEndpoint | None = None,
+    user: int | None = POD_USER,
 ) -> dict[str, Any]:
-    """Return the Job to create.
+    """Return the Job to create; `user`: the pod's user and group if the run sets none, None leaves them out.
 
     `backoffLimit: 0` and `restartPolicy: Never`, because the planner alone retries, so that no retry follows a
     cancel. Pods are restricted, without a service-account token, and owned by the run through their Job.
@@ -63,17 +70,12 @@ def job_manifest(
         "activeDeadlineSeconds": attempt.step.deadline_seconds,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": WORKER_USER,
-            "runAsGroup": WORKER_USER,
-            "fsGroup": WORKER_USER,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": _security_context(run, user),
         "containers": [_container(run, create, worker, check)],
-        "volumes": [{"name": "tmp", "emptyDir": {}}, *_workspace_volume(run), *template.volumes],
     }
+    if volumes := [*_workspace_volume(run), *template.volumes]:
+        pod_spec["volumes"] = volumes
+    annotations = {**_evictable(template.volumes), **template.annotations}
     for key, value in (
         ("serviceAccountName", template.service_account_name),
         ("nodeSelector", template.node_selector),
@@ -102,7 +104,7 @@ def job_manifest(
             "template": {
                 "metadata": {
                     "labels": {**template.labels, **labels},
-                    **({"annotations": template.annotations} if template.annotations else {}),
+                    **({"annotations": annotations} if annotations else {}),
                 },
                 "spec": pod_spec,
             },
@@ -187,8 +189,35 @@ def _json(checkpoint: Checkpoint) -> str:
     return checkpoint.model_dump_json(by_alias=True, exclude_none=True)
 
 
+def _security_context(run: IngestRun, user: int | None) -> dict[str, Any]:
+    """Return the pod's security context: the run's own in place of the default, and what pod security insists on."""
+    own = run.spec.pod_template.security_context
+    if own is not None:
+        chosen = own.model_dump(by_alias=True, exclude_unset=True)
+    elif user is not None:
+        chosen = {"runAsUser": user, "runAsGroup": user, "fsGroup": user}
+    else:
+        chosen = {}
+    return {
+        "fsGroupChangePolicy": "OnRootMismatch",
+        **chosen,
+        "runAsNonRoot": True,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
 def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: CheckEndpoint | None) -> dict[str, Any]:
+    """Return the stage's container.
+
+    It brings no volume for `/tmp`, because `kubectl drain` stops at any pod with an `emptyDir`. The built-in worker
+    writes into the workspace alone. A container of the user may need one, so its root file system is read-only only
+    where the run mounts a volume there.
+    """
     step, own = create.attempt.step, create.attempt.step.container
+    mounts: list[dict[str, Any]] = [
+        *([{"name": "workspace", "mountPath": k.WORKSPACE_MOUNT}] if run.spec.workspace else []),
+        *run.spec.pod_template.volume_mounts,
+    ]
     container: dict[str, Any] = {
         "name": own_container_name(job_labels(run, create)),
         "image": image_of(run, step, worker=worker.name, worker_policy=worker.pull_policy),
@@ -197,15 +226,12 @@ def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: Ch
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
             "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
+            "readOnlyRootFilesystem": own is None or any(mount["mountPath"] == SCRATCH for mount in mounts),
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": [
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108  (the pod's own emptyDir)
-            *([{"name": "workspace", "mountPath": k.WORKSPACE_MOUNT}] if run.spec.workspace else []),
-            *run.spec.pod_template.volume_mounts,
-        ],
     }
+    if mounts:
+        container["volumeMounts"] = mounts
     resources = _resources(create)
     if resources:
         container["resources"] = resources
@@ -221,6 +247,12 @@ def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: Ch
         if value:
             container[key] = value
     return container
+
+
+def _evictable(volumes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the annotation that lets the cluster autoscaler evict a pod with an `emptyDir`: its attempt runs again."""
+    local = [volume["name"] for volume in volumes if "emptyDir" in volume]
+    return {names.ANNOTATION_SAFE_TO_EVICT: ",".join(local)} if local else {}
 
 
 def _resources(create: CreateJob) -> Mapping[str, Any]:

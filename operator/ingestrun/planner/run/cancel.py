@@ -7,14 +7,14 @@ from ingestrun.model.run import IngestRun
 from ingestrun.model.size_budget import REASON_CHARS, REQUESTER_CHARS
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import AttemptId, CancellationStatus, Phase
-from ingestrun.model.text import truncate
+from ingestrun.model.text import pluralize, truncate
 from ingestrun.planner.actions import CancelCause, CancelledParent, Decision, Plan
 from ingestrun.planner.batch.ledger import claimable, next_claims
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.events import Event, warning
-from ingestrun.planner.status.writer import backpressure_over, pluralize
+from ingestrun.planner.status.writer import backpressure_over
 
 
 def cancel(snapshot: Snapshot, *, cause: CancelCause | None = None) -> Decision:

@@ -12,6 +12,7 @@ from ingestrun.model.run import IngestRun
 from ingestrun.model.size_budget import MAX_FAILED_BATCHES
 from ingestrun.model.spec import OnBatchFailure
 from ingestrun.model.status import IngestRunStatus, Phase, StageFailure
+from ingestrun.model.text import pluralize
 from ingestrun.planner.actions import CancelCause, Decision, Plan
 from ingestrun.planner.batch.attempt import JobState
 from ingestrun.planner.batch.ledger import claimable
@@ -37,9 +38,13 @@ def completion_of(snapshot: Snapshot) -> Decision | None:
         return None
     if not status.batches.published:
         last = f"; the last: {describe_failure(status.failures[-1])}" if status.failures else ""
-        message = f"all {len(status.batches.failed)} batches failed{last}"
+        message = f"{_batches(len(status.batches.failed))} failed, and none was published{last}"
         return failed(snapshot, status, "AllBatchesFailed", message)
     return _succeeded(snapshot, status)
+
+
+def _batches(number: int) -> str:
+    return pluralize(number, "batch", "batches")
 
 
 def _reasons_to_fail(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
@@ -57,7 +62,7 @@ def _reasons_to_fail(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
         if allowed == 0:
             yield "BatchFailed", last
         else:
-            yield "TooManyFailedBatches", f"{count} batches failed, {allowed} are allowed; {last}"
+            yield "TooManyFailedBatches", f"{_batches(count)} failed, at most {allowed} may; {last}"
     deadline = deadline_of(run, status, now=snapshot.now)
     if deadline is not None and snapshot.now >= deadline:
         seconds = run.spec.active_deadline_seconds
@@ -81,9 +86,9 @@ def _allowed_failures(run: IngestRun) -> int:
 
 def _succeeded(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
     failed_batches = len(status.batches.failed)
-    message = f"{status.records.published} records published in {len(status.batches.published)} batches"
+    message = f"{pluralize(status.records.published, 'record')} published in {_batches(len(status.batches.published))}"
     if failed_batches:
-        message += f"; {failed_batches} batches failed ({status.batches.failed})"
+        message += f"; {_batches(failed_batches)} failed ({status.batches.failed})"
     left = left_running_words(attempt.pod for attempt in snapshot.attempts if attempt.pod is not None)
     reason = "CompletedWithFailedBatches" if failed_batches else "Completed"
     return Decision(

@@ -26,6 +26,7 @@ from ingestrun.model.status import (
     OnCancelStatus,
     Phase,
 )
+from ingestrun.model.text import pluralize
 from ingestrun.planner.actions import ChildRun, CreateJob, Decision, DeleteJob, DeleteJobs, DeletePod, Plan
 from ingestrun.planner.batch.attempt import JOB_DELETED, Attempt, JobState, ObservedPod
 from ingestrun.planner.batch.failure_policy import Failure, outcome_of
@@ -39,7 +40,6 @@ from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.events import Event
-from ingestrun.planner.status.writer import pluralize
 
 DRAIN_RECHECK: Final = timedelta(seconds=15)
 SWEEP_AFTER: Final = timedelta(seconds=60)

@@ -26,6 +26,7 @@ from ingestrun.model.resume import SavedState
 from ingestrun.model.run import IngestRun
 from ingestrun.model.size_budget import SAVED_STATE_BYTES, UNPUBLISHED_BYTES
 from ingestrun.model.status import BatchesStatus, IngestRunStatus, Phase, ResumedByStatus, ResumedFromStatus
+from ingestrun.model.text import pluralize
 from ingestrun.planner.actions import ClaimPredecessor, Decision, Plan, Predecessor
 from ingestrun.planner.batch.ledger import claimable
 from ingestrun.planner.run.completion import failed
@@ -41,7 +42,7 @@ from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.events import Event, normal
-from ingestrun.planner.status.writer import active_conditions, pluralize, saved_state_bytes
+from ingestrun.planner.status.writer import active_conditions, saved_state_bytes
 
 RECHECK: Final = timedelta(seconds=15)
 """Interval at which a waiting run looks at the run it waits for, in case an event is lost."""

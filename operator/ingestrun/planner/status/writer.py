@@ -78,11 +78,6 @@ def describe_failure(failure: StageFailure) -> str:
     return text[: MESSAGE_CHARS - _END_CHARS - 1] + "…" + text[-_END_CHARS:]
 
 
-def pluralize(number: int, one: str, many: str) -> str:
-    """Return the number with the noun that fits it."""
-    return f"{number} {one if number == 1 else many}"
-
-
 def saved_state_bytes(spec: IngestRunSpec) -> int:
     """Return the number of bytes that the spec's saved state takes in the object."""
     state = spec.resume_from.saved_state if spec.resume_from is not None else None

@@ -79,7 +79,7 @@ def test_disruptions_are_free_only_so_often() -> None:
         (256, "600Mi", 3, [512, 600], "it had 600Mi, and outOfMemory.maxMemory of 600Mi allows no more"),
         (256, "256Mi", 3, [], "it had 256Mi, and outOfMemory.maxMemory of 256Mi allows no more"),
         (256, "100Mi", 3, [], "it had 256Mi, and outOfMemory.maxMemory of 100Mi allows no more"),
-        (256, 1024 * MI, 1, [512], "it had 512Mi, after 1 of 1 retries with more memory"),
+        (256, 1024 * MI, 1, [512], "it had 512Mi, after 1 of 1 retry with more memory"),
     ],
 )
 def test_memory_doubles_up_to_the_cap(had: int, cap: str | int, retries: int, limits: list[int], end: str) -> None:
