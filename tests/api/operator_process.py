@@ -14,9 +14,10 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from datetime import datetime, timedelta, tzinfo
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 ROOT: Final = Path(__file__).parents[2]
 START_SECONDS: Final = 180
@@ -25,14 +26,31 @@ FORKS: Final = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["ingestrun.controller.main"])
 
 
-def _run(arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _set_clock(ahead: timedelta) -> None:
+    """Put the wall clock of this process ahead, or back, as the operator's own modules read it."""
+
+    class Shifted(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls.fromtimestamp((datetime.now(tz) + ahead).timestamp(), tz)
+
+    right = time.time
+    time.time = lambda: right() + ahead.total_seconds()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ingestrun.") and getattr(module, "datetime", None) is datetime:
+            vars(module)["datetime"] = Shifted
+
+
+def _run(arguments: list[str], environment: dict[str, str], log: str, ahead: timedelta) -> None:
     """The body of the forked process: the command, with this environment, all it says in this file."""
     os.environ.clear()
     os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for standard in (1, 2):
         os.dup2(out, standard)
-    sys.exit(importlib.import_module("ingestrun.controller.main").main(arguments))
+    main = importlib.import_module("ingestrun.controller.main").main
+    _set_clock(ahead)
+    sys.exit(main(arguments))
 
 
 class OperatorProcess:
@@ -47,8 +65,13 @@ class OperatorProcess:
         log: Path,
         settings: Mapping[str, str] | None = None,
         elect: bool = False,
+        ahead: timedelta = timedelta(),
     ) -> None:
-        """`settings`: environment variables on top of these here. `elect`: with the lease, as deployed."""
+        """`settings`: environment variables on top of these here. `elect`: with the lease, as deployed.
+
+        `ahead`: how wrong its wall clock is.
+        """
+        self._ahead = ahead
         self.log = log
         self._arguments = [
             *("run", "--dev"),
@@ -69,7 +92,8 @@ class OperatorProcess:
         """Start it, with `elect` as a candidate for the lease, and wait until it leads if it is to."""
         leading = len(self.lines("leading"))
         arguments = [*self._arguments, *(["--lease"] if elect else [])]
-        self._process = FORKS.Process(target=_run, args=(arguments, self._environment, str(self.log)), daemon=True)
+        given = (arguments, self._environment, str(self.log), self._ahead)
+        self._process = FORKS.Process(target=_run, args=given, daemon=True)
         self._process.start()
         if not leads:
             return

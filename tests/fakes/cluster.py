@@ -46,6 +46,9 @@ _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
+Backup = tuple[int, dict[Kind, dict[tuple[str, str], Json]]]
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """One call of the operator, as the audit log has it."""
@@ -461,6 +464,21 @@ class FakeCluster(Cluster):
         """A merge patch of labels and annotations; of the managedFields, as the server would have kept them."""
         assert patch.keys() <= {"labels", "annotations", "managedFields"}, patch
         return self._change_run(key, {"metadata": dict(patch)})
+
+    def user_patch_status(self, key: RunKey, patch: Object) -> Json:
+        """A merge patch of the status by a person, or by another version of the operator under a newer CRD."""
+        run = self._find("IngestRun", key.namespace, key.name)
+        self._store("IngestRun", shapes.merge_patch(run, {"status": dict(patch)}), "MODIFIED")
+        return self.run(key)
+
+    def backup(self) -> Backup:
+        """What is stored now, as a snapshot of etcd has it."""
+        return self.revision, shapes.copied(self._objects)
+
+    def restore(self, backup: Backup) -> None:
+        """Put a snapshot back: resourceVersions go on from its own, and no watcher is told of it."""
+        self.revision, objects = backup
+        self._objects = shapes.copied(objects)
 
     def user_delete_run(self, key: RunKey) -> None:
         """`kubectl delete`: its Jobs and their pods go with it, by owner reference."""

@@ -15,7 +15,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from ingestrun.controller import logs
-from ingestrun.controller.operator import Access, run
+from ingestrun.controller.operator import Access, BeginAnewError, run
 from ingestrun.controller.settings import Settings
 from ingestrun.kube.errors import KubeError
 from ingestrun.kube.leader_election import LeaseLost
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # All work must have ended once the lease is lost, so there is no clean-up and no waiting.
         print(f"ingestrun-operator: {lost}", file=sys.stderr, flush=True)  # noqa: T201
         os._exit(EXIT_LEASE_LOST)
-    except (KubeError, OSError) as error:
+    except (BeginAnewError, KubeError, OSError) as error:
         print(f"ingestrun-operator: {error}", file=sys.stderr)  # noqa: T201
         return 1
 

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import NoReturn
 
 import kopf
 import structlog
@@ -41,6 +42,10 @@ CREDENTIALS_LIFETIME = timedelta(minutes=10)
 """Time after which kopf asks for new credentials, because bound tokens are rotated and kopf reads a token once."""
 
 
+class BeginAnewError(Exception):
+    """Something has happened after which a new process has to begin with what there is: it needs no memory."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
     """Access to the API server: the service account, or a kubeconfig and a context in it."""
@@ -60,6 +65,8 @@ class Access:
 
 async def run(settings: Settings, access: Access, *, elect: bool) -> int:
     """Run one replica until SIGTERM or SIGINT and return the exit code. Raises KubeError without credentials.
+
+    Raises BeginAnewError when the process has to begin anew; the lease is given back.
 
     Without `elect` (development alone) it acts at once: two such processes would act side by side.
     A LeaseLost is raised unchanged, because the caller has to end the process at once.
@@ -116,7 +123,7 @@ async def _serve_api(
     ending.push_async_callback(connection.close)
     cluster = KubernetesCluster(connection)
     key = CheckKey(cluster, namespace=settings.lease_namespace, alone=not access.in_cluster)
-    api = CancellationCheckServer(cluster, key, url=settings.api_url)
+    api = CancellationCheckServer(cluster, key, url=settings.api_url, clock=connection.clock.now)
     ending.push_async_callback(api.close)
     await api.serve(settings.api_port)
     return api
@@ -135,6 +142,7 @@ async def _operate(
         worker=WorkerImage(name=settings.worker_image, pull_policy=settings.worker_pull_policy),
         instance=instance_name(),
         user=settings.pod_user or None,
+        clock=cluster.connection.clock.now,
         check=check,
         defer=events.put,
     )
@@ -163,13 +171,17 @@ async def _operate(
 
     async def watch() -> None:
         await listed.wait()
-        await kopf.operator(
-            registry=handlers,
-            settings=operator_settings(),
-            standalone=True,
-            clusterwide=not settings.namespace_list,
-            namespaces=settings.namespace_list,
-        )
+        try:
+            await kopf.operator(
+                registry=handlers,
+                settings=operator_settings(),
+                standalone=True,
+                clusterwide=not settings.namespace_list,
+                namespaces=settings.namespace_list,
+            )
+        except Exception as error:
+            # Such as "Too large resource version" after a restore; new watches begin with a list.
+            raise BeginAnewError(f"the watches have ended, to begin anew: {error}") from error
 
     resync = asyncio.create_task(
         resync_forever(cluster, cache, queue, seconds=settings.resync_seconds, health=health, tried=listed),
@@ -177,16 +189,27 @@ async def _operate(
     )
     watching = asyncio.create_task(watch(), name="kopf")
     collecting = asyncio.create_task(orphans.run(), name="orphans")
+    restored = asyncio.create_task(_end_when_restored(cache), name="restored")
+    tasks = (resync, watching, collecting, restored)
     try:
-        await asyncio.wait({resync, watching, collecting}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in (resync, watching, collecting):
+        for task in tasks:
             task.cancel()
         await queue.close()
         await events.finish(seconds=FAREWELL_SECONDS)
         posting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(resync, watching, collecting, posting)
+        await asyncio.gather(*tasks, posting, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+async def _end_when_restored(cache: RunCache) -> NoReturn:
+    """Raise BeginAnewError once the cache has seen that the API server's data were restored from a backup."""
+    await cache.went_back.wait()
+    raise BeginAnewError(
+        "the API server's data have gone back in time (restored from a backup?): this process ends, to begin anew"
+    )
 
 
 def connection_info(configuration: Configuration) -> kopf.ConnectionInfo:
@@ -206,5 +229,5 @@ def connection_info(configuration: Configuration) -> kopf.ConnectionInfo:
         token=token or None,
         certificate_path=configuration.cert_file,
         private_key_path=configuration.key_file,
-        expiration=datetime.now(UTC) + CREDENTIALS_LIFETIME,
+        expiration=datetime.now(UTC) + CREDENTIALS_LIFETIME,  # noqa: TID251  (kopf compares it with this very clock)
     )

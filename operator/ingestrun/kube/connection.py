@@ -28,6 +28,7 @@ from kubernetes.aio.client.rest import RESTClientObject
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
 from ingestrun.kube.errors import READS, KubeError, Unavailable, Unknown, error_for
+from ingestrun.kube.server_clock import CLOCK, ServerClock
 from ingestrun.model.names import OPERATOR_NAME
 
 REQUEST_TIMEOUT: Final = 5.0
@@ -44,13 +45,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Progress:
-    """Progress of one request: `sent_at` is the monotonic time just before it was (last) written."""
+    """Progress of one request: `sent_at` is the time (of `CLOCK`) just before it was (last) written."""
 
     sent_at: float | None = None
 
 
 async def _note_sent(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: object) -> None:
-    context.trace_request_ctx.sent_at = time.monotonic()
+    context.trace_request_ctx.sent_at = CLOCK()
 
 
 def _trace() -> aiohttp.TraceConfig:
@@ -112,6 +113,8 @@ class Connection:
 
     `may_write` is asked right before a write is sent, after any wait for a free slot: the lease puts its own
     clock there, so that a replica that was stalled past its lease sends nothing when it wakes.
+
+    `clock` is the server's, which its answers show.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class Connection:
             raise ValueError("request_timeout must be above 0 seconds and concurrency at least 1")
         self.request_timeout = request_timeout
         self.may_write: Callable[[], bool] = lambda: True
+        self.clock = ServerClock()
         self._slots = asyncio.Semaphore(concurrency)
         self._concurrency = concurrency
         self._reload = reload
@@ -183,7 +187,7 @@ class Connection:
         That takes `request_timeout` seconds at most. Call it before the lease is given back: otherwise the next
         leader could start while the server still handles a request whose answer nobody here awaits.
         """
-        await asyncio.sleep(max(0.0, self._abandoned_until - time.monotonic()))
+        await asyncio.sleep(max(0.0, self._abandoned_until - CLOCK()))
 
     async def request(
         self,
@@ -235,6 +239,8 @@ class Connection:
                     server_hostname=configuration.tls_server_name,
                     trace_request_ctx=progress,
                 )
+                if response.status < 500 and progress.sent_at is not None:  # else a proxy may have answered
+                    self.clock.learn(response.headers.get("Date"), sent_at=progress.sent_at)
                 content = await response.read()
                 answered = response.status < 500
                 return response.status, content

@@ -24,27 +24,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
-from typing import Any, Final
+from typing import Any
 from urllib.parse import quote
 
 from ingestrun.kube.connection import Connection
 from ingestrun.kube.errors import NotFound
 from ingestrun.kube.protocol import Object
+from ingestrun.kube.server_clock import CLOCK, Clock
 
 logger = logging.getLogger(__name__)
-
-Clock = Callable[[], float]
-CLOCK: Final[Clock] = (
-    # Unlike CLOCK_MONOTONIC it advances while the machine is suspended, when others can take the lease.
-    partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
-)
 
 
 class LeaseLost(Exception):  # noqa: N818  (a fact, not an error of the caller's)
@@ -168,6 +161,7 @@ class Election:
         self._observed_at = 0.0
         self._renewed_at: float | None = None
         self._taken = False
+        self._version = 0
 
     def is_leading(self) -> bool:
         """Decide by the clock alone: true until `renew_deadline` after the start of the last successful renewal."""
@@ -231,10 +225,26 @@ class Election:
                 return False
             await self._lease.create(self._hold())
             return True
+        if self._went_back(lease):
+            return False
         record = LeaseRecord.of(lease)
         if record.holder and not self._may_take(record, now):
             return False
         await self._lease.replace(lease, self._hold(lease))
+        return True
+
+    def _went_back(self, lease: Object) -> bool:
+        """Tell a leader that the Lease is older than it has seen it, so that it has to end.
+
+        Then the API server's data were restored from a backup. All that the leader knows may be undone, and its watches
+        wait for versions that were given out before. A new process begins with what there is.
+        """
+        text = str(lease["metadata"].get("resourceVersion", ""))
+        before, self._version = self._version, int(text) if text.isdigit() else 0
+        if self._renewed_at is None or self._version >= before:
+            return False
+        logger.warning("the lease has gone back in time (restored from a backup?): this replica ends, to begin anew")
+        self._taken = True
         return True
 
     def _may_take(self, record: LeaseRecord, now: float) -> bool:
@@ -261,7 +271,7 @@ class Election:
 
         The wall clock is for people only: no candidate compares it with its own.
         """
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # noqa: TID251  (for people, as said)
         held: dict[str, Any] = {
             "holderIdentity": self._identity,
             "leaseDurationSeconds": int(self._settings.lease_seconds),

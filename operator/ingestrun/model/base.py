@@ -11,8 +11,8 @@ from pydantic.alias_generators import to_camel
 class KubeModel(BaseModel):
     """A part of a Kubernetes object: camelCase outside, immutable inside.
 
-    Reading ignores unknown fields, so that an older operator works with a newer CRD. The API server refuses or prunes
-    the fields that the CRD does not know.
+    Reading ignores unknown fields by itself; `model.foreign` finds those of a run, because a run that has some is held.
+    The API server refuses or prunes the fields that the CRD does not know.
     """
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)

@@ -6,10 +6,18 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
+from pydantic.json_schema import SkipJsonSchema
+
 from ingestrun.model.base import KubeModel
+from ingestrun.model.foreign import read_spec, read_status
 from ingestrun.model.names import ANNOTATION_REQUESTED_BY, LABEL_CANCELLED, OPERATOR_NAME, RunKey
 from ingestrun.model.spec import IngestRunSpec
-from ingestrun.model.status import IngestRunStatus
+from ingestrun.model.status import IngestRunStatus, is_final
+
+
+def has_ended(body: Mapping[str, Any]) -> bool:
+    """Tell whether a run, as JSON, is in a final phase; see `model.status.is_final`."""
+    return is_final((body.get("status") or {}).get("phase"))
 
 
 def cancel_requested(body: Mapping[str, Any]) -> bool:
@@ -76,6 +84,11 @@ class IngestRun(KubeModel):
     metadata: Metadata
     spec: IngestRunSpec
     status: IngestRunStatus = IngestRunStatus()
+    unreadable: SkipJsonSchema[tuple[str, ...]] = ()
+    """The parts of spec and status that this version does not understand, one sentence each. If there is any, `spec`
+    and `status` have the rest, and the run is held."""
+    stored_status: SkipJsonSchema[Mapping[str, Any]] = {}
+    """The status as it is stored, if it has parts that are not understood."""
 
     @property
     def cancel_requested(self) -> bool:
@@ -94,9 +107,18 @@ class IngestRun(KubeModel):
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> IngestRun:
-        """Parse a run's JSON.
+        """Parse a run's JSON, as far as this version understands it.
 
         Raises:
-            ValueError: the CRD of this version would refuse the spec.
+            ValueError: it is no object of the API server.
         """
-        return cls.model_validate(body)
+        metadata = Metadata.model_validate(body["metadata"])
+        (spec, of_spec), (status, of_status) = read_spec(body.get("spec") or {}), read_status(body.get("status") or {})
+        run = cls.model_construct(metadata=metadata, spec=spec, status=status)
+        for problem in (*of_spec, *of_status):
+            run = run.held(body, problem)
+        return run
+
+    def held(self, body: Mapping[str, Any], why: str) -> IngestRun:
+        """Return the same run, of which `why` is not understood; `body` is its JSON."""
+        return self.replace(unreadable=(*self.unreadable, why), stored_status=body.get("status") or {})

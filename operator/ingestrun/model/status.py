@@ -33,6 +33,11 @@ class Phase(StrEnum):
 _ENDED: Final = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED})
 
 
+def is_final(phase: object) -> bool:
+    """Tell whether a stored phase is final. One that this version does not know is not, as far as it knows."""
+    return isinstance(phase, str) and phase in _ENDED
+
+
 def _ranges(value: object) -> object:
     return IndexRanges.parse(value) if isinstance(value, str) else value
 

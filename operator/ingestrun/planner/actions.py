@@ -61,6 +61,7 @@ class ChildRun:
 
     name: str
     phase: Phase | None
+    """Its final phase; None as long as it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

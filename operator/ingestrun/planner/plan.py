@@ -16,6 +16,7 @@ from ingestrun.planner.run.cancel import cancel
 from ingestrun.planner.run.completion import failed
 from ingestrun.planner.run.concurrency import replacement_cause, start_block
 from ingestrun.planner.run.drain import drain
+from ingestrun.planner.run.hold import hold
 from ingestrun.planner.run.resume import TakenOver, resume
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
@@ -30,7 +31,7 @@ def plan(snapshot: Snapshot) -> Plan:
 
 
 def _decide(snapshot: Snapshot) -> Decision | Plan:
-    """Choose by the state of the run: ended, being deleted, to be cancelled, or active."""
+    """Choose by the state of the run: ended, being deleted, to be cancelled, held, or active."""
     run = snapshot.run
     if run.status.ended:
         return drain(snapshot)
@@ -42,10 +43,10 @@ def _decide(snapshot: Snapshot) -> Decision | Plan:
     if run.cancel_requested:
         # Only the label asks for the cancel: the request was taken back, or the operator set the label before its own
         # cancel.
-        cause = cause or stalled(snapshot)
+        cause = cause or (stalled(snapshot) if not run.unreadable else None)
     if run.cancel_requested or cause is not None:
         return cancel(snapshot, cause=cause)
-    return _begin_or_progress(snapshot)
+    return hold(snapshot) if run.unreadable else _begin_or_progress(snapshot)
 
 
 def _begin_or_progress(snapshot: Snapshot) -> Decision | Plan:

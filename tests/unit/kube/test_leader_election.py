@@ -336,6 +336,24 @@ def test_a_lease_that_another_holds_ends_the_leader_without_waiting() -> None:
     run(story())
 
 
+def test_a_lease_that_goes_back_in_time_ends_the_leader() -> None:
+    """As in a restore from a backup: its watches wait for versions that were given out before."""
+
+    async def scenario() -> None:
+        store = Store()
+        leading = asyncio.create_task(lead(forever, election(store, "one"), wait_for_writes=at_once))
+        await asyncio.sleep(1)
+        old = store.spec, store.version
+        await asyncio.sleep(30)
+        assert not leading.done()
+        store.spec, store.version = old
+        with pytest.raises(LeaseLost):
+            await leading
+        assert now() < 31 + 2 * LeaseSettings().retry_period
+
+    run(scenario())
+
+
 def test_a_deleted_lease_still_binds_those_who_saw_it() -> None:
     async def story() -> None:
         store = Store()

@@ -7,8 +7,8 @@ The check has its own connection, so that the requests of a thousand pods do not
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any, Final
 
 from aiohttp import web
@@ -17,7 +17,7 @@ from ingestrun.controller.http.tokens import CheckKey, ForeignTokenError, TokenE
 from ingestrun.controller.state.cache import cancelled_with_cascade, parents_of
 from ingestrun.kube.errors import KubeError, NotFound
 from ingestrun.kube.protocol import Cluster, Object, RunKey
-from ingestrun.model.run import IngestRun, cancel_requested
+from ingestrun.model.run import IngestRun, cancel_requested, has_ended
 from ingestrun.model.status import Phase
 from ingestrun.planner.jobs.manifest import CheckEndpoint
 
@@ -32,7 +32,10 @@ longer asks in vain and goes on, as without an answer: it can be cancelled like 
 
 
 class CancellationCheckServer:
-    """Server of the check: the endpoint, its key, and the values about both that Jobs get."""
+    """Server of the check: the endpoint, its key, and the values about both that Jobs get.
+
+    `clock` is the API server's, because one replica judges the tokens that another has issued.
+    """
 
     def __init__(
         self,
@@ -40,7 +43,7 @@ class CancellationCheckServer:
         key: CheckKey,
         *,
         url: str,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], datetime],
         cache_seconds: float = CACHE_SECONDS,
     ) -> None:
         self._cluster = cluster
@@ -58,7 +61,7 @@ class CancellationCheckServer:
             return None
         meta = run.metadata
         key = meta.key
-        expiry = int(self._clock()) + TOKEN_WAIT_SECONDS + deadline_seconds
+        expiry = int(self._clock().timestamp()) + TOKEN_WAIT_SECONDS + deadline_seconds
         return CheckEndpoint(
             url=self._url + PATH.format(namespace=key.namespace, name=key.name),
             token=issue(self._key.value, key, uid=meta.uid, expiry=expiry),
@@ -95,11 +98,14 @@ class CancellationCheckServer:
             return _error_response(503, "no-key", "the operator has no key yet, and can accept no token")
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         try:
-            uid = verify(self._key.value, key, token if scheme.lower() == "bearer" else "", now=self._clock())
+            now = self._clock().timestamp()
+            uid = verify(self._key.value, key, token if scheme.lower() == "bearer" else "", now=now)
         except ForeignTokenError as error:
             return _error_response(403, "forbidden", str(error))
         except TokenError as error:
             return _error_response(401, "unauthorized", str(error))
+        except KubeError:
+            return _error_response(503, "unavailable", "the API server's time is not known yet: ask again")
         try:
             run = await self._look(key, uid)
         except NotFound:
@@ -109,7 +115,7 @@ class CancellationCheckServer:
         if run["metadata"]["uid"] != uid:
             return _error_response(404, "gone", "the run is gone: another has its name now")
         said = answer(run)
-        if not said["cancelled"] and not _ended(run):
+        if not said["cancelled"] and not has_ended(run):
             said = {**said, "cancelled": await self._cancelled_above(run)}
         return web.json_response(said, headers={"Cache-Control": "no-store"})
 
@@ -156,7 +162,7 @@ def answer(run: Object) -> Mapping[str, Any]:
     """
     meta, status = run["metadata"], run.get("status") or {}
     phase = status.get("phase")
-    asked = cancel_requested(run) and not _ended(run)
+    asked = cancel_requested(run) and not has_ended(run)
     return {
         "id": meta["uid"],
         "namespace": meta["namespace"],
@@ -166,11 +172,6 @@ def answer(run: Object) -> Mapping[str, Any]:
         "completed": phase == Phase.SUCCEEDED,
         "failed": phase == Phase.FAILED,
     }
-
-
-def _ended(run: Object) -> bool:
-    phase = (run.get("status") or {}).get("phase")
-    return phase is not None and Phase(phase).ended
 
 
 def _error_response(status: int, error: str, message: str) -> web.Response:

@@ -23,8 +23,8 @@ import structlog
 
 from ingestrun.controller.reconcile.gates import ConcurrencyGate, claim_predecessor
 from ingestrun.controller.reconcile.observe import refresh, watched_cancelled_parent
-from ingestrun.controller.reconcile.recorder import EventRecorder
-from ingestrun.controller.state.cache import RunCache
+from ingestrun.controller.reconcile.recorder import REFUSALS, EventRecorder
+from ingestrun.controller.state.cache import RunCache, read_run
 from ingestrun.controller.state.memory import POD_GRACE_SECONDS, RunMemory
 from ingestrun.kube.errors import (
     AlreadyExists,
@@ -52,7 +52,8 @@ from ingestrun.planner.jobs.retention import is_accounted
 from ingestrun.planner.run.backpressure import retry_interval
 from ingestrun.planner.run.completion import expiry_of
 from ingestrun.planner.snapshot import Snapshot
-from ingestrun.planner.status.events import normal
+from ingestrun.planner.status.events import HELD, normal
+from ingestrun.planner.status.writer import status_patch
 
 logger = structlog.get_logger("ingestrun")
 
@@ -153,15 +154,19 @@ class Executor:
 
         Returns the run as it is stored; None if it has changed meanwhile or is gone. Then no effect has happened.
         """
-        status = plan.status.to_json()
-        if status == run.status.to_json():
+        patch = status_patch(run, plan.status)
+        if not patch:
             return run if not plan.creates or await self._is_newest(key, run) else None
-        stored = await self._write(key, run, status, memory)
+        try:
+            stored = await self._write(key, run, patch, memory)
+        except REFUSALS:
+            for event in plan.events:
+                if event.reason == HELD:  # true all the same
+                    await self._recorder.tell_once(run, memory, event)
+            raise
         if stored is None:
             return None
-        self._recorder.log_failures(run.status, stored.status, plan)
-        await self._recorder.post(stored, plan.events)
-        self._recorder.log_phase(run.status, stored.status)
+        await self._recorder.tell(run, stored, plan)
         if stored.status.phase is Phase.CANCELLED and not run.status.ended:
             # The drain can wait a moment; the other runs that were cancelled in this second can't.
             memory.drain_checked_at = self._clock()
@@ -183,8 +188,7 @@ class Executor:
         return newest if same else IngestRun.read(body)
 
     async def _is_newest(self, key: RunKey, run: IngestRun) -> bool:
-        fresh = await self._cluster.get_run(key)
-        self._cache.upsert_run(fresh)
+        fresh = await read_run(self._cluster, self._cache, key)
         return bool(fresh["metadata"]["resourceVersion"] == run.metadata.resource_version)
 
     # ---- the fence

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from ingestrun.controller.logs import about_run
-from ingestrun.controller.state.cache import RunCache
+from ingestrun.controller.state.cache import RunCache, read_run
 from ingestrun.kube.errors import Conflict, KubeError, NotFound, Unavailable
 from ingestrun.kube.protocol import Cluster, RunKey
 from ingestrun.model.run import IngestRun
@@ -113,9 +113,10 @@ class ConcurrencyGate:
         return _lock_key_of(run) is not None and replacing_run(run, self._watched(key, run)) is not None
 
     async def _list_live(self, lock_key: LockKey, run: IngestRun) -> Sequence[ConcurrentRun]:
+        before = self._cache.known()
         live = await self._cluster.list_runs_of(namespace=lock_key[0], concurrency_key=lock_key[1])
         for body in live:
-            self._cache.upsert_run(body)
+            self._cache.upsert_run(body, asked=before.get(RunKey.of(body)))
         return [ConcurrentRun.read(body) for body in live if body["metadata"]["uid"] != run.metadata.uid]
 
     def _watched(self, key: RunKey, run: IngestRun) -> list[ConcurrentRun]:
@@ -135,11 +136,10 @@ class ConcurrencyGate:
         while newer is not None:
             others = [peer for peer in peers if peer.uid != newer.uid]
             try:
-                body = await self._cluster.get_run(key.sibling(newer.name))
+                body = await read_run(self._cluster, self._cache, key.sibling(newer.name))
             except NotFound:
                 peers = others
             else:
-                self._cache.upsert_run(body)
                 live = ConcurrentRun.read(body)
                 peers = [*others, live] if live.uid == newer.uid else others
                 if live == newer:
@@ -252,10 +252,9 @@ class ResumeGate:
 
     async def _read(self, key: RunKey) -> IngestRun | None:
         try:
-            body = await self._cluster.get_run(key)
+            body = await read_run(self._cluster, self._cache, key)
         except NotFound:
             return None
-        self._cache.upsert_run(body)
         return IngestRun.read(body)
 
 

@@ -14,13 +14,13 @@ from datetime import datetime, timedelta
 import structlog
 
 from ingestrun.controller.reconcile.start_events import StartEvents
-from ingestrun.controller.state.cache import RunCache, cancelled_with_cascade, parents_of
+from ingestrun.controller.state.cache import RunCache, cancelled_with_cascade, parents_of, read_run
 from ingestrun.controller.state.memory import RunMemory
 from ingestrun.kube.errors import NotFound
 from ingestrun.kube.protocol import Cluster, RunKey
-from ingestrun.model.run import IngestRun
+from ingestrun.model.run import IngestRun, has_ended
 from ingestrun.model.spec import CancellationPolicy
-from ingestrun.model.status import IngestRunStatus, Phase
+from ingestrun.model.status import Phase
 from ingestrun.planner.actions import CancelledParent, ChildRun, LivePods, Predecessor
 from ingestrun.planner.batch.attempt import (
     Attempt,
@@ -67,7 +67,7 @@ class Observer:
         if memory.unanswered_create is None:
             # A claim is stored before its first create is sent. So a run first seen without a claim can't have
             # creates by an earlier process.
-            memory.unanswered_create = bool(run.status.batches.claimed)
+            memory.unanswered_create = bool(run.status.batches.claimed or run.unreadable)
         pause = self._drain_pause_left(run, memory)
         if pause > 0:
             return Wait(pause)
@@ -161,7 +161,7 @@ class Observer:
         for parent in _parents_of(self._cache, key):
             if ask:
                 try:
-                    self._cache.upsert_run(await self._cluster.get_run(parent))
+                    await read_run(self._cluster, self._cache, parent)
                 except NotFound:
                     continue
             found = _cancel_from(self._cache, parent)
@@ -182,15 +182,15 @@ class Observer:
     def _children(self, key: RunKey) -> list[ChildRun]:
         found = []
         for body in self._cache.children_of(key):
-            phase = (body.get("status") or {}).get("phase")
-            found.append(ChildRun(name=body["metadata"]["name"], phase=Phase(phase) if phase else None))
+            phase = Phase(body["status"]["phase"]) if has_ended(body) else None
+            found.append(ChildRun(name=body["metadata"]["name"], phase=phase))
         return found
 
 
 async def refresh(cluster: Cluster, cache: RunCache, key: RunKey) -> None:
     """Read a run from the API server into the cache. A run that is gone is forgotten."""
     try:
-        cache.upsert_run(await cluster.get_run(key))
+        await read_run(cluster, cache, key)
     except NotFound:
         cache.remove_run(key)
 
@@ -211,9 +211,9 @@ def _cancel_from(cache: RunCache, parent: RunKey) -> CancelledParent | None:
     body = cache.run(parent)
     if body is None or not cancelled_with_cascade(body):
         return None
-    record = IngestRunStatus.model_validate(body["status"]).cancellation
-    if record is None:
-        return None
+    record = cache.parsed(parent).status.cancellation
+    if record is None:  # not understood, but the cancel is
+        return CancelledParent(name=parent.name, reason=None, requested_by=None, policy=CancellationPolicy.DRAIN)
     return CancelledParent(
         name=parent.name,
         reason=record.reason,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final
 
 import structlog
@@ -35,7 +35,10 @@ DRAIN_PAUSE_SECONDS: Final = 1.0
 
 
 class Reconciler:
-    """Reconciler of runs through a `Cluster`. It keeps no state that a restart may not lose."""
+    """Reconciler of runs through a `Cluster`. It keeps no state that a restart may not lose.
+
+    `clock` is the API server's (`kube.server_clock`), because plans compare it with times that the server has set.
+    """
 
     def __init__(
         self,
@@ -44,9 +47,9 @@ class Reconciler:
         *,
         worker: WorkerImage,
         instance: str,
+        clock: Callable[[], datetime],
         user: int | None = POD_USER,
         check: CheckEndpointFor | None = None,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         drain_pause_seconds: float = DRAIN_PAUSE_SECONDS,
         defer: Callable[[Awaitable[None]], None] | None = None,
     ) -> None:
@@ -56,11 +59,12 @@ class Reconciler:
         self._concurrency = ConcurrencyGate(cluster, cache)
         self._resume = ResumeGate(cluster, cache)
         self._observer = Observer(cluster, cache, clock=clock, drain_pause_seconds=drain_pause_seconds)
+        self._recorder = EventRecorder(cluster, instance=instance, clock=clock, defer=defer)
         self._executor = Executor(
             cluster,
             cache,
             JobCreator(cluster, cache, worker=worker, user=user, check=check, clock=clock),
-            EventRecorder(cluster, instance=instance, clock=clock, defer=defer),
+            self._recorder,
             self._concurrency,
             clock=clock,
         )
@@ -95,12 +99,8 @@ class Reconciler:
     async def _round(self, key: RunKey, uid: str, trigger: str) -> Done | Retry:
         # Taken once, so that a run which goes meanwhile leaves no record behind.
         memory = self._cache.memories.recall(uid)
-        try:
-            run = self._cache.parsed(key)
-            memory.version = run.metadata.resource_version
-        except ValueError as error:
-            logger.error("the run cannot be read: it was stored under another CRD", error=str(error))
-            return Done()
+        run = self._cache.parsed(key)
+        memory.version = run.metadata.resource_version
         if self._cache.is_archived(uid):
             settled = run.metadata.generation == run.status.observed_generation
             if settled and not self._cache.may_give_back(uid, key.namespace):
@@ -112,8 +112,9 @@ class Reconciler:
                 self._resume.predecessors(key, run) as predecessors,
             ):
                 return await self._reconcile_once(key, run, memory, peers, predecessors, trigger)
-        except KubeError:
+        except Exception as error:
             self._cache.usage.withdraw(uid)
+            await self._recorder.tell_failure(run, memory, error)
             raise
         finally:
             self._cache.usage.release(uid)
@@ -131,7 +132,10 @@ class Reconciler:
         if isinstance(observed, Wait):
             return Done(observed.seconds)
         snapshot, planned = self._plan(key, observed)
-        return await self._executor.execute(key, snapshot, planned, memory, trigger=trigger)
+        outcome = await self._executor.execute(key, snapshot, planned, memory, trigger=trigger)
+        if outcome is not RETRY:
+            memory.told = frozenset()
+        return outcome
 
     def _plan(self, key: RunKey, observed: Snapshot) -> tuple[Snapshot, Plan]:
         """Plan within the capacity that is left, and reserve the Jobs that the plan starts.
@@ -141,7 +145,13 @@ class Reconciler:
         run, usage = observed.run, self._cache.usage
         capacity = usage.snapshot(run.metadata.uid, key.namespace, now=self._clock())
         snapshot = replace(observed, capacity=capacity)
-        planned = plan(snapshot)
+        try:
+            planned = plan(snapshot)
+        except Exception as error:  # any, because a status may be edited into what no version would write
+            logger.warning("the run cannot be planned, and is held", error=str(error), exc_info=True)
+            why = f"what the status says cannot be ({type(error).__name__}, see the operator's log)"
+            snapshot = replace(snapshot, run=run.held(self._cache.run(key) or {}, why))
+            planned = plan(snapshot)
         # The clean-up of a cancelled run needs no slot.
         starts = [create for create in planned.creates if create.attempt.step.index != ON_CANCEL_STEP]
         job_names = [job_name(run, create) for create in starts]

@@ -6,20 +6,22 @@ an old one is refused. Facts arrive late or not at all; then a pass changes noth
 
 from __future__ import annotations
 
+import asyncio
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Final
 
+import structlog
+
 from ingestrun.controller.state.compact import BodyCompactor
 from ingestrun.controller.state.memory import RunMemories
 from ingestrun.controller.state.strangers import Strangers
 from ingestrun.controller.state.usage import Usage
-from ingestrun.kube.protocol import Object, RunKey
+from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model import names
-from ingestrun.model.run import IngestRun, cancel_requested
-from ingestrun.model.status import Phase
+from ingestrun.model.run import IngestRun, cancel_requested, has_ended
 from ingestrun.planner.batch.attempt import (
     JOB_DELETED,
     Attempt,
@@ -34,6 +36,8 @@ from ingestrun.planner.batch.attempt import (
 from ingestrun.planner.batch.ownership import OrphanedJob, foreign_job_reason, foreign_pod_reason
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
 from ingestrun.planner.run.concurrency import ConcurrentRun, concurrency_key_of
+
+logger = structlog.get_logger("ingestrun")
 
 MAX_PARSED: Final = 100
 """Runs that are kept as parsed: as many as a burst of events is about."""
@@ -99,6 +103,9 @@ class RunCache:
         self._peers: dict[tuple[str, str], set[RunKey]] = {}
         self._resuming: dict[RunKey, set[RunKey]] = {}
         self._changed_since_sync: set[str] | None = None
+        self.went_back = asyncio.Event()
+        """Set once a live read has shown that the API server's data were restored from a backup. Then the watches wait
+        for versions that were given out before, and are to come again."""
 
     # ---- runs
 
@@ -125,19 +132,46 @@ class RunCache:
         """Return which run has that UID; None if it has not been seen yet, or is gone."""
         return self._keys.get(run_uid)
 
-    def upsert_run(self, body: Object) -> RunKey:
-        """Take a run's body, unless it, or a newer one of the same run, is known already."""
-        meta = body["metadata"]
+    def upsert_run(self, body: Object, *, asked: Object | None = None) -> RunKey:
+        """Take a run's body, unless it, or a newer one, is known already.
+
+        `asked` is the body that was known when a live read was sent. If it is still the one that is known, the answer
+        is newer, even under an older resourceVersion: then the API server's data were restored from a backup, and
+        nothing that was known of the run counts any more.
+        """
         key = RunKey.of(body)
         before = self._runs.get(key)
-        if before is not None:
-            if before["metadata"]["uid"] != meta["uid"]:
-                self.remove_run(key)
-            elif _resource_version(before) == _resource_version(body) or _version(before) > _version(body):
+        if before is not None and _resource_version(before) == _resource_version(body):
+            return key
+        if before is not None and self.knows_newer(body):
+            if before is not asked:
                 return key
+            self.went_back.set()
+            self.remove_run(key)
+        elif before is not None and before["metadata"]["uid"] != body["metadata"]["uid"]:
+            self.remove_run(key)
         body = self._compactor.compact(body, before=before)
         self._runs[key] = body
-        self._keys[meta["uid"]] = key
+        self._keys[body["metadata"]["uid"]] = key
+        try:
+            self._index(key, body)
+        except Exception as error:  # any, because a newer CRD may give these fields another form: the run is held
+            logger.warning(
+                "what the run refers to cannot be read", run=key.name, namespace=key.namespace, why=str(error)
+            )
+        return key
+
+    def knows_newer(self, body: Object) -> bool:
+        """Tell whether a newer body of the run of that name is known."""
+        before = self._runs.get(RunKey.of(body))
+        return before is not None and _version(before) > _version(body)
+
+    def known(self) -> dict[RunKey, Object]:
+        """Return the newest bodies seen so far, which a live list must not make older (`upsert_run`)."""
+        return dict(self._runs)
+
+    def _index(self, key: RunKey, body: Object) -> None:
+        """Note the runs to which this one refers."""
         for parent in parents_of(body):
             self._runs_below.setdefault(parent, set()).add(key)
         group = _concurrency_group(body)
@@ -149,7 +183,6 @@ class RunCache:
         predecessor = awaited_predecessor(body)
         if predecessor is not None:
             self._resuming.setdefault(predecessor, set()).add(key)
-        return key
 
     def peers_of(self, body: Object) -> list[Object]:
         """Return the runs of this one's namespace and concurrency key, itself included, that are not over yet."""
@@ -181,7 +214,7 @@ class RunCache:
 
     def ended(self, key: RunKey) -> bool:
         """Tell whether the run has ended, as far as has been seen: only its drain and its clean-up are left."""
-        return _ended(self._runs.get(key, {}))
+        return has_ended(self._runs.get(key, {}))
 
     def remove_run(self, key: RunKey) -> None:
         """Drop all that is kept of a run that is gone: its body, its children's facts, its record in `memories`."""
@@ -454,6 +487,14 @@ class RunCache:
         self.usage.forget(run_uid)
 
 
+async def read_run(cluster: Cluster, cache: RunCache, key: RunKey) -> Object:
+    """Read a run from the API server into the cache, and return it as read. Raises KubeError."""
+    asked = cache.run(key)
+    body = await cluster.get_run(key)
+    cache.upsert_run(body, asked=asked)
+    return body
+
+
 def parents_of(body: Object) -> list[RunKey]:
     """Return the runs above this one: by `spec.parentRef`, and by owner reference. Itself is none."""
     meta = body["metadata"]
@@ -478,14 +519,9 @@ def predecessor_named_by(body: Object) -> RunKey | None:
 
 def awaited_predecessor(body: Object) -> RunKey | None:
     """Return the run that this one has still to take over from; None if there is none."""
-    if "resumedFrom" in (body.get("status") or {}) or _ended(body):
+    if "resumedFrom" in (body.get("status") or {}) or has_ended(body):
         return None
     return predecessor_named_by(body)
-
-
-def _ended(body: Object) -> bool:
-    phase = (body.get("status") or {}).get("phase")
-    return phase is not None and Phase(phase).ended
 
 
 def _essence(attempt: Attempt | None) -> object:

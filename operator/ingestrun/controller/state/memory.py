@@ -45,6 +45,9 @@ class RunMemory:
     awaiting_pods: dict[str, float | None] = field(default_factory=dict)
     """Time (monotonic) since which the end of an ended Job's pod is awaited, by the Job's UID. None: the
     pods were listed since then, and its pod was not among them or had not ended."""
+    told: frozenset[str] = frozenset()
+    """The troubles of the run that were told since its last pass that went well, so that a retry does not repeat them.
+    Each is the reason of an Event, or the name of an error."""
     drain_checked_at: datetime | None = None
     """Time at which the Jobs of the ended run were last listed live."""
     obstacles: dict[str, Obstacle] = field(default_factory=dict)

@@ -41,6 +41,12 @@ class EventHandlers:
     def run(self, event_type: str | None, body: Object) -> None:
         """Take in that a run was added, changed or deleted."""
         meta, key = body["metadata"], RunKey.of(body)
+        known = self._cache.run(key)
+        if known is not None and event_type is None and self._cache.knows_newer(body):
+            # Either the list is late, or the API server's data were restored from a backup: a live read tells.
+            self._cache.memories.recall(known["metadata"]["uid"]).must_read = True
+            self._queue.add(key, "list")
+            return
         if event_type != "DELETED":
             self._cache.upsert_run(body)
             if not self._cache.memories.has_taken_up(meta["uid"], str(meta.get("resourceVersion", ""))):
@@ -48,7 +54,6 @@ class EventHandlers:
             self._wake_relatives(key, body)
             self._wake_peers(body, gone=False)
             return
-        known = self._cache.run(key)
         if known is not None and known["metadata"]["uid"] == meta["uid"]:
             self._cache.remove_run(key)
             self._queue.forget(key)

@@ -39,7 +39,8 @@ async def resync_once(cluster: Cluster, cache: RunCache, queue: WorkQueue[RunKey
     for pod in await cluster.list_all_pods(cache.own_pod):
         if pod is not None:
             pods[pod.run_uid].append(pod)
-    seen = set(await cluster.list_runs(cache.upsert_run))
+    before = cache.known()
+    seen = set(await cluster.list_runs(lambda body: cache.upsert_run(body, asked=before.get(RunKey.of(body)))))
     for key in known - seen:
         cache.remove_run(key)
         queue.forget(key)
@@ -67,8 +68,8 @@ async def resync_forever(
         try:
             await resync_once(cluster, cache, queue)
             pause = seconds
-        except KubeError as error:
-            logger.warning("resync failed", error=str(error))
+        except Exception as error:  # any: one object must not end the operator for all others
+            logger.warning("resync failed", error=str(error), exc_info=not isinstance(error, KubeError))
             pause = min(10.0, seconds)
         tried.set()
         await asyncio.sleep(pause)

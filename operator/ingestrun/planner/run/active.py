@@ -30,7 +30,7 @@ from ingestrun.planner.run.schedule import Schedule, nothing_scheduled, schedule
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
-from ingestrun.planner.status.events import Event, memory_raised_events
+from ingestrun.planner.status.events import QUEUED, Event, memory_raised_events
 from ingestrun.planner.status.writer import active_conditions, describe_failure
 
 
@@ -158,7 +158,7 @@ def _activity(snapshot: Snapshot, phase: Phase, held: Backpressure | None) -> tu
         return "Backpressured", held.message
     if phase is Phase.RUNNING:
         if _waits_for_admission(snapshot):
-            return "Queued", "its Jobs are suspended until Kueue, or the user who suspended them, admits them"
+            return QUEUED, "its Jobs are suspended until Kueue, or the user who suspended them, admits them"
         retried = [
             batch
             for batch in snapshot.batches
@@ -187,7 +187,7 @@ def _backpressured(run: IngestRun, held: Backpressure | None) -> list[ConditionU
     if run.status.condition(c.BACKPRESSURED) is None:
         return []
     # A suspended run asks for no Job; once it is resumed, the wait begins anew.
-    reason = "Suspended" if run.spec.suspend else "CapacityAvailable"
+    reason = "Suspended" if run.spec.suspend else c.CAPACITY_AVAILABLE
     return [ConditionUpdate(type=c.BACKPRESSURED, status="False", reason=reason)]
 
 

@@ -91,8 +91,14 @@ def policy_of(run: IngestRun, parent: CancelledParent | None) -> CancellationPol
 
 
 def skipped_starts(snapshot: Snapshot) -> tuple[AttemptId, ...]:
-    """Return the attempts that would start now, or once a backoff is over, if the run were not cancelled."""
-    run, status = snapshot.run, snapshot.status
+    """Return the attempts that would start now, or once a backoff is over, if the run were not cancelled.
+
+    A run that is held would start none.
+    """
+    run = snapshot.run
+    if run.unreadable:
+        return ()
+    status = snapshot.status
     skips = [batch.next_attempt.id for batch in snapshot.batches if batch.next_attempt is not None]
     more = claimable(run.spec, status.batches, status.records)
     if more and len(snapshot.batches) < run.spec.parallelism:

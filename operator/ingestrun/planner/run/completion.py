@@ -171,7 +171,7 @@ def stale_cause(run: IngestRun) -> CancelCause:
 def expiry_of(run: IngestRun) -> datetime | None:
     """Return when an ended run is to be deleted; None if it stays. `Plan.expirable` tells whether it may be deleted."""
     seconds, ended = run.spec.ttl_seconds_after_finished, run.status.completion_time
-    if seconds is None or ended is None or run.metadata.deletion_timestamp is not None:
+    if seconds is None or ended is None or run.metadata.deletion_timestamp is not None or run.unreadable:
         return None
     return ended + timedelta(seconds=seconds)
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from ingestrun.model.names import OPERATOR_NAME
-from ingestrun.model.run import IngestRun
+from ingestrun.model.run import IngestRun, has_ended
 from ingestrun.model.spec import ConcurrencyPolicy
 from ingestrun.model.status import Phase
 from ingestrun.model.times import parse_time
@@ -44,8 +44,7 @@ class ConcurrentRun:
     def read(cls, body: Mapping[str, Any]) -> ConcurrentRun:
         """Read a run's JSON, even if this version cannot read its spec as a whole."""
         meta, spec, status = body["metadata"], body.get("spec") or {}, body.get("status") or {}
-        phase = status.get("phase")
-        ended = phase is not None and Phase(phase).ended
+        ended = has_ended(body)
         leaving = bool(ended or spec.get("cancel") or "deletionTimestamp" in meta)
         conditions = {item["type"]: item for item in status.get("conditions") or ()}
         waits_to_replace = conditions.get(c.RECONCILING, {}).get("reason") == WAITING_FOR_REPLACED

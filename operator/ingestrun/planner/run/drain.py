@@ -27,7 +27,16 @@ from ingestrun.model.status import (
     Phase,
 )
 from ingestrun.model.text import pluralize
-from ingestrun.planner.actions import ChildRun, CreateJob, Decision, DeleteJob, DeleteJobs, DeletePod, Plan
+from ingestrun.planner.actions import (
+    ChildRun,
+    CreateJob,
+    CreateRejection,
+    Decision,
+    DeleteJob,
+    DeleteJobs,
+    DeletePod,
+    Plan,
+)
 from ingestrun.planner.batch.attempt import JOB_DELETED, Attempt, JobState, ObservedPod
 from ingestrun.planner.batch.failure_policy import Failure, outcome_of
 from ingestrun.planner.batch.pipeline import Step, on_cancel_step, steps_of
@@ -59,7 +68,8 @@ def drain(snapshot: Snapshot) -> Decision:
         decision,
         plan=replace(
             plan,
-            skips=skipped_starts(snapshot) if cancelled else (),
+            # Once the run is drained all have been told; a restart does not repeat them.
+            skips=skipped_starts(snapshot) if cancelled and not run.status.drained else (),
             # The cancel itself may have left the fence to this pass.
             fence=True if cancelled and plan.fence is None else plan.fence,
             events=_cancel_cleared_events(run),
@@ -135,9 +145,11 @@ def _deleted_with_their_pods(attempts: Sequence[Attempt]) -> Iterator[DeleteJob]
 def _drained(snapshot: Snapshot, status: IngestRunStatus, *, terminate: bool) -> Decision:
     """Declare the run drained, and account for the batches that were in flight, one by one."""
     run, now = snapshot.run, snapshot.now
+    erase = terminate and not run.unreadable
     late = published_after_end(run, snapshot.stages)
-    # The checkpoints were of use until here, because they hold the counts of rejected rows.
-    status = status.replace(after_end=late.after_end, batches=status.batches.replace(checkpoints=[]))
+    if not run.unreadable:
+        # The checkpoints were of use until here, because they hold the counts of rejected rows.
+        status = status.replace(after_end=late.after_end, batches=status.batches.replace(checkpoints=[]))
     if status.cancellation is not None:
         published = late.after_end.published if late.after_end is not None else IndexRanges()
         record = status.cancellation.replace(
@@ -150,7 +162,7 @@ def _drained(snapshot: Snapshot, status: IngestRunStatus, *, terminate: bool) ->
     return Decision(
         plan=Plan(
             status=status,
-            bulk_deletion=jobs_to_delete_except_kept(run, snapshot.stages) if terminate else None,
+            bulk_deletion=jobs_to_delete_except_kept(run, snapshot.stages) if erase else None,
             requeue_at=now,
         ),
         conditions=[
@@ -179,8 +191,10 @@ def published_after_end(run: IngestRun, attempts: Sequence[Attempt]) -> LateResu
     """Return the results of batches that were in flight at the run's end and were published after all.
 
     The attempts must be listed live once the run is drained; their order does not matter. A batch is published if any
-    attempt of its publish succeeded, even if others failed.
+    attempt of its publish succeeded, even if others failed. Of a run that is not understood nothing is known.
     """
+    if run.unreadable:
+        return LateResults(after_end=None, unknown=run.status.batches.in_flight)
     publish = steps_of(run.spec)[-1].index
     results: dict[tuple[int, int], StageResult] = {}
     lost: set[int] = set()
@@ -233,7 +247,7 @@ def _after_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
     elif unfinished or late:
         requeue_at = now + DRAIN_RECHECK
     else:
-        requeue_at = _next_expiry(snapshot)
+        requeue_at = _next_expiry(snapshot) if not snapshot.run.unreadable else None
     return Decision(
         plan=Plan(
             status=status,
@@ -248,8 +262,13 @@ def _after_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
 
 
 def _jobs_to_delete(snapshot: Snapshot, *, finished: bool, late: Sequence[DeleteJob]) -> DeleteJobs | None:
-    """Return the Jobs that go by their retention. Where a quota counts them they go sooner, and none is kept."""
+    """Return the Jobs that go by their retention. Where a quota counts them they go sooner, and none is kept.
+
+    Those of a run that is not understood stay, as does the run.
+    """
     run, capacity = snapshot.run, snapshot.capacity
+    if run.unreadable:
+        return None
     if finished:
         starved = capacity is not None and capacity.starved
         return jobs_to_delete_after_end(run, snapshot.attempts, now=snapshot.now, keep=not starved)
@@ -282,7 +301,7 @@ def _late_jobs(snapshot: Snapshot, status: IngestRunStatus) -> tuple[DeleteJob, 
 def _advance_clean_up(snapshot: Snapshot, status: IngestRunStatus) -> tuple[IngestRunStatus, tuple[CreateJob, ...]]:
     """Take the clean-up one step further. It is claimed before it is created, and not created again once seen."""
     record, step, clean_up = status.cancellation, on_cancel_step(snapshot.run.spec), snapshot.clean_up
-    if record is None or step is None:
+    if record is None or step is None or snapshot.run.unreadable:
         return status, ()
     before = record.on_cancel
     create = CreateJob(attempt=NextAttempt(batch=0, step=step, number=0, input_attempt=None))
@@ -292,8 +311,19 @@ def _advance_clean_up(snapshot: Snapshot, status: IngestRunStatus) -> tuple[Inge
     if before.state in ("Succeeded", "Failed"):
         return status, ()
     if clean_up is None and before.state == "Claimed":
-        return status, (create,)
+        refused = _refused_clean_up(before, snapshot.rejection)
+        due = refused.state == "Claimed" and (snapshot.rejection is None or snapshot.now >= snapshot.rejection.retry_at)
+        return status.replace(cancellation=record.replace(on_cancel=refused)), (create,) if due else ()
     return status.replace(cancellation=record.replace(on_cancel=_clean_up_status(snapshot, step, clean_up))), ()
+
+
+def _refused_clean_up(before: OnCancelStatus, rejection: CreateRejection | None) -> OnCancelStatus:
+    """Return the status of a clean-up that is claimed and has no Job yet: given up if the server will never take it."""
+    if rejection is None:
+        return before
+    return OnCancelStatus(
+        state="Failed" if rejection.permanent else "Claimed", message=f"{rejection.reason}: {rejection.message}"
+    )
 
 
 def _clean_up_status(snapshot: Snapshot, step: Step, clean_up: Attempt | None) -> OnCancelStatus:

@@ -41,7 +41,14 @@ from ingestrun.planner.run.progress import (
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
-from ingestrun.planner.status.events import Event, normal
+from ingestrun.planner.status.events import (
+    PREDECESSOR_HELD,
+    WAITING_FOR_DELETION,
+    WAITING_FOR_DRAIN,
+    WAITING_FOR_END,
+    Event,
+    normal,
+)
 from ingestrun.planner.status.writer import active_conditions, saved_state_bytes
 
 RECHECK: Final = timedelta(seconds=15)
@@ -163,10 +170,12 @@ def _may_resume(run: IngestRun) -> bool:
 def _wait_reason(old: IngestRun) -> tuple[str, str] | None:
     """Return why the ended run cannot be resumed yet, as reason and message."""
     name, phase = old.metadata.name, old.status.phase
+    if old.unreadable:
+        return PREDECESSOR_HELD, f"run {name}, which this one resumes, is held: {'; '.join(old.unreadable)}"
     if phase is None or not phase.ended:
-        return "WaitingForEnd", f"run {name}, which this one resumes, has not ended: cancel it, or wait"
+        return WAITING_FOR_END, f"run {name}, which this one resumes, has not ended: cancel it, or wait"
     if not old.status.drained:
-        return "WaitingForDrain", f"run {name}, which this one resumes, is {phase.value}, but its last pods still run"
+        return WAITING_FOR_DRAIN, f"run {name}, which this one resumes, is {phase.value}, but its last pods still run"
     return None
 
 
@@ -178,7 +187,7 @@ def _is_leaving(old: IngestRun) -> bool:
 def _deletion_wait(old: IngestRun) -> tuple[str, str] | None:
     if old.metadata.deletion_timestamp is None:
         return None
-    return "WaitingForDeletion", f"run {old.metadata.name}, of the same saved state, is being deleted"
+    return WAITING_FOR_DELETION, f"run {old.metadata.name}, of the same saved state, is being deleted"
 
 
 def _describe_relation(old: IngestRun, saved: SavedState) -> str:
@@ -257,7 +266,12 @@ def _claim_of_another(run: IngestRun, predecessor: Predecessor) -> ResumedByStat
     holder, successor = predecessor.run.status.resumed_by, _successor(predecessor)
     if holder is None or holder.uid == run.metadata.uid:
         return None
-    given_up = successor is not None and successor.status.resumed_from is None and successor.status.ended
+    given_up = (
+        successor is not None
+        and not successor.unreadable
+        and successor.status.resumed_from is None
+        and successor.status.ended
+    )
     return None if given_up else holder
 
 

@@ -24,6 +24,9 @@ SUSPENDED: Final = "Suspended"
 RECONCILING: Final = "Reconciling"
 STALLED: Final = "Stalled"
 
+CAPACITY_AVAILABLE: Final = "CapacityAvailable"
+"""Reason of `Backpressured` once there is room again."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConditionUpdate:

@@ -16,8 +16,21 @@ from ingestrun.planner.status import conditions as c
 
 WAITING_FOR_DRAIN: Final = "WaitingForDrain"
 WAITING_FOR_REPLACED: Final = "WaitingForReplaced"
-WAIT_REASONS: Final = (WAITING_FOR_DRAIN, WAITING_FOR_REPLACED)
-"""Reasons for which a run waits for another before its first batch; each has one Event."""
+WAITING_FOR_END: Final = "WaitingForEnd"
+WAITING_FOR_DELETION: Final = "WaitingForDeletion"
+PREDECESSOR_HELD: Final = "PredecessorHeld"
+QUEUED: Final = "Queued"
+WAIT_REASONS: Final = (
+    WAITING_FOR_DRAIN,
+    WAITING_FOR_REPLACED,
+    WAITING_FOR_END,
+    WAITING_FOR_DELETION,
+    PREDECESSOR_HELD,
+    QUEUED,
+)
+"""Reasons for which a run waits for another one, or for the admission of its Jobs; each has an Event."""
+HELD: Final = "Held"
+"""Reason for which a run is held: this version does not understand all of it."""
 NOTE_BYTES: Final = 1024
 """Most bytes of a note in UTF-8, because events.k8s.io/v1 refuses a longer one."""
 
@@ -99,20 +112,32 @@ def _failure_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Even
 def _progress_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
     if old.start_time is None and new.start_time is not None:
         yield normal("Started", "the first batch is claimed", action="Start")
-    if _became(old, new, c.BACKPRESSURED):
-        held = new.condition(c.BACKPRESSURED)
-        yield warning("Backpressured", f"{held.reason}: {held.message}" if held else "", action="Wait")
+    yield from _backpressure_events(old, new)
     for reason in WAIT_REASONS:
         if _became(old, new, c.RECONCILING, reason=reason):
             waiting = new.condition(c.RECONCILING)
             yield normal(reason, waiting.message if waiting else "", action="Wait")
+    if _became(old, new, c.RECONCILING, reason=HELD):
+        held = new.condition(c.RECONCILING)
+        yield warning(HELD, held.message if held else "", action="Hold")
     if _became(old, new, c.RECONCILING, reason="PodNotStarting"):
         stuck = new.condition(c.RECONCILING)
         yield warning("PodNotStarting", stuck.message if stuck else "", action="Wait")
     if old.phase is not Phase.SUSPENDED and new.phase is Phase.SUSPENDED:
         yield normal("Suspended", "nothing new is started until spec.suspend is cleared", action="Suspend")
-    if old.phase is Phase.SUSPENDED and new.phase is Phase.RUNNING:
+    if old.phase is Phase.SUSPENDED and new.phase in (Phase.RUNNING, Phase.PENDING):
         yield normal("Resumed", "spec.suspend is cleared", action="Resume")
+
+
+def _backpressure_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
+    """Yield an Event when a run begins to be held back, when the reason changes, and when there is room again."""
+    before, now = old.condition(c.BACKPRESSURED), new.condition(c.BACKPRESSURED)
+    if now is None:
+        return
+    if _became(old, new, c.BACKPRESSURED, reason=now.reason):
+        yield warning("Backpressured", f"{now.reason}: {now.message}", action="Wait")
+    if before is not None and before.status == "True" and now.reason == c.CAPACITY_AVAILABLE:
+        yield normal(c.CAPACITY_AVAILABLE, "there is room again", action="GoOn")
 
 
 def _end_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
@@ -143,7 +168,11 @@ def _cancellation_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator
 def _clean_up_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Event]:
     before = old.cancellation.on_cancel if old.cancellation is not None else None
     now = new.cancellation.on_cancel if new.cancellation is not None else None
-    if now is None or now == before or now.state not in ("Succeeded", "Failed"):
+    if now is None or now == before:
+        return
+    if now.state not in ("Succeeded", "Failed"):
+        if now.message and (before is None or not before.message):
+            yield warning("OnCancelWaiting", now.message, action="Wait")
         return
     make = normal if now.state == "Succeeded" else warning
     yield make(f"OnCancel{now.state}", now.message or "the clean-up has ended well", action="CleanUp")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 from ingestrun.model.run import IngestRun
 from ingestrun.model.size_budget import (
@@ -35,13 +35,23 @@ def finish_status(
     conditions: Iterable[ConditionUpdate],
     now: datetime,
 ) -> IngestRunStatus:
-    """Return the status with phase, conditions and progress set, within its bytes; `phase` None leaves the phase."""
+    """Return the status with phase, conditions and progress set, within its bytes; `phase` None leaves the phase.
+
+    Of a run that is not understood the progress stays as it is stored.
+    """
     generation = run.metadata.generation
     partitions = run.spec.batches.partitions
     done = len(status.batches.published)
     ended = (phase or status.phase or Phase.PENDING).ended
     if ended and status.condition(c.SUSPENDED) is not None:
         conditions = [*conditions, ConditionUpdate(type=c.SUSPENDED, status="False", reason="Finished")]
+    if run.unreadable:
+        return status.replace(
+            phase=phase or status.phase,
+            # While it is held nothing has been done about this generation.
+            observed_generation=generation if ended else status.observed_generation,
+            conditions=c.merge_conditions(status.conditions, conditions, now=now, generation=generation),
+        )
     finished = status.replace(
         phase=phase or status.phase,
         observed_generation=generation,
@@ -52,6 +62,26 @@ def finish_status(
         conditions=c.merge_conditions(status.conditions, conditions, now=now, generation=generation),
     )
     return fit_status(finished, beside=saved_state_bytes(run.spec))
+
+
+def status_patch(run: IngestRun, status: IngestRunStatus) -> dict[str, Any]:
+    """Return the merge patch of the stored status that makes it this one; empty if nothing changes.
+
+    Of a run that is not understood only the fields that change are in it, and in conditions that change what is not
+    known of them stays, so that nothing is lost of what another version has written.
+    """
+    before, after = run.status.to_json(), status.to_json()
+    if before == after:
+        return {}
+    if not run.unreadable:
+        return after
+    patch = {key: value for key, value in after.items() if before.get(key) != value}
+    if "conditions" in patch:
+        stored = {condition["type"]: condition for condition in run.stored_status.get("conditions") or ()}
+        for condition in patch["conditions"]:
+            stored[condition["type"]] = {**stored.get(condition["type"], {}), **condition}
+        patch["conditions"] = list(stored.values())
+    return patch
 
 
 def backpressure_over(status: IngestRunStatus) -> list[ConditionUpdate]:

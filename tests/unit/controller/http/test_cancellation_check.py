@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
@@ -33,7 +34,11 @@ class Asker:
         self.now = time.time()
         self.key = CheckKey(cluster, namespace="default", alone=True)
         self.api = CancellationCheckServer(
-            cluster, self.key, url="http://check.example/base/", clock=lambda: self.now, cache_seconds=cache_seconds
+            cluster,
+            self.key,
+            url="http://check.example/base/",
+            clock=lambda: datetime.fromtimestamp(self.now, UTC),
+            cache_seconds=cache_seconds,
         )
         self.port = 0
         self.session: aiohttp.ClientSession
@@ -297,7 +302,7 @@ async def test_a_pod_that_hangs_up_does_not_spoil_the_answer_of_the_others() -> 
 async def test_without_a_key_nobody_is_told_of_a_check() -> None:
     cluster = a_run()
     key = CheckKey(cluster, namespace="default", alone=False)
-    api = CancellationCheckServer(cluster, key, url="http://x")
+    api = CancellationCheckServer(cluster, key, url="http://x", clock=lambda: datetime.now(UTC))
     run = IngestRun.read(cluster.run(KEY))
     assert api.check_for(run, 60) is None
     port = await api.serve(0, "127.0.0.1")
@@ -406,7 +411,7 @@ async def test_a_worker_that_stopped_for_no_cancel_has_failed_and_is_retried() -
 
 def test_a_reconciler_needs_no_check() -> None:
     cluster = FakeCluster()
-    Reconciler(cluster, World().store, worker=WorkerImage(name="i"), instance="t")
+    Reconciler(cluster, World().store, worker=WorkerImage(name="i"), instance="t", clock=lambda: datetime.now(UTC))
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "http://user:pw@host", "http://host?x", "host:80"])
