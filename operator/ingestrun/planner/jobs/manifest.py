@@ -302,8 +302,11 @@ def _directory(run: IngestRun, batch: int, step: int, attempt: int) -> str:
 
 
 def _literal(value: str) -> str:
-    """Escape $(NAME), which Kubernetes expands in a variable's value, because a cursor must arrive unchanged."""
-    return value.replace("$(", "$$(")
+    """Return a variable's value so that it arrives as it is, though Kubernetes expands $(NAME) and halves each $$.
+
+    Only a NUL is left out, because no process can be given one.
+    """
+    return value.replace("\0", "").replace("$", "$$")
 
 
 def _workspace_volume(run: IngestRun) -> list[dict[str, Any]]:

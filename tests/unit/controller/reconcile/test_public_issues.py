@@ -1,0 +1,50 @@
+"""Faults that users of other tools have reported, tried on this one: docs/proof.md has the list, with the sources."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.world import KEY, World, environment, manifest
+
+from ingestrun.controller.http.health import Health
+from ingestrun.controller.state.cache import RunCache
+from ingestrun.controller.state.usage import Usage
+from ingestrun.controller.watch.resync import resync_forever
+from ingestrun.controller.watch.workqueue import WorkQueue
+from ingestrun.kube.errors import NotFound, Unavailable
+from ingestrun.kube.protocol import RunKey
+from ingestrun.planner.run.fair_sharing import JobLimits
+
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def set_in_spec(*path: str, to: object) -> Callable[[Json], None]:
+    """A policy that sets one field of each Job."""
+
+    def mutate(job: Json) -> None:
+        found = job["spec"]
+        for name in path[:-1]:
+            found = found[name]
+        found[path[-1]] = to
+
+    return mutate
+
+
+@pytest.mark.parametrize(
+    "value", ["$$", "a$$b", "$(INGEST_RUN_NAME)", "$$(INGEST_RUN_NAME)", "$$$(INGEST_BATCH)", "$", "x$é", "a\0b"]
+)
+async def test_partition_arrives_as_it_is_written_whatever_kubernetes_expands(world: World, value: str) -> None:
+    world.create(batches={"partitions": {"values": [value]}})
+    await world.settle()
+    (job,) = world.active_jobs()
+    assert environment(job)["INGEST_CURSOR"] == value.replace("\0", "")
