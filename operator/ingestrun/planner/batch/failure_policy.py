@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from ingestrun.model.contract import EXIT_PERMANENT, Outcome, ResultError, StageResult, parse_result
+from ingestrun.model.contract import EXIT_DONE, EXIT_PERMANENT, Outcome, ResultError, StageResult, parse_result
 from ingestrun.model.size_budget import LOG_BYTES, MESSAGE_CHARS
 from ingestrun.model.text import truncate
 from ingestrun.planner.batch.attempt import Attempt, JobState, ObservedPod
@@ -110,12 +110,13 @@ _STATUS_UNKNOWN: Final = "ContainerStatusUnknown"
 """The reason of a container that the kubelet cannot find: it was never started, or it is lost."""
 _DEADLINE: Final = "DeadlineExceeded"
 """The kubelet's reason of a pod, and the Job controller's of a Job, that exceeded its `activeDeadlineSeconds`."""
-_NODE_LOST: Final = frozenset({"NodeLost", _STATUS_UNKNOWN})
-"""Reasons of a pod or a container that its node has lost."""
+_NODE_LOST: Final = frozenset({"NodeLost", _STATUS_UNKNOWN, "Unknown"})
+"""Reasons of a pod or a container that its node has lost: "Unknown" (exit code 255) is containerd's for a container
+that is not there any more when the node has restarted."""
 _NODE_REFUSED: Final = frozenset({"NodeAffinity", "NodeShutdown", "UnexpectedAdmissionError", "AdmissionFailed"})
 """Reasons of a kubelet that rejects a pod bound to its node; also OutOfcpu, OutOfmemory, OutOfpods and the like."""
-_KILLED: Final = (137, 143)
-"""The exit codes of SIGKILL and SIGTERM."""
+_KILLED: Final = (137, 143, EXIT_DONE)
+"""The exit codes of SIGKILL and SIGTERM, and that of a container which handles SIGTERM, as many do."""
 _ESCAPE: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 """Terminal sequences (ECMA-48): colours, cursor movements, titles."""
 
@@ -143,8 +144,8 @@ def outcome_of(ended: Attempt) -> StageResult | Failure:
     """
     if ended.state is JobState.SUCCEEDED:
         result = _result(ended)
-        if isinstance(result, Failure) and result.reason == "ResultInvalid" and _past_deadline(ended):
-            return _deadline_exceeded(ended)  # the container ended with 0 because it got SIGTERM
+        if isinstance(result, Failure) and result.reason == "ResultInvalid":
+            return _sigterm_failure(ended) or result
         return result
     failure = _failure_of(ended)
     log = last_lines(ended.pod.message) if ended.pod is not None else None
@@ -175,6 +176,13 @@ def _result(ended: Attempt) -> StageResult | Failure:
             message=f"exit code 0, but the result's outcome is {result.outcome.value!r}",
         )
     return result
+
+
+def _sigterm_failure(ended: Attempt) -> Failure | None:
+    """Return why a container without a result got the SIGTERM upon which it ended with 0; None if it got none."""
+    if _past_deadline(ended):
+        return _deadline_exceeded(ended)
+    return _disruption_failure(ended.pod) if ended.pod is not None else None
 
 
 def _failure_of(ended: Attempt) -> Failure:
