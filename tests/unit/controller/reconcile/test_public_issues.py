@@ -48,3 +48,20 @@ async def test_partition_arrives_as_it_is_written_whatever_kubernetes_expands(wo
     await world.settle()
     (job,) = world.active_jobs()
     assert environment(job)["INGEST_CURSOR"] == value.replace("\0", "")
+
+
+async def test_cancel_reaches_a_run_that_a_finalizer_keeps_from_going(world: World) -> None:
+    world.create()
+    await world.settle()
+    (job,) = world.active_jobs()
+    world.cluster.start_pod(job["metadata"]["name"])
+    body = world.cluster.run(KEY)
+    body["metadata"] |= {"deletionTimestamp": "2026-11-23T12:00:00Z", "finalizers": ["example.com/hold"]}
+    world.cluster._store("IngestRun", body, "MODIFIED")
+    await world.settle()
+    assert world.phase == "Running"
+    world.cancel(cancellation={"policy": "Terminate"})
+    await world.settle()
+    assert world.phase == "Cancelled"
+    assert not world.cluster.pods()
+    assert not world.creates_after_cancelled()
