@@ -22,6 +22,8 @@ POD_EXPECTED_WITHIN: Final = timedelta(seconds=5)
 """Time after its start within which a Job has a pod. Without one by then, the pod's creation may be refused."""
 NO_POD_RECHECK: Final = timedelta(seconds=15)
 """Interval at which a Job without a pod is checked again."""
+STUCK_AFTER: Final = timedelta(seconds=60)
+"""Time after the end of its grace period at which a pod that still exists is reported as stuck."""
 QUEUED_AFTER: Final = timedelta(seconds=5)
 """Time for which a Job is suspended before its run is reported as queued: a quick admission deserves no status."""
 
@@ -126,6 +128,17 @@ class ObservedPod:
     placed_at: datetime | None = None
     """Time at which the pod got a node; None while it waits for a node."""
 
+    @property
+    def stuck_at(self) -> datetime | None:
+        """Return when it counts as stuck, unless it has ended by then; None while it is not being deleted."""
+        if self.ended or self.deleting_until is None:
+            return None
+        return self.deleting_until + STUCK_AFTER
+
+    def is_stuck(self, now: datetime) -> bool:
+        """Tell whether it should have ended and has not, because nobody on its node can end it."""
+        return self.stuck_at is not None and now >= self.stuck_at
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
@@ -181,6 +194,16 @@ class Attempt:
     def order(self) -> tuple[int, int, int]:
         """Return the sort key of attempts: batch, stage, number."""
         return (self.batch, self.step, self.number)
+
+
+def stuck_message(stuck: Sequence[ObservedPod]) -> str:
+    """Return what people can do about stuck pods."""
+    first = stuck[0]
+    more = f" and {len(stuck) - 1} more" if len(stuck) > 1 else ""
+    return (
+        f"pod {first.name} on node {first.node or '?'}{more} should have ended and has not: look at the node; "
+        "if it is gone for good, delete the pod with --grace-period=0 --force"
+    )
 
 
 class MalformedJobError(ValueError):

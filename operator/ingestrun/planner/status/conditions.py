@@ -24,6 +24,9 @@ SUSPENDED: Final = "Suspended"
 RECONCILING: Final = "Reconciling"
 STALLED: Final = "Stalled"
 
+POD_STUCK_TERMINATING: Final = "PodStuckTerminating"
+"""The reason of `Reconciling`, or of `Drained` after the end, while a pod that should have ended has not."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConditionUpdate:

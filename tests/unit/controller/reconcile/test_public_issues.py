@@ -65,3 +65,27 @@ async def test_cancel_reaches_a_run_that_a_finalizer_keeps_from_going(world: Wor
     assert world.phase == "Cancelled"
     assert not world.cluster.pods()
     assert not world.creates_after_cancelled()
+
+
+async def test_pod_that_a_dead_node_keeps_for_ever_is_told_while_the_run_is_active(world: World) -> None:
+    world.cluster.pods_linger = True
+    world.create()
+    await world.settle()
+    (job,) = world.active_jobs()
+    pod = world.cluster.start_pod(job["metadata"]["name"])
+    stored = next(found for found in world.cluster.pods() if found["metadata"]["name"] == pod)
+    world.cluster._terminate(stored)
+    await world.settle()
+    assert world.condition("Reconciling")["reason"] == "Running"
+    world.now += timedelta(seconds=91)
+    await world.settle()
+    told = world.condition("Reconciling")
+    assert told["reason"] == "PodStuckTerminating"
+    assert f"pod {pod} on node" in told["message"]
+    assert "--grace-period=0 --force" in told["message"]
+    assert [event["type"] for event in world.cluster.events() if event["reason"] == "PodStuckTerminating"] == [
+        "Warning"
+    ]
+    world.cluster.lose_pod(job["metadata"]["name"])
+    await world.play()
+    assert world.phase == "Succeeded"
