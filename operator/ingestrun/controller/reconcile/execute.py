@@ -41,13 +41,21 @@ from ingestrun.kube.errors import (
 )
 from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model import names
+from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase
 from ingestrun.planner.actions import CreateJob, CreateRejection, DeleteJob, Plan
 from ingestrun.planner.batch.attempt import read_job
 from ingestrun.planner.batch.failure_policy import FailureAction, rule_of
 from ingestrun.planner.batch.state import JOB_MISSING
-from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage, adoptable, delete_selector, job_manifest
+from ingestrun.planner.jobs.manifest import (
+    CheckEndpointFor,
+    WorkerImage,
+    adoptable,
+    changed_at_creation,
+    delete_selector,
+    job_manifest,
+)
 from ingestrun.planner.run.backpressure import retry_interval
 from ingestrun.planner.run.completion import expiry_of
 from ingestrun.planner.snapshot import Snapshot
@@ -331,6 +339,17 @@ class JobCreator:
             raise
         if job is None:
             self._reject(run, memory, "NameTaken", f"a Job {name} exists that is not of this run: delete it")
+            return False
+        change = changed_at_creation(manifest, job)
+        if change is not None and attempt.step.stage is not Stage.ON_CANCEL:
+            await self._cluster.delete_job(namespace=namespace, name=name, uid=job["metadata"]["uid"])
+            self._reject(
+                run,
+                memory,
+                "JobChanged",
+                f"batch {attempt.batch}, {attempt.step.label}: an admission policy or webhook has changed {change}: "
+                f"exempt Jobs with the label {names.LABEL_RUN_UID} from it",
+            )
             return False
         self._cache.upsert_job(read_job(job))
         self._cache.usage.job_admitted(namespace)

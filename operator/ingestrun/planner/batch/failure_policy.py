@@ -88,6 +88,7 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     # The API server did not accept the Job.
     "JobRefused": _FAIL_RUN,
     "AdmissionDenied": _FAIL_RUN,
+    "JobChanged": _FAIL_RUN,
     "NameTaken": _FAIL_RUN,
     "Forbidden": _HOLD,
     "NamespaceTerminating": _HOLD,

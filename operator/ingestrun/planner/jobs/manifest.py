@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from ingestrun.planner.jobs.image_pins import image_of
 
 WORKER_RESOURCES: Final = {"requests": {"cpu": "100m", "memory": "192Mi"}, "limits": {"memory": "1Gi"}}
 WORKER_USER: Final = 65532
+_RESTART_POLICY: Final = ("template", "spec", "restartPolicy")
 _LABEL_VALUE: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 
@@ -178,6 +179,26 @@ def adoptable(run: IngestRun, create: CreateJob, found: Mapping[str, Any]) -> bo
         ref.get("uid") == run.metadata.uid and ref.get("controller") for ref in meta.get("ownerReferences") or ()
     )
     return ours and owned
+
+
+def changed_at_creation(sent: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
+    """Return which change of a Job at its creation would have its pod run another number of times; None without one.
+
+    An admission policy or webhook changes what it likes. The planner alone retries, and it counts one pod for a Job.
+    """
+    for path in (("backoffLimit",), ("completions",), ("parallelism",), ("managedBy",), _RESTART_POLICY):
+        before, after = _at(sent["spec"], path), _at(stored["spec"], path)
+        if before != after:
+            was = f"from {before} " if before is not None else ""
+            return f"spec.{'.'.join(path)} {was}to {after}"
+    return None
+
+
+def _at(spec: Mapping[str, Any], path: Sequence[str]) -> Any:
+    found: Any = spec
+    for name in path:
+        found = found.get(name) if found is not None else None
+    return found
 
 
 def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: CheckEndpoint | None) -> dict[str, Any]:

@@ -50,6 +50,41 @@ async def test_partition_arrives_as_it_is_written_whatever_kubernetes_expands(wo
     assert environment(job)["INGEST_CURSOR"] == value.replace("\0", "")
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("backoffLimit",), 3, "spec.backoffLimit from 0 to 3"),
+        (("parallelism",), 0, "spec.parallelism from 1 to 0"),
+        (("completions",), 2, "spec.completions from 1 to 2"),
+        (("managedBy",), "example.com/other", "spec.managedBy to example.com/other"),
+        (
+            ("template", "spec", "restartPolicy"),
+            "OnFailure",
+            "spec.template.spec.restartPolicy from Never to OnFailure",
+        ),
+    ],
+)
+async def test_job_that_a_policy_would_run_another_number_of_times_is_not_left_to_run(
+    world: World, path: tuple[str, ...], value: object, words: str
+) -> None:
+    world.cluster.mutate_job = set_in_spec(*path, to=value)
+    world.create()
+    await world.settle()
+    assert (world.phase, world.condition("Succeeded")["reason"]) == ("Failed", "JobChanged")
+    assert (
+        f"batch 0, fetch: an admission policy or webhook has changed {words}" in world.condition("Succeeded")["message"]
+    )
+    assert not world.cluster.jobs()
+    assert len(world.cluster.calls("create", "jobs")) == 1
+
+
+async def test_job_to_which_a_policy_adds_what_changes_no_number_is_left_alone(world: World) -> None:
+    world.cluster.mutate_job = set_in_spec("ttlSecondsAfterFinished", to=604_800)
+    world.create()
+    await world.play()
+    assert world.phase == "Succeeded"
+
+
 async def test_cancel_reaches_a_run_that_a_finalizer_keeps_from_going(world: World) -> None:
     world.create()
     await world.settle()

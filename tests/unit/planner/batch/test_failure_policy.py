@@ -211,7 +211,7 @@ def test_what_the_api_server_refuses() -> None:
     held = {reason for reason, rule in FAILURE_POLICY.items() if rule.action is FailureAction.HOLD}
     failed = {reason for reason, rule in FAILURE_POLICY.items() if rule.action is FailureAction.FAIL_RUN}
     assert held == {"Forbidden", "NamespaceTerminating", "WebhookUnavailable", "QuotaExceeded"}
-    assert failed == {"JobRefused", "AdmissionDenied", "NameTaken"}
+    assert failed == {"JobRefused", "AdmissionDenied", "JobChanged", "NameTaken"}
 
 
 def test_the_table_for_users_is_this_one() -> None:
