@@ -124,3 +124,38 @@ async def test_pod_that_a_dead_node_keeps_for_ever_is_told_while_the_run_is_acti
     world.cluster.lose_pod(job["metadata"]["name"])
     await world.play()
     assert world.phase == "Succeeded"
+
+
+@pytest.mark.parametrize(
+    ("error", "watches"),
+    [(NotFound("the server could not find the requested resource"), False), (Unavailable("503"), True)],
+)
+async def test_watches_wait_for_the_crd_and_for_nothing_else(error: Exception, watches: bool) -> None:
+    cluster = FakeCluster()
+    cluster.user_create_run(manifest())
+
+    async def look(_key: RunKey, _trigger: str) -> None:
+        return None
+
+    queue: WorkQueue[RunKey] = WorkQueue(look, concurrency=1)
+    cache = RunCache(Usage(JobLimits(), wake=lambda _: None))
+    answers: list[Exception | None] = [error, error, None]
+    asked = asyncio.Event()
+
+    async def on_call(call: Any) -> None:
+        if (call.verb, call.resource, call.stage) == ("list", "ingestruns", "before"):
+            asked.set()
+            failure = answers.pop(0) if answers else None
+            if failure is not None:
+                raise failure
+
+    cluster.on_call = on_call
+    tried = asyncio.Event()
+    resync = asyncio.create_task(
+        resync_forever(cluster, cache, queue, seconds=0.01, health=Health(), tried=tried), name="resync"
+    )
+    await asyncio.wait_for(asked.wait(), 5)
+    await asyncio.wait_for(tried.wait(), 5)
+    resync.cancel()
+    assert (len(answers) > 0) is watches
+    await queue.close()
