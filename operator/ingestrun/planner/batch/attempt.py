@@ -244,7 +244,8 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
         memory_limit=_memory_limit((spec.get("template") or {}).get("spec") or {}),
         created=_optional_time(meta.get("creationTimestamp")),
         started_at=_optional_time(status.get("startTime")),
-        suspended=bool(spec.get("suspend")),
+        # A Job with a parallelism of 0 is paused as a suspended one is: it has no pod, and does not end.
+        suspended=bool(spec.get("suspend")) or spec.get("parallelism") == 0,
     )
 
 

@@ -159,3 +159,25 @@ async def test_watches_wait_for_the_crd_and_for_nothing_else(error: Exception, w
     resync.cancel()
     assert (len(answers) > 0) is watches
     await queue.close()
+
+
+async def test_job_scaled_to_nothing_is_told_as_paused_and_goes_on_when_it_is_scaled_up(world: World) -> None:
+    world.create(batches={"partitions": {"count": 1}})
+    await world.settle()
+    (job,) = world.active_jobs()
+    name = job["metadata"]["name"]
+    world.cluster.start_pod(name)
+    await world.settle()
+    world.cluster.suspend_job(name)
+    paused = world.cluster.job(name)
+    paused["spec"] |= {"suspend": False, "parallelism": 0}
+    world.cluster._store("Job", paused, "MODIFIED")
+    world.now += timedelta(seconds=30)
+    await world.settle()
+    assert world.condition("Reconciling")["reason"] == "Queued"
+    going = world.cluster.job(name)
+    going["spec"] |= {"parallelism": 1}
+    world.cluster._store("Job", going, "MODIFIED")
+    await world.play()
+    assert world.phase == "Succeeded"
+    assert not world.status.get("failures")
