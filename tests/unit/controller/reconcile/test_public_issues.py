@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,7 @@ from tests.fakes.world import KEY, World, environment, manifest
 from ingestrun.controller.http.health import Health
 from ingestrun.controller.state.cache import RunCache
 from ingestrun.controller.state.usage import Usage
-from ingestrun.controller.watch.resync import resync_forever
+from ingestrun.controller.watch.resync import resync_forever, resync_once
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.errors import NotFound, Unavailable
 from ingestrun.kube.protocol import RunKey
@@ -181,3 +182,42 @@ async def test_job_scaled_to_nothing_is_told_as_paused_and_goes_on_when_it_is_sc
     await world.play()
     assert world.phase == "Succeeded"
     assert not world.status.get("failures")
+
+
+async def test_second_pod_of_a_job_publishes_nothing_twice(world: World) -> None:
+    """The Job controller may start one Job's program twice: the first result counts, once."""
+
+    def twice(job: Json) -> Json:
+        world.cluster.start_pod(job["metadata"]["name"])
+        world.cluster._new_pod(job["metadata"]["name"], "default")
+        return {"result": json.dumps(world.source.run(job))}
+
+    world.create()
+    await world.play(each=twice)
+    assert world.phase == "Succeeded"
+    assert world.status["records"]["published"] == sum(world.source.published.values()) == 450
+    assert len(world.cluster.calls("create", "jobs")) == 15
+
+
+async def test_server_that_asks_to_try_again_later_costs_no_retry(world: World) -> None:
+    for _ in range(3):
+        world.cluster.fail_next("create", "jobs", Unavailable("Too many requests, please try again later"))
+    world.cluster.fail_next("patch", "ingestruns/status", Unavailable("Too many requests, please try again later"))
+    world.create(retries=0)
+    await world.play()
+    assert world.phase == "Succeeded"
+    assert not world.status.get("failures")
+    assert not world.status.get("retries")
+
+
+async def test_cancel_is_seen_though_the_watch_of_runs_has_died_in_silence(world: World) -> None:
+    world.create()
+    await world.settle()
+    world.deaf.add("IngestRun")
+    world.cancel()
+    await world.settle()
+    assert world.phase == "Running"
+    await resync_once(world.cluster, world.store, world)  # type: ignore[arg-type]
+    await world.settle()
+    assert world.phase == "Cancelled"
+    assert not world.creates_after_cancelled()
