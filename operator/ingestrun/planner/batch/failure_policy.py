@@ -116,6 +116,9 @@ _NODE_LOST: Final = frozenset({"NodeLost", _STATUS_UNKNOWN, "Unknown"})
 that is not there any more when the node has restarted."""
 _NODE_REFUSED: Final = frozenset({"NodeAffinity", "NodeShutdown", "UnexpectedAdmissionError", "AdmissionFailed"})
 """Reasons of a kubelet that rejects a pod bound to its node; also OutOfcpu, OutOfmemory, OutOfpods and the like."""
+_NODE_CONDITION: Final = "The node had condition"
+"""Words of a kubelet that takes no pod while its node is short of disk or memory. Its reason is Evicted, as of a pod
+that used too much itself."""
 _KILLED: Final = (137, 143, EXIT_DONE)
 """The exit codes of SIGKILL and SIGTERM, and that of a container which handles SIGTERM, as many do."""
 _ESCAPE: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -240,7 +243,8 @@ def _disruption_failure(pod: ObservedPod) -> Failure | None:
     if pod.reason in _NODE_LOST or pod.pod_reason in _NODE_LOST:
         return Failure(reason="NodeLost", message=_with_kubelet_message(pod, "the node has lost the pod"))
     refused = pod.pod_reason or ""
-    if pod.exit_code is None and (refused in _NODE_REFUSED or refused.startswith("OutOf")):
+    pressed = _NODE_CONDITION in (pod.pod_message or "")
+    if pod.exit_code is None and (refused in _NODE_REFUSED or refused.startswith("OutOf") or pressed):
         message = _with_kubelet_message(pod, f"the node would not take the pod: {refused}")
         return Failure(reason="NodeRefused", message=message)
     if pod.deleting_until is not None and pod.exit_code in _KILLED:

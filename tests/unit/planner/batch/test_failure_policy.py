@@ -109,6 +109,7 @@ def gone_well(**facts: Any) -> Attempt:
 
 STOPPED = '{"v":"v1","outcome":"cancelled","message":"after 3 rows"}'
 LOW = "The node was low on resource: memory."
+PRESSED = "Pod was rejected: The node had condition: [DiskPressure]. "
 TMP = 'Usage of EmptyDir volume "tmp" exceeds the limit "1Gi".'
 
 
@@ -187,6 +188,12 @@ TMP = 'Usage of EmptyDir volume "tmp" exceeds the limit "1Gi".'
         (ended(exit_code=143, disruption="ByAliens"), "Disrupted", FREE, "ByAliens"),
         (ended(exit_code=None, reason="OutOfcpu", pod_reason="OutOfcpu"), "NodeRefused", FREE, "OutOfcpu"),
         (ended(exit_code=None, reason="NodeAffinity", pod_reason="NodeAffinity"), "NodeRefused", FREE, "NodeAffinity"),
+        (
+            ended(exit_code=None, reason="Evicted", pod_reason="Evicted", pod_message=PRESSED),
+            "NodeRefused",
+            FREE,
+            "the node would not take the pod: Evicted: Pod was rejected: The node had condition: [DiskPressure].",
+        ),
         (ended(exit_code=143, deleting_until=NOW), "PodDeleted", FREE, "somebody deleted the pod"),
         (ended(exit_code=1, deleting_until=NOW), "Error", RETRY, "exit code 1"),
         (gone_well(deleting_until=NOW), "PodDeleted", FREE, "somebody deleted the pod"),
