@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,21 +10,11 @@ from kubernetes import client
 
 from tests.api.conftest import Cluster, Json, WaitFor
 from tests.api.operator_process import OperatorProcess
-from tests.api.test_runs import condition, spec
+from tests.api.test_runs import condition, in_phase, operator, spec
+
+__all__ = ["operator"]
 
 MEDDLER = "test-public-issues-job-defaults"
-
-
-@pytest.fixture
-def operator(cluster: Cluster, crd: Json, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
-    """The operator of this checkout, watching the test's namespace alone."""
-    assert crd
-    process = OperatorProcess(
-        kubeconfig=cluster.kubeconfig, context=cluster.context, namespace=namespace, log=tmp_path / "operator.log"
-    )
-    process.start()
-    yield process
-    process.stop()
 
 
 @pytest.fixture
@@ -60,8 +49,9 @@ def meddling_policy(cluster: Cluster, namespace: str, wait_for: WaitFor) -> Iter
         admission.create_cluster_custom_object(**group, plural=plural, body=body)
 
     def in_force() -> bool:
-        job = {"metadata": {"name": "probe"}, "spec": {"template": _pod_template(), "backoffLimit": 0}}
+        job: Any = {"metadata": {"name": "probe"}, "spec": {"template": _pod_template(), "backoffLimit": 0}}
         stored = cluster.batch.create_namespaced_job(namespace, job, dry_run="All")
+        assert stored.spec is not None
         return bool(stored.spec.backoff_limit == 3)
 
     try:
@@ -81,12 +71,7 @@ def test_job_to_which_a_policy_gives_more_tries_is_taken_back_and_named(
 ) -> None:
     cluster.create_run(namespace, spec(), name="meddled")
 
-    def failed() -> Json:
-        run = cluster.run(namespace, "meddled")
-        assert run["status"].get("phase") == "Failed", run["status"]
-        return run
-
-    end = condition(wait_for(failed), "Succeeded")
+    end = condition(wait_for(in_phase(cluster, namespace, "meddled", "Failed")), "Succeeded")
     assert end["reason"] == "JobChanged"
     assert "spec.backoffLimit from 0 to 3" in end["message"]
 
@@ -101,10 +86,7 @@ def test_cancel_reaches_a_run_that_is_being_deleted_and_that_a_finalizer_holds(
 ) -> None:
     cluster.create_run(namespace, spec({"hold": "true"}), name="held", metadata={"finalizers": ["example.com/hold"]})
 
-    def running() -> bool:
-        return bool(cluster.run(namespace, "held")["status"].get("phase") == "Running")
-
-    wait_for(running)
+    wait_for(in_phase(cluster, namespace, "held", "Running"))
     where: Json = {"group": "ingestrun.dev", "version": "v1alpha1", "plural": "ingestruns", "namespace": namespace}
     cluster.custom.delete_namespaced_custom_object(**where, name="held")
     cluster.patch_spec(namespace, "held", cancel=True, cancellation={"policy": "Terminate"})

@@ -18,7 +18,7 @@ from ingestrun.controller.state.usage import Usage
 from ingestrun.controller.watch.resync import resync_forever, resync_once
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.errors import NotFound, Unavailable
-from ingestrun.kube.protocol import RunKey
+from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.planner.run.fair_sharing import JobLimits
 
 Json = dict[str, Any]
@@ -187,7 +187,7 @@ async def test_job_scaled_to_nothing_is_told_as_paused_and_goes_on_when_it_is_sc
 async def test_second_pod_of_a_job_publishes_nothing_twice(world: World) -> None:
     """The Job controller may start one Job's program twice: the first result counts, once."""
 
-    def twice(job: Json) -> Json:
+    def twice(job: Object) -> Json:
         world.cluster.start_pod(job["metadata"]["name"])
         world.cluster._new_pod(job["metadata"]["name"], "default")
         return {"result": json.dumps(world.source.run(job))}
