@@ -128,6 +128,8 @@ class FakeCluster(Cluster):
         """Awaited with each call before it is stored and again after (`call.stage`); may raise for the server."""
         self.admit: Callable[[str, str, Object], None] | None = None
         """Asked for (verb, resource, object) before a write is stored; raises what an admission policy would."""
+        self.mutate_job: Callable[[Json], None] | None = None
+        """Changes a Job before it is stored, as a mutating policy does."""
         self.faults: list[Fault] = []
         self.history: list[Call] = []
         self.changes: list[Change] = []
@@ -220,6 +222,8 @@ class FakeCluster(Cluster):
                 raise AlreadyExists(f'jobs.batch "{name}" already exists')
             self._check_quota(namespace, name)
             self._check_fence(body)
+            if self.mutate_job is not None:
+                self.mutate_job(body)
             self._admit("create", "jobs", body)
             uid = self._uid()
             stored = shapes.defaulted_job(body, uid=uid)

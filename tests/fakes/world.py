@@ -6,6 +6,7 @@ Time is virtual and passes are taken one by one, so a test decides what happens 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -81,7 +82,17 @@ class Source:
 def environment(job: Object) -> dict[str, str]:
     """The variables of a Job's container, as the container sees them."""
     container = job["spec"]["template"]["spec"]["containers"][0]
-    return {entry["name"]: entry.get("value", "").replace("$$(", "$(") for entry in container["env"]}
+    values: dict[str, str] = {}
+    for entry in container["env"]:
+        values[entry["name"]] = _expanded(entry.get("value", ""), values)
+    return values
+
+
+def _expanded(value: str, known: dict[str, str]) -> str:
+    """The value as the kubelet hands it on: $$ is one $, and $(NAME) is the value of a variable before it."""
+    return re.sub(
+        r"\$(?:\$|\(([^)]*)\))", lambda found: known.get(found[1], found[0]) if found[0] != "$$" else "$", value
+    )
 
 
 class World:

@@ -132,6 +132,10 @@ async def _serve_api(
 async def _operate(
     settings: Settings, access: Access, cluster: KubernetesCluster, health: Health, *, check: CheckEndpointFor | None
 ) -> None:
+    for namespace, why in (await cluster.leave_out_refused_namespaces()).items():
+        logger.error(
+            "a namespace is left out until the operator restarts, it may not be read", namespace=namespace, why=why
+        )
     usage = Usage(settings.caps, wake=lambda key: queue.add(key, "room"))
     usage.start_sync()
     cache = RunCache(usage)
@@ -176,8 +180,8 @@ async def _operate(
                 registry=handlers,
                 settings=operator_settings(),
                 standalone=True,
-                clusterwide=not settings.namespace_list,
-                namespaces=settings.namespace_list,
+                clusterwide=cluster.namespaces is None,
+                namespaces=cluster.namespaces or (),
             )
         except Exception as error:
             # Such as "Too large resource version" after a restore; new watches begin with a list.

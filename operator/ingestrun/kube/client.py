@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import quote
 
 from ingestrun.kube.connection import Connection
-from ingestrun.kube.errors import Conflict, Expired, NotFound, Unavailable
+from ingestrun.kube.errors import Conflict, Expired, Forbidden, KubeError, NotFound, Unavailable
 from ingestrun.kube.protocol import Cluster, Object, RunKey, T
 from ingestrun.model.names import GROUP, LABEL_RUN_UID, PLURAL, VERSION
 
@@ -43,11 +43,34 @@ class KubernetesCluster(Cluster):
         `namespaces` None watches the whole cluster, otherwise these alone (then Roles are enough).
         """
         self.connection = connection
-        self._namespaces = None if namespaces is None else tuple(dict.fromkeys(namespaces))
+        self.namespaces = None if namespaces is None else tuple(dict.fromkeys(namespaces))
+        """The namespaces to watch and to list; None: all."""
 
     async def close(self) -> None:
         """Close the connections."""
         await self.connection.close()
+
+    async def leave_out_refused_namespaces(self) -> Mapping[str, str]:
+        """Take the namespaces in which runs, Jobs or pods may not be listed out of `namespaces`; return why, by name.
+
+        A namespace that is deleted takes the operator's rights in it along, and must not stop the work in all others.
+        None is taken out if none would be left.
+        """
+        refused: dict[str, str] = {}
+        for namespace in self.namespaces or ():
+            for api, plural in ((RUNS_API, PLURAL), (JOBS_API, "jobs"), (CORE_API, "pods")):
+                try:
+                    await self.connection.request("GET", _path(api, namespace, plural), query=[("limit", "1")])
+                except Forbidden as error:
+                    refused[namespace] = str(error)
+                    break
+                except KubeError:
+                    break  # no answer about rights: the watches and the resync try again, and say what is wrong
+        left = tuple(namespace for namespace in self.namespaces or () if namespace not in refused)
+        if not left:
+            return {}
+        self.namespaces = left
+        return refused
 
     async def get_run(self, key: RunKey) -> Object:
         return await self.connection.request("GET", _run_path(key))
@@ -151,10 +174,10 @@ class KubernetesCluster(Cluster):
         self, api: str, plural: str, read: Callable[[Object], T], *, selector: str | None = None
     ) -> list[T]:
         """List a resource in all namespaces that the operator watches."""
-        if self._namespaces is None:
+        if self.namespaces is None:
             return await self._list_as(read, f"{api}/{plural}", selector=selector)
         found: list[T] = []
-        for namespace in self._namespaces:
+        for namespace in self.namespaces:
             found += await self._list_as(read, _path(api, namespace, plural), selector=selector)
         return found
 

@@ -31,14 +31,14 @@ def plan(snapshot: Snapshot) -> Plan:
 
 
 def _decide(snapshot: Snapshot) -> Decision | Plan:
-    """Choose by the state of the run: ended, being deleted, to be cancelled, held, or active."""
+    """Choose by the state of the run: ended, to be cancelled, being deleted, held, or active."""
     run = snapshot.run
     if run.status.ended:
         return drain(snapshot)
+    if run.spec.cancel or snapshot.parent is not None:
+        return cancel(snapshot)  # also one that is being deleted: a finalizer may hold it for ever, and its Jobs run
     if run.metadata.deletion_timestamp is not None:
         return Plan(status=run.status)
-    if run.spec.cancel or snapshot.parent is not None:
-        return cancel(snapshot)
     cause = replacement_cause(run, snapshot.peers)
     if run.cancel_requested:
         # Only the label asks for the cancel: the request was taken back, or the operator set the label before its own

@@ -41,13 +41,21 @@ from ingestrun.kube.errors import (
 )
 from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model import names
+from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus, Phase
 from ingestrun.planner.actions import CreateJob, CreateRejection, DeleteJob, DeleteJobs, Plan
 from ingestrun.planner.batch.attempt import END_DEADLINE, read_pod
 from ingestrun.planner.batch.failure_policy import FailureAction, rule_of
 from ingestrun.planner.batch.state import JOB_MISSING
-from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage, adoptable, delete_selector, job_manifest
+from ingestrun.planner.jobs.manifest import (
+    CheckEndpointFor,
+    WorkerImage,
+    adoptable,
+    changed_at_creation,
+    delete_selector,
+    job_manifest,
+)
 from ingestrun.planner.jobs.retention import is_accounted
 from ingestrun.planner.run.backpressure import retry_interval
 from ingestrun.planner.run.completion import expiry_of
@@ -368,6 +376,17 @@ class JobCreator:
         own = self._cache.own_job(job) if adoptable(run, create, job) else None
         if own is None:
             self._reject(run, memory, "NameTaken", _taken(run, job))
+            return False
+        change = changed_at_creation(manifest, job)
+        if change is not None and attempt.step.stage is not Stage.ON_CANCEL:
+            await self._cluster.delete_job(namespace=namespace, name=name, uid=own.uid)
+            self._reject(
+                run,
+                memory,
+                "JobChanged",
+                f"batch {attempt.batch}, {attempt.step.label}: an admission policy or webhook has changed {change}: "
+                f"exempt Jobs with the label {names.LABEL_RUN_UID} from it",
+            )
             return False
         self._cache.upsert_job(own)
         self._cache.usage.job_admitted(namespace)

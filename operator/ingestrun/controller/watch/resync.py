@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from typing import Final
 
 import structlog
 
 from ingestrun.controller.http.health import Health
 from ingestrun.controller.state.cache import RunCache
 from ingestrun.controller.watch.workqueue import WorkQueue
-from ingestrun.kube.errors import KubeError
+from ingestrun.kube.errors import KubeError, NotFound
 from ingestrun.kube.protocol import Cluster, RunKey
 from ingestrun.planner.batch.attempt import ObservedJob, ObservedPod
 
 logger = structlog.get_logger("ingestrun")
+
+MISSING_CRD_SECONDS: Final = 5.0
+"""Seconds after which a missing CRD is looked for again."""
 
 
 async def resync_once(cluster: Cluster, cache: RunCache, queue: WorkQueue[RunKey]) -> int:
@@ -62,14 +66,23 @@ async def resync_forever(
     health: Health,
     tried: asyncio.Event,
 ) -> None:
-    """Resync at once and then every so many seconds, sooner after a failure. `tried` is set after the first time."""
+    """Resync at once and then every so many seconds, sooner after a failure. `tried` is set after the first time.
+
+    But not while the server does not know the resource: kopf looks once, when it starts, which resources there are, and
+    would never watch runs if the operator were installed before the CRD.
+    """
     while True:
         health.beat("resync", within=3 * seconds + 60)
         try:
             await resync_once(cluster, cache, queue)
             pause = seconds
+        except NotFound as error:
+            logger.error("the CRD of IngestRun is not installed: waiting for it", error=str(error))
+            pause = min(MISSING_CRD_SECONDS, seconds)
         except Exception as error:  # any: one object must not end the operator for all others
             logger.warning("resync failed", error=str(error), exc_info=not isinstance(error, KubeError))
             pause = min(10.0, seconds)
-        tried.set()
+            tried.set()
+        else:
+            tried.set()
         await asyncio.sleep(pause)

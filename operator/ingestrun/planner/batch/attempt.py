@@ -28,6 +28,8 @@ from ingestrun.planner.batch.obstacle import Obstacle, PodWait, read_wait, statu
 
 POD_EXPECTED_WITHIN: Final = timedelta(seconds=5)
 """Time after its start within which a Job has a pod. Without one by then, the pod's creation may be refused."""
+STUCK_AFTER: Final = timedelta(seconds=60)
+"""Time after the end of its grace period at which a pod that still exists is reported as stuck."""
 QUEUED_AFTER: Final = timedelta(seconds=5)
 """Time for which a Job is suspended before its run is reported as queued: a quick admission deserves no status."""
 
@@ -134,6 +136,17 @@ class ObservedPod:
     wait: PodWait | None = None
     """The wait for its first container; None while an init container is at work, and once it has started."""
 
+    @property
+    def stuck_at(self) -> datetime | None:
+        """Return when it counts as stuck, unless it has ended by then; None while it is not being deleted."""
+        if self.ended or self.deleting_until is None:
+            return None
+        return self.deleting_until + STUCK_AFTER
+
+    def is_stuck(self, now: datetime) -> bool:
+        """Tell whether it should have ended and has not, because nobody on its node can end it."""
+        return self.stuck_at is not None and now >= self.stuck_at
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
@@ -205,6 +218,16 @@ class Attempt:
         return (self.batch, self.step, self.number)
 
 
+def stuck_message(stuck: Sequence[ObservedPod]) -> str:
+    """Return what people can do about stuck pods."""
+    first = stuck[0]
+    more = f" and {len(stuck) - 1} more" if len(stuck) > 1 else ""
+    return (
+        f"pod {first.name} on node {first.node or '?'}{more} should have ended and has not: look at the node; "
+        "if it is gone for good, delete the pod with --grace-period=0 --force"
+    )
+
+
 def read_job(job: Mapping[str, Any]) -> ObservedJob:
     """Read the JSON of a Job that is a run's own (`ownership.foreign_job_reason`)."""
     meta, labels, status = job["metadata"], job["metadata"]["labels"], job.get("status") or {}
@@ -234,7 +257,8 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
         created=_optional_time(meta.get("creationTimestamp")),
         started_at=_optional_time(status.get("startTime")),
         checkpoint=(meta.get("annotations") or {}).get(ANNOTATION_CHECKPOINT),
-        suspended=bool(spec.get("suspend")),
+        # A Job with a parallelism of 0 is paused as a suspended one is: it has no pod, and does not end.
+        suspended=bool(spec.get("suspend")) or spec.get("parallelism") == 0,
     )
 
 

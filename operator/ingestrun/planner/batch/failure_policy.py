@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Final
 
 from ingestrun.model.contract import (
+    EXIT_DONE,
     EXIT_PERMANENT,
     MAX_VARIABLE_BYTES,
     PERMANENT_REASONS,
@@ -103,6 +104,7 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     # The API server did not accept the Job.
     "JobRefused": _FAIL_RUN,
     "AdmissionDenied": _FAIL_RUN,
+    "JobChanged": _FAIL_RUN,
     "NameTaken": _FAIL_RUN,
     "Forbidden": _HOLD,
     "NamespaceTerminating": _HOLD,
@@ -127,10 +129,16 @@ _DISRUPTIONS: Final = {
 """Reasons of a pod's condition DisruptionTarget (Kubernetes' docs, "Disruptions"), each with the table's reason."""
 _DEADLINE: Final = "DeadlineExceeded"
 """The kubelet's reason of a pod, and the Job controller's of a Job, that exceeded its `activeDeadlineSeconds`."""
-_NODE_LOST: Final = frozenset({"NodeLost", STATUS_UNKNOWN})
-"""Reasons of a pod or a container that its node has lost."""
+_NODE_LOST: Final = frozenset({"NodeLost", STATUS_UNKNOWN, "Unknown"})
+"""Reasons of a pod or a container that its node has lost: "Unknown" (exit code 255) is containerd's for a container
+that is not there any more when the node has restarted."""
 _NODE_REFUSED: Final = frozenset({"NodeAffinity", "NodeShutdown", "UnexpectedAdmissionError", "AdmissionFailed"})
 """Reasons of a kubelet that rejects a pod bound to its node; also OutOfcpu, OutOfmemory, OutOfpods and the like."""
+_NODE_CONDITION: Final = "The node had condition"
+"""Words of a kubelet that takes no pod while its node is short of disk or memory. Its reason is Evicted, as of a pod
+that used too much itself."""
+_ENDED_BY_SIGTERM: Final = (*KILLED_CODES, EXIT_DONE)
+"""The exit codes of a container that was told to end: those of the signals, and 0, as many handle SIGTERM."""
 _TOO_LARGE: Final = "argument list too long"
 """The words of E2BIG, at the end of a container runtime's long sentence."""
 _TOO_LARGE_MESSAGE: Final = (
@@ -164,8 +172,8 @@ def outcome_of(ended: Attempt) -> StageResult | Failure:
     """
     if ended.state is JobState.SUCCEEDED:
         result = _result(ended)
-        if isinstance(result, Failure) and result.reason == "ResultInvalid" and _past_deadline(ended):
-            return _deadline_exceeded(ended)  # the container ended with 0 because it got SIGTERM
+        if isinstance(result, Failure) and result.reason == "ResultInvalid":
+            return _sigterm_failure(ended) or result
         return result
     failure = _failure_of(ended)
     log = last_lines(_last_words(ended.pod)) if ended.pod is not None else None
@@ -196,6 +204,13 @@ def _result(ended: Attempt) -> StageResult | Failure:
             message=f"exit code 0, but the result's outcome is {result.outcome.value!r}",
         )
     return result
+
+
+def _sigterm_failure(ended: Attempt) -> Failure | None:
+    """Return why a container without a result got the SIGTERM upon which it ended with 0; None if it got none."""
+    if _past_deadline(ended):
+        return _deadline_exceeded(ended)
+    return _disruption_failure(ended.pod) if ended.pod is not None else None
 
 
 def _failure_of(ended: Attempt) -> Failure:
@@ -268,11 +283,12 @@ def _disruption_failure(pod: ObservedPod) -> Failure | None:
     if not _NODE_LOST.isdisjoint((pod.reason, init_reason, pod.pod_reason)):
         return Failure(reason="NodeLost", message=_with_kubelet_message(pod, "the node has lost the pod"))
     refused = pod.pod_reason or ""
-    if pod.exit_code is None and (refused in _NODE_REFUSED or refused.startswith("OutOf")):
+    pressed = _NODE_CONDITION in (pod.pod_message or "")
+    if pod.exit_code is None and (refused in _NODE_REFUSED or refused.startswith("OutOf") or pressed):
         message = _with_kubelet_message(pod, f"the node would not take the pod: {refused}")
         return Failure(reason="NodeRefused", message=message)
     exit_code = pod.exit_code if pod.failed_init is None else pod.failed_init.exit_code
-    if pod.deleting_until is not None and exit_code in KILLED_CODES:
+    if pod.deleting_until is not None and exit_code in _ENDED_BY_SIGTERM:
         return Failure(reason="PodDeleted", message="somebody deleted the pod")
     return None
 

@@ -25,6 +25,7 @@ WORKER_RESOURCES: Final = {"requests": {"cpu": "100m", "memory": "192Mi"}, "limi
 POD_USER: Final = 65532
 """User and group of the pods, where neither the run nor the operator's settings say otherwise; that of our images."""
 SCRATCH: Final = "/tmp"  # noqa: S108  (a path in the container)
+_RESTART_POLICY: Final = ("template", "spec", "restartPolicy")
 _LABEL_VALUE: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 
@@ -206,6 +207,26 @@ def _security_context(run: IngestRun, user: int | None) -> dict[str, Any]:
     }
 
 
+def changed_at_creation(sent: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
+    """Return which change of a Job at its creation would have its pod run another number of times; None without one.
+
+    An admission policy or webhook changes what it likes. The planner alone retries, and it counts one pod for a Job.
+    """
+    for path in (("backoffLimit",), ("completions",), ("parallelism",), ("managedBy",), _RESTART_POLICY):
+        before, after = _at(sent["spec"], path), _at(stored["spec"], path)
+        if before != after:
+            was = f"from {before} " if before is not None else ""
+            return f"spec.{'.'.join(path)} {was}to {after}"
+    return None
+
+
+def _at(spec: Mapping[str, Any], path: Sequence[str]) -> Any:
+    found: Any = spec
+    for name in path:
+        found = found.get(name) if found is not None else None
+    return found
+
+
 def _container(run: IngestRun, create: CreateJob, worker: WorkerImage, check: CheckEndpoint | None) -> dict[str, Any]:
     """Return the stage's container.
 
@@ -343,8 +364,11 @@ def _directory(run: IngestRun, batch: int, step: int, attempt: int) -> str:
 
 
 def _literal(value: str) -> str:
-    """Escape $(NAME), which Kubernetes expands in a variable's value, because a cursor must arrive unchanged."""
-    return value.replace("$(", "$$(")
+    """Return a variable's value so that it arrives as it is, though Kubernetes expands $(NAME) and halves each $$.
+
+    Only a NUL is left out, because no process can be given one.
+    """
+    return value.replace("\0", "").replace("$", "$$")
 
 
 def _workspace_volume(run: IngestRun) -> list[dict[str, Any]]:

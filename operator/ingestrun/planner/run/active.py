@@ -9,7 +9,7 @@ from datetime import datetime
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import ImagePin, Phase
 from ingestrun.planner.actions import CancelCause, Decision, DeleteJob, Plan
-from ingestrun.planner.batch.attempt import QUEUED_AFTER
+from ingestrun.planner.batch.attempt import QUEUED_AFTER, stuck_message
 from ingestrun.planner.batch.pod_start import next_look_at_start
 from ingestrun.planner.batch.state import BatchState
 from ingestrun.planner.jobs.image_pins import image_drift_events, newly_pinned, pinned_images
@@ -122,12 +122,15 @@ def _unfinished_of_failed(snapshot: Snapshot) -> Iterator[DeleteJob]:
 
 
 def _rechecks(batch: BatchState, now: datetime) -> Iterator[datetime]:
-    """Yield when a Job whose pod does not start, or that has no pod, needs a look although no event comes."""
+    """Yield when a Job whose pod does not start or end, or that has no pod, needs a look although no event comes."""
     if batch.running_until is not None:
         yield batch.running_until
     attempt = batch.running
     if attempt is None:
         return
+    stuck_at = attempt.pod.stuck_at if attempt.pod is not None else None
+    if stuck_at is not None and stuck_at > now:
+        yield stuck_at
     if attempt.queued:
         reported = (attempt.job.created or now) + QUEUED_AFTER
         if reported > now:
@@ -156,6 +159,10 @@ def _activity(snapshot: Snapshot, phase: Phase, held: Backpressure | None) -> tu
         return "PodNotStarting", message
     if held is not None and held.reason is not None:
         return "Backpressured", held.message
+    pods = [batch.running.pod for batch in snapshot.in_flight if batch.running is not None]
+    lost = [pod for pod in pods if pod is not None and pod.is_stuck(snapshot.now)]
+    if lost:
+        return c.POD_STUCK_TERMINATING, stuck_message(lost)
     if phase is Phase.RUNNING:
         if _waits_for_admission(snapshot):
             return QUEUED, "its Jobs are suspended until Kueue, or the user who suspended them, admits them"

@@ -37,7 +37,7 @@ from ingestrun.planner.actions import (
     DeletePod,
     Plan,
 )
-from ingestrun.planner.batch.attempt import JOB_DELETED, Attempt, JobState, ObservedPod
+from ingestrun.planner.batch.attempt import JOB_DELETED, Attempt, JobState, ObservedPod, stuck_message
 from ingestrun.planner.batch.failure_policy import Failure, outcome_of
 from ingestrun.planner.batch.pipeline import Step, on_cancel_step, steps_of
 from ingestrun.planner.batch.pod_start import start_timed_out
@@ -53,8 +53,6 @@ from ingestrun.planner.status.events import Event
 DRAIN_RECHECK: Final = timedelta(seconds=15)
 SWEEP_AFTER: Final = timedelta(seconds=60)
 """Time after the end at which the Jobs are listed once more, longer than any request under way takes to arrive."""
-STUCK_AFTER: Final = timedelta(seconds=60)
-"""Time after the end of its grace period at which a pod that still exists is reported as stuck."""
 
 
 def drain(snapshot: Snapshot) -> Decision:
@@ -86,9 +84,9 @@ def _await_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
     if not unfinished and not pods:
         return _drained(snapshot, status, terminate=terminate)
     reason, message = "Draining", pluralize(max(unfinished, len(pods)), "pod has", "pods have") + " not ended"
-    stuck = [pod for pod in pods if _is_stuck(pod, now=snapshot.now)]
+    stuck = [pod for pod in pods if pod.is_stuck(snapshot.now)]
     if stuck:
-        reason, message = "PodStuckTerminating", _stuck_message(stuck)
+        reason, message = c.POD_STUCK_TERMINATING, stuck_message(stuck)
     return Decision(
         plan=Plan(
             status=status,
@@ -107,10 +105,6 @@ def _pods_to_terminate(snapshot: Snapshot, pods: Sequence[ObservedPod]) -> Itera
     for pod in pods:
         if pod.deleting_until is None and pod.job_uid not in waiting:
             yield DeletePod(name=pod.name, uid=pod.uid, grace_seconds=grace)
-
-
-def _is_stuck(pod: ObservedPod, *, now: datetime) -> bool:
-    return pod.deleting_until is not None and now >= pod.deleting_until + STUCK_AFTER
 
 
 def unstarted_jobs(attempts: Sequence[Attempt]) -> tuple[DeleteJob, ...]:
@@ -405,12 +399,3 @@ def _cancel_cleared_events(run: IngestRun) -> tuple[Event, ...]:
     if status.observed_generation == run.metadata.generation:
         return ()
     return (cancel_cleared_event(run),)
-
-
-def _stuck_message(stuck: Sequence[ObservedPod]) -> str:
-    first = stuck[0]
-    more = f" and {len(stuck) - 1} more" if len(stuck) > 1 else ""
-    return (
-        f"pod {first.name} on node {first.node or '?'}{more} should have ended and has not: look at the node; "
-        "if it is gone for good, delete the pod with --grace-period=0 --force"
-    )

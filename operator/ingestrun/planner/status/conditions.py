@@ -26,6 +26,8 @@ STALLED: Final = "Stalled"
 
 CAPACITY_AVAILABLE: Final = "CapacityAvailable"
 """Reason of `Backpressured` once there is room again."""
+POD_STUCK_TERMINATING: Final = "PodStuckTerminating"
+"""The reason of `Reconciling`, or of `Drained` after the end, while a pod that should have ended has not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

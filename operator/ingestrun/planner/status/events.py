@@ -120,9 +120,10 @@ def _progress_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Eve
     if _became(old, new, c.RECONCILING, reason=HELD):
         held = new.condition(c.RECONCILING)
         yield warning(HELD, held.message if held else "", action="Hold")
-    if _became(old, new, c.RECONCILING, reason="PodNotStarting"):
-        stuck = new.condition(c.RECONCILING)
-        yield warning("PodNotStarting", stuck.message if stuck else "", action="Wait")
+    for reason in ("PodNotStarting", c.POD_STUCK_TERMINATING):
+        if _became(old, new, c.RECONCILING, reason=reason):
+            stuck = new.condition(c.RECONCILING)
+            yield warning(reason, stuck.message if stuck else "", action="Wait")
     if old.phase is not Phase.SUSPENDED and new.phase is Phase.SUSPENDED:
         yield normal("Suspended", "nothing new is started until spec.suspend is cleared", action="Suspend")
     if old.phase is Phase.SUSPENDED and new.phase in (Phase.RUNNING, Phase.PENDING):
@@ -155,9 +156,9 @@ def _cancellation_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator
         return
     if now.policy is CancellationPolicy.TERMINATE and (before is None or before.policy is not now.policy):
         yield normal("Terminating", "pods that run get SIGTERM", action="Terminate")
-    if _became(old, new, c.DRAINED, status="False", reason="PodStuckTerminating"):
+    if _became(old, new, c.DRAINED, status="False", reason=c.POD_STUCK_TERMINATING):
         stuck = new.condition(c.DRAINED)
-        yield warning("PodStuckTerminating", stuck.message if stuck else "", action="Drain")
+        yield warning(c.POD_STUCK_TERMINATING, stuck.message if stuck else "", action="Drain")
     if _became(old, new, c.DRAINED):
         drained = new.condition(c.DRAINED)
         landed = f"; published all the same: batch {now.published}" if now.published else ""

@@ -73,6 +73,7 @@ def test_only_exit_0_with_a_valid_done_is_a_success() -> None:
 def test_a_result_that_says_done_counts_though_its_pod_was_ended_for_the_deadline() -> None:
     """The container was done, or was let finish what it had begun to commit."""
     assert isinstance(outcome_of(overdue(0, message=DONE)), StageResult)
+    assert isinstance(outcome_of(job(JobState.SUCCEEDED, pod=pod(message=DONE, deleting_until=NOW))), StageResult)
     failed = outcome_of(overdue(143, message=DONE))
     assert isinstance(failed, Failure)
     assert failed.reason == "DeadlineExceeded"
@@ -101,8 +102,14 @@ def done(message: str | None) -> Attempt:
     return job(JobState.SUCCEEDED, pod=pod(message=message))
 
 
+def gone_well(**facts: Any) -> Attempt:
+    """A Job whose container ended with 0 and left no result: it handles SIGTERM."""
+    return job(JobState.SUCCEEDED, pod=pod(**facts))
+
+
 STOPPED = '{"v":"v1","outcome":"cancelled","message":"after 3 rows"}'
 LOW = "The node was low on resource: memory."
+PRESSED = "Pod was rejected: The node had condition: [DiskPressure]. "
 TMP = 'Usage of EmptyDir volume "tmp" exceeds the limit "1Gi".'
 
 
@@ -188,8 +195,19 @@ TMP = 'Usage of EmptyDir volume "tmp" exceeds the limit "1Gi".'
         (ended(exit_code=143, disruption="ByAliens"), "Disrupted", FREE, "ByAliens"),
         (ended(exit_code=None, reason="OutOfcpu", pod_reason="OutOfcpu"), "NodeRefused", FREE, "OutOfcpu"),
         (ended(exit_code=None, reason="NodeAffinity", pod_reason="NodeAffinity"), "NodeRefused", FREE, "NodeAffinity"),
+        (
+            ended(exit_code=None, reason="Evicted", pod_reason="Evicted", pod_message=PRESSED),
+            "NodeRefused",
+            FREE,
+            "the node would not take the pod: Evicted: Pod was rejected: The node had condition: [DiskPressure].",
+        ),
         (ended(exit_code=143, deleting_until=NOW), "PodDeleted", FREE, "somebody deleted the pod"),
         (ended(exit_code=1, deleting_until=NOW), "Error", RETRY, "exit code 1"),
+        (gone_well(deleting_until=NOW), "PodDeleted", FREE, "somebody deleted the pod"),
+        (gone_well(disruption="EvictionByEvictionAPI"), "Evicted", FREE, "EvictionByEvictionAPI"),
+        (gone_well(disruption="PreemptionByScheduler", message="{"), "Preempted", FREE, "PreemptionByScheduler"),
+        (gone_well(), "ResultInvalid", RETRY, "left no result"),
+        (ended(exit_code=255, reason="Unknown"), "NodeLost", FREE, "lost the pod"),
         (ended(exit_code=None, reason=None), "PodLost", FREE, "without an exit code"),
         (job(JobState.FAILED, reason="BackoffLimitExceeded", pod=None), "PodLost", FREE, "gone"),
         # what nobody has heard of yet
@@ -208,7 +226,7 @@ def test_what_the_api_server_refuses() -> None:
     failed = {reason for reason, rule in FAILURE_POLICY.items() if rule.action is FailureAction.FAIL_RUN}
     unplaced = {"Unschedulable", "NodeMismatch", "SchedulingGated"}
     assert held == {"Forbidden", "NamespaceTerminating", "WebhookUnavailable", "QuotaExceeded"} | unplaced
-    assert failed == {"JobRefused", "AdmissionDenied", "NameTaken"}
+    assert failed == {"JobRefused", "AdmissionDenied", "JobChanged", "NameTaken"}
 
 
 def test_the_table_for_users_is_this_one() -> None:
