@@ -15,7 +15,7 @@ from ingestrun.model.base import KubeModel
 from ingestrun.model.size_budget import MAX_FAILED_BATCHES, MAX_PARALLELISM
 from ingestrun.model.spec import Batches, Cancellation, Concurrency, CursorBatches, IngestRunSpec
 from ingestrun.model.status import IngestRunStatus
-from ingestrun.model.text import truncate
+from ingestrun.model.text import pluralize, truncate
 
 M = TypeVar("M", bound=KubeModel)
 
@@ -83,9 +83,10 @@ def _impossible(status: IngestRunStatus) -> Iterable[str]:
     """Yield why no run can have this status. Such sets of batches could take hours to walk through."""
     in_flight, failed = len(status.batches.in_flight), len(status.batches.failed)
     if in_flight > MAX_PARALLELISM:
-        yield f"status.batches: {in_flight} batches would be in flight, and a run has at most {MAX_PARALLELISM}"
+        batches = pluralize(in_flight, "batch", "batches")
+        yield f"status.batches: {batches} would be in flight, and a run has at most {MAX_PARALLELISM}"
     elif failed > MAX_FAILED_BATCHES + MAX_PARALLELISM:
-        yield f"status.batches.failed: {failed} batches would have failed, and a run ends before"
+        yield f"status.batches.failed: {pluralize(failed, 'batch', 'batches')} would have failed, and a run ends before"
 
 
 def _sentences(root: str, error: ValidationError) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Final
 
 import pyarrow as pa
 
+from ingestrun.model.text import pluralize
 from ingestrun.worker.errors import NoProgressError
 
 MAX_EMPTY_PAGES: Final = 10_000
@@ -96,13 +97,15 @@ class PageHistory:
         if not rows:
             self._empty += 1
             if self._empty >= MAX_EMPTY_PAGES:
-                raise NoProgressError(f"{label}: {self._empty} pages in a row had no record, and each leads to another")
+                raise NoProgressError(
+                    f"{label}: {pluralize(self._empty, 'page')} in a row had no record, and each leads to another"
+                )
             return
         self._empty = 0
         if self._repeats_allowed:
             return
         if digest == memory.last:
-            records = "record" if rows == 1 else f"{rows} records"
+            records = "record" if rows == 1 else pluralize(rows, "record")
             raise NoProgressError(
                 f"{label} has the same {records} as the page before it, word for word: the source repeats itself and "
                 "would never end. If such pages are right, set allowRepeatedPages"
@@ -114,9 +117,9 @@ class PageHistory:
     def _compare_place(self, label: str, place: str) -> None:
         memory = self._memory
         if memory.pages and place == memory.place_mark:
+            ago = pluralize(memory.pages - _marked_before(memory.pages), "page")
             raise NoProgressError(
-                f"{label} was read before, {memory.pages - _marked_before(memory.pages)} pages ago: "
-                "the source goes in a circle and would never end"
+                f"{label} was read before, {ago} ago: the source goes in a circle and would never end"
             )
         if _is_marked(memory.pages):
             memory.place_mark = place
@@ -128,8 +131,9 @@ class PageHistory:
             memory.again = _digest_of(memory.again + digest)
             if distance + 1 == 2 * memory.period:
                 if memory.again == memory.once:
+                    pages = pluralize(memory.period, "page")
                     raise NoProgressError(
-                        f"{label}: the last {memory.period} pages have the same records as the {memory.period} before "
+                        f"{label}: the last {pages} have the same records as the {memory.period} before "
                         "them, word for word: the source goes in a circle and would never end. If such pages are "
                         "right, set allowRepeatedPages"
                     )
