@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
@@ -274,30 +274,20 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod:
     """Read the JSON of a pod that is a run's own (`ownership.foreign_pod_reason`)."""
     meta, spec, status = pod["metadata"], pod.get("spec") or {}, pod.get("status") or {}
     owner = next(reference for reference in meta["ownerReferences"] if reference.get("controller"))
-    labels, phase = meta.get("labels") or {}, status.get("phase", "Pending")
+    labels = meta.get("labels") or {}
     own = own_container_name(labels)
     container = named(status.get("containerStatuses"), own)
-    state = container.get("state") or {}
-    terminated = state.get("terminated")
-    over = phase in ("Succeeded", "Failed")
-    started = over or (phase == "Running" and "waiting" not in state) or _has_started(container)
-    failed_init = failed_init_container(spec, status) if not _has_started(container) else None
-    with_others = terminated is not None and len(spec.get("containers") or ()) > 1
-    ended_at = _optional_time(terminated.get("finishedAt")) if terminated is not None and with_others else None
-    last_end = failed_init.finished_at if failed_init is not None else ended_at
-    taken_at = _optional_time(status.get("startTime"))
-    end: Mapping[str, Any] = terminated or {}
-    return ObservedPod(
+    observed = ObservedPod(
         name=meta["name"],
         uid=meta["uid"],
         job_uid=owner["uid"],
         run_uid=labels.get(LABEL_RUN_UID, ""),
-        started=started,
-        ended=over or terminated is not None,
-        exit_code=end.get("exitCode"),
-        reason=end.get("reason") or status.get("reason"),
-        message=end.get("message"),
-        obstacle=status_obstacle(meta, spec, status) if not started else None,
+        started=_stage_started(status, container),
+        ended=_is_over(status),
+        exit_code=None,
+        reason=status.get("reason"),
+        message=None,
+        obstacle=None,
         pod_reason=status.get("reason"),
         pod_message=_short(status.get("message")),
         disruption=_disruption(status),
@@ -308,13 +298,54 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod:
         image_id=sys.intern(container.get("imageID") or "") or None,
         created=_optional_time(meta.get("creationTimestamp")),
         placed_at=_placed_at(status),
-        left_running=left_running(spec, status, own) if with_others and not over else (),
         told_to_end=spec.get("activeDeadlineSeconds") == END_DEADLINE,
-        ended_at=ended_at,
-        ran_for=last_end - taken_at if last_end is not None and taken_at is not None else None,
-        failed_init=failed_init,
-        wait=read_wait(meta, spec, status) if not started else None,
     )
+    if not observed.started:
+        observed = replace(observed, obstacle=status_obstacle(meta, spec, status), wait=read_wait(meta, spec, status))
+    if not _has_started(container):
+        return _with_failed_init(observed, spec, status)
+    terminated = (container.get("state") or {}).get("terminated")
+    return _with_end(observed, spec, status, terminated, own=own) if terminated is not None else observed
+
+
+def _is_over(status: Mapping[str, Any]) -> bool:
+    return status.get("phase") in ("Succeeded", "Failed")
+
+
+def _stage_started(status: Mapping[str, Any], container: Mapping[str, Any]) -> bool:
+    """Tell whether the stage's own container has started, as far as is known of it."""
+    runs = status.get("phase") == "Running" and "waiting" not in (container.get("state") or {})
+    return runs or _is_over(status) or _has_started(container)
+
+
+def _with_failed_init(pod: ObservedPod, spec: Mapping[str, Any], status: Mapping[str, Any]) -> ObservedPod:
+    """Add the init container because of which the stage's own could not start, if there is one."""
+    failed = failed_init_container(spec, status)
+    return replace(pod, failed_init=failed, ran_for=_time_on_node(status, failed.finished_at)) if failed else pod
+
+
+def _with_end(
+    pod: ObservedPod, spec: Mapping[str, Any], status: Mapping[str, Any], terminated: Mapping[str, Any], *, own: str
+) -> ObservedPod:
+    """Add the end of the stage's own container, and which others of the pod run on."""
+    with_others = len(spec.get("containers") or ()) > 1
+    ended_at = _optional_time(terminated.get("finishedAt")) if with_others else None
+    return replace(
+        pod,
+        ended=True,
+        exit_code=terminated.get("exitCode"),
+        reason=terminated.get("reason") or pod.reason,
+        message=terminated.get("message"),
+        ended_at=ended_at,
+        ran_for=_time_on_node(status, ended_at),
+        left_running=left_running(spec, status, own) if with_others and not _is_over(status) else (),
+    )
+
+
+def _time_on_node(status: Mapping[str, Any], end: datetime | None) -> timedelta | None:
+    """Return the time from when a node had taken the pod to an end."""
+    taken_at = _optional_time(status.get("startTime"))
+    return end - taken_at if end is not None and taken_at is not None else None
 
 
 def attempt_of(job: ObservedJob, pods: Sequence[ObservedPod]) -> Attempt:

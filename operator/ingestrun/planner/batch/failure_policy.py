@@ -114,6 +114,7 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     "Unschedulable": _HOLD,
     "NodeMismatch": _HOLD,
     "SchedulingGated": _HOLD,
+    "JobNotStarted": _HOLD,
 }
 
 WORKER_CANCELLED: Final = "WorkerCancelled"

@@ -117,11 +117,9 @@ def update_counters(
 ) -> IngestRunStatus:
     """Count newly ended fetches and batches: cursor, ranges and records move in one write."""
     fetched = _newly_fetched(old.batches, seen)
+    first_time = _first_fetched(old.batches, fetched)
     published = [batch for batch in seen if batch.published is not None]
     failed = [batch for batch in seen if batch.failed is not None]
-    # A replayed batch was counted when it was first fetched, and the chain has gone on from it since.
-    replays = old.batches.pending_replays
-    first_time = {index: result for index, result in fetched.items() if index not in replays}
     batches = _moved_ranges(old.batches, fetched=fetched, published=published, failed=failed)
     batches = _without_refetched(batches, [batch for batch in seen if batch.refetched])
     if chained and any(result.exhausted for result in first_time.values()):
@@ -133,12 +131,21 @@ def update_counters(
         source_digest=old.source_digest or _source_digest(fetched.values()),
         failures=merge_failures(old.failures, chain.from_iterable(batch.failures for batch in seen)),
         retries=add_retries(old.retries, chain.from_iterable(batch.retried for batch in (*published, *failed))),
-        last_progress_time=now if (fetched or published or failed) else old.last_progress_time,
+        last_progress_time=now if any((fetched, published, failed)) else old.last_progress_time,
     )
 
 
 def _newly_fetched(old: BatchesStatus, seen: Iterable[BatchState]) -> dict[int, StageResult]:
     return {batch.index: batch.fetched for batch in seen if batch.fetched and batch.index not in old.fetched}
+
+
+def _first_fetched(old: BatchesStatus, fetched: Mapping[int, StageResult]) -> dict[int, StageResult]:
+    """Return the results that count, and that the chain goes on from.
+
+    A replayed batch was counted when it was first fetched, and the chain has gone on from it since.
+    """
+    replays = old.pending_replays
+    return {index: result for index, result in fetched.items() if index not in replays}
 
 
 def _counted_records(

@@ -149,14 +149,7 @@ def status_obstacle(meta: Mapping[str, Any], spec: Mapping[str, Any], status: Ma
     """Return the obstacle that the status of a pod names, which has not started; None if it names none."""
     scheduled = _condition(status, "PodScheduled")
     if scheduled.get("status") == "False" and scheduled.get("reason"):
-        since = parse_time(scheduled.get("lastTransitionTime") or meta["creationTimestamp"])
-        # What follows the first sentence is about preemption, and counts the nodes once more.
-        message, _, _ = (scheduled.get("message") or "").partition(". ")
-        kind = _scheduling_kind(scheduled["reason"], message)
-        if kind == "NodeMismatch" and spec.get("nodeSelector"):
-            wanted = ", ".join(f"{label}={value}" for label, value in sorted(spec["nodeSelector"].items()))
-            message = f"no node for the nodeSelector {wanted}: {message}"
-        return Obstacle(kind=kind, message=_sentence(message), since=since)
+        return _scheduling_obstacle(scheduled, meta, spec)
     specs = {it["name"]: it for it in (*(spec.get("initContainers") or ()), *(spec.get("containers") or ()))}
     own = named(status.get("containerStatuses"), own_container_name(meta.get("labels") or {}))
     # Others beside the stage's own container start after and without it, so they keep it from nothing.
@@ -168,6 +161,17 @@ def status_obstacle(meta: Mapping[str, Any], spec: Mapping[str, Any], status: Ma
             message = _waiting_message(container["name"], specs, kind, waiting)
             return Obstacle(kind=kind, message=message, since=_step_began(meta, status))
     return None
+
+
+def _scheduling_obstacle(scheduled: Mapping[str, Any], meta: Mapping[str, Any], spec: Mapping[str, Any]) -> Obstacle:
+    since = parse_time(scheduled.get("lastTransitionTime") or meta["creationTimestamp"])
+    # What follows the first sentence is about preemption, and counts the nodes once more.
+    message, _, _ = (scheduled.get("message") or "").partition(". ")
+    kind = _scheduling_kind(scheduled["reason"], message)
+    if kind == "NodeMismatch" and spec.get("nodeSelector"):
+        wanted = ", ".join(f"{label}={value}" for label, value in sorted(spec["nodeSelector"].items()))
+        message = f"no node for the nodeSelector {wanted}: {message}"
+    return Obstacle(kind=kind, message=_sentence(message), since=since)
 
 
 def read_wait(meta: Mapping[str, Any], spec: Mapping[str, Any], status: Mapping[str, Any]) -> PodWait | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
@@ -10,7 +11,7 @@ from typing import Final
 from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.spec import PodStart
 from ingestrun.model.text import truncate
-from ingestrun.planner.batch.attempt import Attempt, JobState
+from ingestrun.planner.batch.attempt import Attempt, JobState, ObservedJob
 from ingestrun.planner.batch.failure_policy import Failure, FailureAction, rule_of
 from ingestrun.planner.batch.obstacle import (
     START_TIMEOUT,
@@ -45,6 +46,8 @@ _GRACES: Final = {
 }
 """The field of `spec.podStart` that bounds each kind of obstacle; a kind that holds the run has none."""
 
+JOB_NOT_STARTED: Final = "JobNotStarted"
+"""The kind of an obstacle that all Jobs of the cluster have: nobody takes them up."""
 _TOLD_ONCE: Final = frozenset({"VolumeUnavailable", "PodSandbox"})
 """Kinds of which an Event may be told once and expire, so they stay until the sandbox is up."""
 
@@ -95,25 +98,43 @@ def explanation_of(
     `events` are those about `subject_of(attempt)`, of whatever object, and `before` is the obstacle known so far. A
     start that takes long is told even if nothing explains it, because Events are dropped and expire.
     """
-    job, pod = attempt.job, attempt.pod
-    subject = subject_of(attempt)
-    if subject is EventSubject.JOB and job.started_at is not None:
-        about = [event for event in events if event.uid == job.uid]
-        return creation_obstacle(about, since=job.started_at) or _unexplained(
-            job.started_at, "the Job controller has made no pod", now=now
-        )
-    if pod is None or pod.wait is None or attempt.state is not JobState.WAITING or pod.deleting_until is not None:
+    pod, subject = attempt.pod, subject_of(attempt)
+    if pod is None:
+        return _creation_explanation(attempt.job, events, now=now) if _wants_pod(attempt) else None
+    if pod.wait is None or attempt.state is not JobState.WAITING or pod.deleting_until is not None:
         return None
-    if subject is EventSubject.CLAIM and pod.obstacle is not None:
-        return claim_obstacle(events, pod.wait, pod.obstacle)
     if pod.obstacle is not None:
-        return None
+        return claim_obstacle(events, pod.wait, pod.obstacle) if subject is EventSubject.CLAIM else None
     about = [event for event in events if event.uid == pod.uid]
-    found = pod_event_obstacle(about, since=pod.wait.since, now=now) if subject is EventSubject.POD else None
-    if found is None and subject is EventSubject.POD and before is not None and before.kind in _TOLD_ONCE:
-        # An older obstacle is that of a pod before, which a suspension has ended.
-        found = before if before.since >= pod.wait.since else None
+    found = None
+    if subject is EventSubject.POD:
+        found = pod_event_obstacle(about, since=pod.wait.since, now=now) or _still_there(before, pod.wait)
     return found or _unexplained(pod.wait.since, _silent_step(pod.wait, pod.node), now=now, last=last_event(about))
+
+
+def _wants_pod(attempt: Attempt) -> bool:
+    """Tell whether the Job controller is to make a pod and has not."""
+    return attempt.pod is None and attempt.state is JobState.WAITING and not (attempt.queued or attempt.job.deleting)
+
+
+def _creation_explanation(job: ObservedJob, events: Sequence[StartEvent], *, now: datetime) -> Obstacle | None:
+    """Return why a Job has no pod: it is refused, or the Job controller does not work."""
+    if job.started_at is None:
+        silent = _unexplained(job.created, "the Job controller has not begun with the Job", now=now)
+        return replace(silent, kind=JOB_NOT_STARTED) if silent is not None else None
+    about = [event for event in events if event.uid == job.uid]
+    return creation_obstacle(about, since=job.started_at) or _unexplained(
+        job.started_at, "the Job controller has made no pod", now=now
+    )
+
+
+def _still_there(before: Obstacle | None, wait: PodWait) -> Obstacle | None:
+    """Return an obstacle that an Event has told before, and perhaps tells once only.
+
+    An older one is that of a pod before, which a suspension has ended.
+    """
+    told_once = before is not None and before.kind in _TOLD_ONCE and before.since >= wait.since
+    return before if told_once else None
 
 
 def gives_up_at(attempt: Attempt, *, step: Step, graces: PodStart) -> datetime | None:
@@ -149,14 +170,15 @@ def next_look_at_start(attempt: Attempt, *, now: datetime) -> datetime | None:
     if at is not None:
         return max(at, now + START_RECHECK) if now >= at else at
     pod = attempt.pod
-    if attempt.state is not JobState.WAITING or pod is None or pod.wait is None or pod.obstacle is not None:
-        return None
-    told = pod.wait.since + UNEXPLAINED_AFTER
-    return told if told > now else None
+    since = attempt.job.created if _wants_pod(attempt) else None
+    if attempt.state is JobState.WAITING and pod is not None and pod.wait is not None and pod.obstacle is None:
+        since = pod.wait.since
+    told = since + UNEXPLAINED_AFTER if since is not None else None
+    return told if told is not None and told > now else None
 
 
-def _unexplained(since: datetime, what: str, *, now: datetime, last: str = "") -> Obstacle | None:
-    if now < since + UNEXPLAINED_AFTER:
+def _unexplained(since: datetime | None, what: str, *, now: datetime, last: str = "") -> Obstacle | None:
+    if since is None or now < since + UNEXPLAINED_AFTER:
         return None
     told = f"; its latest Event is {last}" if last else ""
     message = f"{what} for more than {int(UNEXPLAINED_AFTER.total_seconds())} s, and nothing tells why{told}"

@@ -163,6 +163,11 @@ def _activity(snapshot: Snapshot, phase: Phase, held: Backpressure | None) -> tu
     lost = [pod for pod in pods if pod is not None and pod.is_stuck(snapshot.now)]
     if lost:
         return c.POD_STUCK_TERMINATING, stuck_message(lost)
+    return _undisturbed_activity(snapshot, phase)
+
+
+def _undisturbed_activity(snapshot: Snapshot, phase: Phase) -> tuple[str, str]:
+    """Return the activity of a run to which there is no obstacle."""
     if phase is Phase.RUNNING:
         if _waits_for_admission(snapshot):
             return QUEUED, "its Jobs are suspended until Kueue, or the user who suspended them, admits them"

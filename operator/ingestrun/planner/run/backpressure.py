@@ -27,7 +27,9 @@ from ingestrun.planner.run.fair_sharing import Admission, Capacity
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 
-_NO_REJECTION: Final = frozenset({"JobLimitReached", "Unschedulable", "NodeMismatch", "SchedulingGated"})
+_NO_REJECTION: Final = frozenset(
+    {"JobLimitReached", "Unschedulable", "NodeMismatch", "SchedulingGated", "JobNotStarted"}
+)
 """Reasons of the condition Backpressured that are no answer of the API server to a create."""
 
 

@@ -191,20 +191,13 @@ def published_after_end(run: IngestRun, attempts: Sequence[Attempt]) -> LateResu
         return LateResults(after_end=None, unknown=run.status.batches.in_flight)
     publish = steps_of(run.spec)[-1].index
     results: dict[tuple[int, int], StageResult] = {}
-    lost: set[int] = set()
+    lost = _deleted_publishes(run, attempts, publish=publish)
     for attempt in _ended_well(run, attempts):
         outcome = outcome_of(attempt)
         if isinstance(outcome, StageResult):
             results[attempt.batch, attempt.step] = outcome
         elif outcome.reason == "ResultMissing" and attempt.step == publish:
             lost.add(attempt.batch)
-    lost |= {
-        attempt.batch
-        for attempt in attempts
-        if attempt.job.reason == JOB_DELETED
-        and attempt.step == publish
-        and attempt.batch in run.status.batches.in_flight
-    }
     written = {batch: result.written for (batch, step), result in results.items() if step == publish}
     unknown = IndexRanges(lost - written.keys())
     if not written:
@@ -214,6 +207,12 @@ def published_after_end(run: IngestRun, attempts: Sequence[Attempt]) -> LateResu
     rejected += sum(checkpoint.rejected or 0 for checkpoint in checkpoints if checkpoint.batch in written)
     records = LandedRecords(published=sum(written.values()), rejected=rejected)
     return LateResults(after_end=AfterEndStatus(published=IndexRanges(written), records=records), unknown=unknown)
+
+
+def _deleted_publishes(run: IngestRun, attempts: Sequence[Attempt], *, publish: int) -> set[int]:
+    """Return the batches in flight whose publish was deleted, so that its end is not known."""
+    deleted = [attempt for attempt in attempts if attempt.job.reason == JOB_DELETED and attempt.step == publish]
+    return {attempt.batch for attempt in deleted if attempt.batch in run.status.batches.in_flight}
 
 
 def _ended_well(run: IngestRun, attempts: Sequence[Attempt]) -> Iterator[Attempt]:

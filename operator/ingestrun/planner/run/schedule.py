@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from ingestrun.model.contract import Stage
+from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus
 from ingestrun.planner.actions import CreateJob, DeleteJobs
@@ -64,18 +65,7 @@ def nothing_scheduled(snapshot: Snapshot) -> Schedule:
 
 def schedule(snapshot: Snapshot) -> Schedule:
     """Decide which of the batches in flight, and of those not begun, start an attempt now."""
-    run, now, status = snapshot.run, snapshot.now, snapshot.status
-    waiting = [batch for batch in snapshot.in_flight if batch.next_attempt is not None]
-    free = run.spec.parallelism - len(snapshot.in_flight)
-    given = _give_back(snapshot, status)
-    ready = [batch for batch in waiting if batch.next_attempt is not None and batch.next_attempt.due(now)]
-    due = _Candidates(
-        ready=[batch for batch in ready if batch.index not in given.holding],
-        claims=max(0, min(free, claimable(run.spec, status.batches, status.records))),
-        status=given.status,
-        bulk_deletion=given.bulk_deletion,
-        rechecks=[*given.rechecks, *(at for batch in waiting if (at := _not_before(batch)) is not None and at > now)],
-    )
+    run, due = snapshot.run, _candidates(snapshot)
     backpressure = backpressure_of(snapshot, wants=len(due.ready) + due.claims)
     if backpressure is not None:
         _hold_back(snapshot, due, backpressure)
@@ -89,10 +79,7 @@ def schedule(snapshot: Snapshot) -> Schedule:
             _create_job(run, status, NextAttempt(batch=index, step=fetch, number=0, input_attempt=None))
             for index in claimed
         ]
-        batches = status.batches.replace(
-            claimed=status.batches.claimed | claimed, replay=status.batches.replay - claimed
-        )
-        status = status.replace(batches=batches, start_time=status.start_time or now)
+        status = _with_claimed(status, claimed, now=snapshot.now)
     return Schedule(
         status=status,
         creates=tuple(creates),
@@ -100,6 +87,27 @@ def schedule(snapshot: Snapshot) -> Schedule:
         bulk_deletion=due.bulk_deletion,
         rechecks=tuple(due.rechecks),
     )
+
+
+def _candidates(snapshot: Snapshot) -> _Candidates:
+    """Return what could start now if there were room for all of it."""
+    run, now, status = snapshot.run, snapshot.now, snapshot.status
+    waiting = [batch for batch in snapshot.in_flight if batch.next_attempt is not None]
+    free = run.spec.parallelism - len(snapshot.in_flight)
+    given = _give_back(snapshot, status)
+    ready = [batch for batch in waiting if batch.next_attempt is not None and batch.next_attempt.due(now)]
+    return _Candidates(
+        ready=[batch for batch in ready if batch.index not in given.holding],
+        claims=max(0, min(free, claimable(run.spec, status.batches, status.records))),
+        status=given.status,
+        bulk_deletion=given.bulk_deletion,
+        rechecks=[*given.rechecks, *(at for batch in waiting if (at := _not_before(batch)) is not None and at > now)],
+    )
+
+
+def _with_claimed(status: IngestRunStatus, claimed: IndexRanges, *, now: datetime) -> IngestRunStatus:
+    batches = status.batches.replace(claimed=status.batches.claimed | claimed, replay=status.batches.replay - claimed)
+    return status.replace(batches=batches, start_time=status.start_time or now)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

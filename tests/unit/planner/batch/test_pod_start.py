@@ -99,6 +99,7 @@ def test_each_kind_of_obstacle_has_a_row_and_each_that_does_not_hold_a_grace() -
         *obstacles._POD_EVENTS.values(),
         *(kind for _, kind in obstacles._SCHEDULER),
         *("NodeMismatch", "Unschedulable", "SchedulingGated", "QuotaExceeded", "WebhookUnavailable", "PodRefused"),
+        "JobNotStarted",
         obstacles.START_TIMEOUT,
     }
     actions = {FAILURE_POLICY[kind].action for kind in kinds}
@@ -197,3 +198,16 @@ def test_a_deadline_that_is_over_names_the_last_obstacle() -> None:
     assert isinstance(failure, Failure)
     assert failure.reason == "DeadlineExceeded"
     assert failure.message.endswith("activeDeadlineSeconds: VolumeUnavailable: FailedAttachVolume: Multi-Attach error")
+
+
+def test_a_job_that_its_controller_does_not_begin_with_is_told_and_holds_the_run() -> None:
+    silent = attempt_of(replace(job(), created=START, started_at=None), [])
+    assert next_look_at_start(silent, now=at(1)) == at(120)
+    assert explanation_of(silent, [], now=at(119)) is None
+    obstacle = explanation_of(silent, [], now=at(120))
+    assert obstacle is not None
+    assert (obstacle.kind, obstacle.since) == ("JobNotStarted", START)
+    assert "the Job controller has not begun with the Job for more than 120 s" in obstacle.message
+    assert holds(obstacle)
+    queued = replace(silent, job=replace(silent.job, suspended=True))
+    assert explanation_of(queued, [], now=at(500)) is None, "it is to be admitted first"
