@@ -164,7 +164,7 @@ class _Endless(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.asked.set()
-        body = json.dumps([{"id": index} for index in range(10)]).encode()
+        body = json.dumps([{"id": f"{self.path} {index}"} for index in range(10)]).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
