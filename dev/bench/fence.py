@@ -42,7 +42,7 @@ def main() -> None:
         config_file=str(path), context=context, persist_config=False
     )
     cluster = Cluster(kubeconfig=path, context=context, api=api)
-    with installed(cluster, COMPONENT) as labels:
+    with installed(cluster, component(COMPONENT)) as labels:
         binding = select_all(cluster, labels)
         free, fenced, full = (labelled_namespace(cluster, wanted) for wanted in ({}, labels, {SELECTS_ALL: "true"}))
         try:
