@@ -547,6 +547,8 @@ async def test_one_whose_pod_never_fits_does_not_hold_the_others_for_ever() -> N
     world.cluster.refuse_pod(of_run(world, small)[0]["metadata"]["name"], message=QUOTA)
     await pass_time(world, 6)
     big = add(world, "big", **partitions(50, 4))
+    await pass_time(world, 6)
+    world.cluster.start_pod(of_run(world, big)[0]["metadata"]["name"])
     await pass_time(world, 700)
     assert len(of_run(world, big)) == 4
 
