@@ -176,6 +176,7 @@ class Crowd:
             worker=WorkerImage(name="example/worker:1"),
             instance="test",
             clock=lambda: self.now,
+            monotonic=lambda: self.now.timestamp(),
             drain_pause_seconds=0,
         )
         watch = EventHandlers(self.store, self)  # type: ignore[arg-type]

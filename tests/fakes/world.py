@@ -127,6 +127,7 @@ class World:
             instance="test",
             check=self.check,
             clock=lambda: self.now,
+            monotonic=lambda: self.now.timestamp(),
             drain_pause_seconds=0,
         )
         self.watch = EventHandlers(self.store, self)  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ The capacity is missing because `observe` awaits answers of the API server, and 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -45,11 +44,19 @@ class Observer:
     """Observer of one run: from the cache, and live from the API server if the cache is not enough."""
 
     def __init__(
-        self, cluster: Cluster, cache: RunCache, *, clock: Callable[[], datetime], drain_pause_seconds: float
+        self,
+        cluster: Cluster,
+        cache: RunCache,
+        *,
+        clock: Callable[[], datetime],
+        monotonic: Callable[[], float],
+        drain_pause_seconds: float,
     ) -> None:
+        """Take the server's time from `clock`, and durations from `monotonic`, which no correction of a clock moves."""
         self._cluster = cluster
         self._cache = cache
         self._clock = clock
+        self._monotonic = monotonic
         self._drain_pause = timedelta(seconds=drain_pause_seconds)
         self._start_events = StartEvents(cluster, cache.usage)
 
@@ -132,7 +139,7 @@ class Observer:
         if not lacking:
             memory.awaiting_pods = {}
             return attempts
-        young, grace_is_over = memory.await_pods([attempt.job.uid for attempt in lacking], now=time.monotonic())
+        young, grace_is_over = memory.await_pods([attempt.job.uid for attempt in lacking], now=self._monotonic())
         if grace_is_over:
             await self._list_live(run, memory)
             attempts = self._cache.attempts(uid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -48,6 +49,7 @@ class Reconciler:
         worker: WorkerImage,
         instance: str,
         clock: Callable[[], datetime],
+        monotonic: Callable[[], float] = time.monotonic,
         user: int | None = POD_USER,
         check: CheckEndpointFor | None = None,
         drain_pause_seconds: float = DRAIN_PAUSE_SECONDS,
@@ -58,7 +60,9 @@ class Reconciler:
         self._clock = clock
         self._concurrency = ConcurrencyGate(cluster, cache)
         self._resume = ResumeGate(cluster, cache)
-        self._observer = Observer(cluster, cache, clock=clock, drain_pause_seconds=drain_pause_seconds)
+        self._observer = Observer(
+            cluster, cache, clock=clock, monotonic=monotonic, drain_pause_seconds=drain_pause_seconds
+        )
         self._recorder = EventRecorder(cluster, instance=instance, clock=clock, defer=defer)
         self._executor = Executor(
             cluster,
