@@ -24,6 +24,8 @@ import pytest
 import yaml
 from kubernetes import client, config
 
+from tests.api.operator_process import OperatorProcess
+
 REPOSITORY: Final = Path(__file__).parents[2]
 GROUP: Final = "ingestrun.dev"
 VERSION: Final = "v1alpha1"
@@ -390,3 +392,15 @@ def audit(cluster: Cluster) -> Callable[[str], list[Json]]:
         return _wait_for(read, 30, "the audit log to be written")
 
     return entries
+
+
+@pytest.fixture
+def operator(cluster: Cluster, crd: Json, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
+    """The operator of this checkout, watching the test's namespace alone."""
+    assert crd
+    process = OperatorProcess(
+        kubeconfig=cluster.kubeconfig, context=cluster.context, namespace=namespace, log=tmp_path / "operator.log"
+    )
+    process.start()
+    yield process
+    process.stop()

@@ -25,12 +25,8 @@ from tests.api.test_runs import (
     created_jobs,
     drained,
     in_phase,
-    operator,
     spec,
 )
-
-__all__ = ["operator"]
-"""The fixture of test_runs."""
 
 ADMISSION: Final = ("admissionregistration.k8s.io", "v1")
 POLICIES: Final = "validatingadmissionpolicies"

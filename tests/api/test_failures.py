@@ -22,18 +22,6 @@ ADMISSION: Final = ("admissionregistration.k8s.io", "v1")
 RBAC: Final = "rbac.authorization.k8s.io"
 
 
-@pytest.fixture
-def operator(cluster: Cluster, crd: Json, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
-    """The operator of this checkout, watching the test's namespace alone."""
-    assert crd
-    process = OperatorProcess(
-        kubeconfig=cluster.kubeconfig, context=cluster.context, namespace=namespace, log=tmp_path / "operator.log"
-    )
-    process.start()
-    yield process
-    process.stop()
-
-
 def limited(**changes: Any) -> Json:
     """A container with a memory limit."""
     return {

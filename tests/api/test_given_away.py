@@ -12,9 +12,7 @@ from kubernetes import client
 from tests.api.conftest import Cluster, Json, WaitFor
 from tests.api.operator_process import OperatorProcess
 from tests.api.test_capacity import partitions, quota
-from tests.api.test_runs import Audit, condition, created_jobs, drained, in_phase, operator, spec
-
-__all__ = ["operator"]
+from tests.api.test_runs import Audit, condition, created_jobs, drained, in_phase, spec
 
 PODS = "count_pods"
 IGNORED = "ignoring a Job that is not of the run that its labels name"

@@ -26,12 +26,8 @@ from tests.api.test_runs import (
     created_jobs,
     drained,
     in_phase,
-    operator,
     spec,
 )
-
-__all__ = ["operator"]
-"""The fixture of test_runs."""
 
 HELD = {"hold": "true"}
 HOLD = "simulate.ingestrun.dev/hold"

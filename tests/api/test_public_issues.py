@@ -10,9 +10,7 @@ from kubernetes import client
 
 from tests.api.conftest import Cluster, Json, WaitFor
 from tests.api.operator_process import OperatorProcess
-from tests.api.test_runs import condition, in_phase, operator, spec
-
-__all__ = ["operator"]
+from tests.api.test_runs import condition, in_phase, spec
 
 MEDDLER = "test-public-issues-job-defaults"
 

@@ -9,10 +9,7 @@ from kubernetes import client
 
 from tests.api.conftest import Cluster, Json, WaitFor, refusal
 from tests.api.operator_process import OperatorProcess
-from tests.api.test_runs import condition, drained, in_phase, operator, spec
-
-__all__ = ["operator"]
-"""The fixture of test_runs."""
+from tests.api.test_runs import condition, drained, in_phase, spec
 
 CHAIN = {"cursor": {}, "size": 10}
 

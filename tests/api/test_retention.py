@@ -9,9 +9,7 @@ import pytest
 
 from tests.api.conftest import Cluster, Json, WaitFor
 from tests.api.operator_process import OperatorProcess
-from tests.api.test_runs import condition, in_phase, operator, spec
-
-__all__ = ["operator"]
+from tests.api.test_runs import condition, in_phase, spec
 
 Audit = Callable[[str], list[Json]]
 DIGEST = "sha256:" + "a" * 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,6 @@ from tests.api.operator_process import OperatorProcess
 
 Audit = Callable[[str], list[Json]]
 CANCELLED_LINE = "ingest run cancelled, skipping"
-
-
-@pytest.fixture
-def operator(cluster: Cluster, crd: Json, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
-    """The operator of this checkout, watching the test's namespace alone."""
-    assert crd
-    process = OperatorProcess(
-        kubeconfig=cluster.kubeconfig, context=cluster.context, namespace=namespace, log=tmp_path / "operator.log"
-    )
-    process.start()
-    yield process
-    process.stop()
 
 
 def spec(annotations: dict[str, str] | None = None, **changes: Any) -> Json:

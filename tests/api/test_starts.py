@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,18 +20,6 @@ SECRET = 'MountVolume.SetUp failed for volume "ca" : secret "company-ca" not fou
 MULTI = 'Multi-Attach error for volume "pvc-7" Volume is already used by pod(s) other-1'
 ONE: Json = {"partitions": {"count": 1}}
 PENDING = "simulate.ingestrun.dev/pending"
-
-
-@pytest.fixture
-def operator(cluster: Cluster, crd: Json, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
-    """The operator of this checkout, watching the test's namespace alone."""
-    assert crd
-    process = OperatorProcess(
-        kubeconfig=cluster.kubeconfig, context=cluster.context, namespace=namespace, log=tmp_path / "operator.log"
-    )
-    process.start()
-    yield process
-    process.stop()
 
 
 def held_pod(cluster: Cluster, namespace: str) -> Any:

@@ -40,7 +40,7 @@ class Block:
 
     @property
     def reason(self) -> str | None:
-        """Why it is not run, if it is not."""
+        """Return the reason why it is not run; None if it is run."""
         return next((d.removeprefix("not run, ") for d in self.directives if d.startswith("not run, ")), None)
 
     @property
@@ -62,7 +62,7 @@ class Block:
 
     @cached_property
     def body(self) -> Any:
-        """What a block of YAML or JSON holds."""
+        """Return the objects in a block of YAML or JSON."""
         return yaml.safe_load(self.text)
 
 

@@ -476,7 +476,7 @@ class FakeCluster(Cluster):
         return self.run(key)
 
     def backup(self) -> Backup:
-        """What is stored now, as a snapshot of etcd has it."""
+        """Return all objects that are stored now, as a snapshot of etcd has them."""
         return self.revision, shapes.copied(self._objects)
 
     def restore(self, backup: Backup) -> None:
@@ -651,6 +651,15 @@ class FakeCluster(Cluster):
         )
         return name
 
+    def _started_pod(self, job: str, namespace: str) -> Json:
+        """Return the Job's pod, started if it was not."""
+        pod = self._pod_of(job, namespace)
+        if pod is None or pod["status"]["phase"] == "Pending":
+            self.start_pod(job, namespace)
+            pod = self._pod_of(job, namespace)
+        assert pod is not None
+        return pod
+
     def end_pod(
         self,
         job: str,
@@ -662,11 +671,7 @@ class FakeCluster(Cluster):
         pod_reason: str | None = None,
     ) -> str:
         """Only the pod ends: the job controller has not seen it yet, or the Job is gone. Returns its name."""
-        pod = self._pod_of(job, namespace)
-        if pod is None or pod["status"]["phase"] == "Pending":
-            self.start_pod(job, namespace)
-            pod = self._pod_of(job, namespace)
-        assert pod is not None
+        pod = self._started_pod(job, namespace)
         status = shapes.ended_status(
             pod, self._time(), exit_code=exit_code, reason=reason, pod_reason=pod_reason, result=result
         )
@@ -685,11 +690,7 @@ class FakeCluster(Cluster):
         reason: str | None = None,
     ) -> str:
         """Only the stage's own container ends: others of its pod go on, and so does the Job. Returns the pod's name."""
-        pod = self._pod_of(job, namespace)
-        if pod is None or pod["status"]["phase"] == "Pending":
-            self.start_pod(job, namespace)
-            pod = self._pod_of(job, namespace)
-        assert pod is not None
+        pod = self._started_pod(job, namespace)
         whole = shapes.ended_status(
             pod, self._time(), exit_code=exit_code, reason=reason, pod_reason=None, result=result
         )

@@ -162,7 +162,7 @@ def chain_until_told(bench: Bench, source: dict[str, Any], limit: int, most: int
 
 @pytest.mark.parametrize("limit", [3, 4, 5, 7, 10, 12, 100])
 def test_a_source_that_sends_its_last_page_for_ever(bench: Bench, site: Site, limit: int) -> None:
-    """Whether the page and the one before it are of one batch or of two."""
+    """A page counts the same whether the one before it is of its batch or of another."""
     site.answer = clamp(3)
     ids, answer = chain_until_told(bench, config(site), limit)
     assert_no_progress(answer, "page 4 has the same 5 records as the page before it", "allowRepeatedPages")

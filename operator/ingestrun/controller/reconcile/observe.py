@@ -17,6 +17,7 @@ from ingestrun.controller.state.cache import RunCache, cancelled_with_cascade, p
 from ingestrun.controller.state.memory import RunMemory
 from ingestrun.kube.errors import NotFound
 from ingestrun.kube.protocol import Cluster, RunKey
+from ingestrun.kube.server_clock import Clock
 from ingestrun.model.run import IngestRun, has_ended
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import Phase
@@ -49,7 +50,7 @@ class Observer:
         cache: RunCache,
         *,
         clock: Callable[[], datetime],
-        monotonic: Callable[[], float],
+        monotonic: Clock,
         drain_pause_seconds: float,
     ) -> None:
         """Take the server's time from `clock`, and durations from `monotonic`, which no correction of a clock moves."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -19,6 +18,7 @@ from ingestrun.controller.state.cache import RunCache
 from ingestrun.controller.state.memory import RunMemory
 from ingestrun.kube.errors import KubeError
 from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.kube.server_clock import CLOCK, Clock
 from ingestrun.model.run import IngestRun
 from ingestrun.planner.actions import Plan, Predecessor
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
@@ -49,7 +49,7 @@ class Reconciler:
         worker: WorkerImage,
         instance: str,
         clock: Callable[[], datetime],
-        monotonic: Callable[[], float] = time.monotonic,
+        monotonic: Clock = CLOCK,
         user: int | None = POD_USER,
         check: CheckEndpointFor | None = None,
         drain_pause_seconds: float = DRAIN_PAUSE_SECONDS,

@@ -369,13 +369,14 @@ class RunCache:
         shown = _essence(children.attempt(pod.job_uid))
         children.pods[pod.uid] = pod
         job = children.jobs.get(pod.job_uid) if pod.job_uid not in children.vanished else None
-        attempt = children.attempt(pod.job_uid) if pod.ended and pod.job_uid not in children.done else None
-        if job is not None and attempt is not None and attempt.state.finished:
+        attempt = children.attempt(pod.job_uid)
+        newly_ended = pod.ended and pod.job_uid not in children.done and attempt is not None and attempt.state.finished
+        if job is not None and newly_ended:
             children.done.add(job.uid)
             self._count(pod.run_uid, job)
         if before is not None and _is_same(before, pod):
             return Change.NONE
-        return Change.MINOR if job and _essence(children.attempt(pod.job_uid)) == shown else Change.MAJOR
+        return Change.MINOR if job and _essence(attempt) == shown else Change.MAJOR
 
     def remove_pod(self, *, run_uid: str, pod_uid: str) -> None:
         """Drop a pod that is gone. What it left is kept as long as its Job is, because the Job may still be judged."""

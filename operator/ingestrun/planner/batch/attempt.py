@@ -205,12 +205,15 @@ class Attempt:
         return self.pod.obstacle if self.pod is not None else None
 
     @property
+    def wants_pod(self) -> bool:
+        """Tell whether the Job controller is to make a pod for it and has not."""
+        return self.pod is None and self.state is JobState.WAITING and not (self.job.suspended or self.job.deleting)
+
+    @property
     def lacks_pod_at(self) -> datetime | None:
         """Return when it should have a pod at the latest; None if it has one, or is not to have one."""
-        job = self.job
-        if self.pod is not None or self.state is not JobState.WAITING or job.suspended or job.deleting:
-            return None
-        return job.started_at + POD_EXPECTED_WITHIN if job.started_at is not None else None
+        started_at = self.job.started_at if self.wants_pod else None
+        return started_at + POD_EXPECTED_WITHIN if started_at is not None else None
 
     @property
     def order(self) -> tuple[int, int, int]:

@@ -45,6 +45,12 @@ def named(containers: Any, name: str) -> Mapping[str, Any]:
     return next((container for container in containers or () if container.get("name") == name), {})
 
 
+def native_sidecars(spec: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the init containers that run beside the pod's other containers."""
+    containers = spec.get("initContainers") or ()
+    return frozenset(it["name"] for it in containers if it.get("restartPolicy") == "Always")
+
+
 def left_running(spec: Mapping[str, Any], status: Mapping[str, Any], own: str) -> tuple[str, ...]:
     """Return the names of the containers beside the stage's own that have not ended, in order.
 
@@ -62,11 +68,7 @@ def failed_init_container(spec: Mapping[str, Any], status: Mapping[str, Any]) ->
 
     An ordinary init container that has failed goes before a native sidecar, which the kubelet ends because of it.
     """
-    native = {
-        container["name"]
-        for container in spec.get("initContainers") or ()
-        if container.get("restartPolicy") == "Always"
-    }
+    native = native_sidecars(spec)
     ends = [_end_of(told, native=told["name"] in native) for told in status.get("initContainerStatuses") or ()]
     failed = [end for end in ends if end is not None]
     return min(failed, key=lambda end: end.name in native, default=None)

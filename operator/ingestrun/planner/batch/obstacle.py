@@ -16,7 +16,7 @@ from ingestrun.model.refusals import quota_exceeded, webhook_not_called
 from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.text import truncate
 from ingestrun.model.times import parse_time
-from ingestrun.planner.batch.containers import named, own_container_name
+from ingestrun.planner.batch.containers import named, native_sidecars, own_container_name
 
 START_TIMEOUT: Final = "StartTimeout"
 """The kind of an obstacle whose cause nothing names."""
@@ -176,7 +176,7 @@ def _scheduling_obstacle(scheduled: Mapping[str, Any], meta: Mapping[str, Any], 
 
 def read_wait(meta: Mapping[str, Any], spec: Mapping[str, Any], status: Mapping[str, Any]) -> PodWait | None:
     """Return the wait of a pod that has not started; None while one of its init containers is at work."""
-    sidecars = {it["name"] for it in spec.get("initContainers") or () if it.get("restartPolicy") == "Always"}
+    sidecars = native_sidecars(spec)
     init = status.get("initContainerStatuses") or ()
     if any("running" in (it.get("state") or {}) and it["name"] not in sidecars for it in init):
         return None

@@ -100,7 +100,7 @@ def explanation_of(
     """
     pod, subject = attempt.pod, subject_of(attempt)
     if pod is None:
-        return _creation_explanation(attempt.job, events, now=now) if _wants_pod(attempt) else None
+        return _creation_explanation(attempt.job, events, now=now) if attempt.wants_pod else None
     if pod.wait is None or attempt.state is not JobState.WAITING or pod.deleting_until is not None:
         return None
     if pod.obstacle is not None:
@@ -110,11 +110,6 @@ def explanation_of(
     if subject is EventSubject.POD:
         found = pod_event_obstacle(about, since=pod.wait.since, now=now) or _still_there(before, pod.wait)
     return found or _unexplained(pod.wait.since, _silent_step(pod.wait, pod.node), now=now, last=last_event(about))
-
-
-def _wants_pod(attempt: Attempt) -> bool:
-    """Tell whether the Job controller is to make a pod and has not."""
-    return attempt.pod is None and attempt.state is JobState.WAITING and not (attempt.queued or attempt.job.deleting)
 
 
 def _creation_explanation(job: ObservedJob, events: Sequence[StartEvent], *, now: datetime) -> Obstacle | None:
@@ -170,7 +165,7 @@ def next_look_at_start(attempt: Attempt, *, now: datetime) -> datetime | None:
     if at is not None:
         return max(at, now + START_RECHECK) if now >= at else at
     pod = attempt.pod
-    since = attempt.job.created if _wants_pod(attempt) else None
+    since = attempt.job.created if attempt.wants_pod else None
     if attempt.state is JobState.WAITING and pod is not None and pod.wait is not None and pod.obstacle is None:
         since = pod.wait.since
     told = since + UNEXPLAINED_AFTER if since is not None else None

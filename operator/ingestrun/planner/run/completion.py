@@ -24,7 +24,7 @@ from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.writer import backpressure_over, describe_failure
 
 FIRST_ATTEMPT: Final = 0
-_FULL: Final = frozenset({"JobLimitReached", "QuotaExceeded", "Unschedulable"})
+FULL: Final = frozenset({"JobLimitReached", "QuotaExceeded", "Unschedulable"})
 """Reasons of backpressure for which room is what is missing."""
 
 
@@ -123,7 +123,7 @@ def failed(snapshot: Snapshot, status: IngestRunStatus, reason: str, message: st
 def backpressure_timed_out(snapshot: Snapshot, status: IngestRunStatus, reason: str, message: str) -> Decision:
     """Decide that the run is Failed because it was held back for `backpressure.timeoutSeconds`."""
     seconds = snapshot.run.spec.backpressure.timeout_seconds
-    what = "no room" if reason in _FULL else "held back"
+    what = "no room" if reason in FULL else "held back"
     text = f"{what} for {seconds} s (backpressure.timeoutSeconds): {reason}: {message}"
     return failed(snapshot, status, "BackpressureTimeout", text)
 

@@ -45,6 +45,7 @@ from ingestrun.planner.batch.state import NextAttempt, is_checkpointed
 from ingestrun.planner.jobs.retention import jobs_expire_at, jobs_to_delete_after_end, jobs_to_delete_except_kept
 from ingestrun.planner.jobs.sidecars import left_running_words
 from ingestrun.planner.run.cancel import cancel_cleared_event, policy_of, skipped_starts
+from ingestrun.planner.run.completion import FULL
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
@@ -336,7 +337,7 @@ def _clean_up_progress(snapshot: Snapshot, step: Step, clean_up: Attempt) -> OnC
     obstacle = clean_up.obstacle
     if obstacle is None:
         return OnCancelStatus(state="Running")
-    waits = "waits for room" if obstacle.kind in ("Unschedulable", "QuotaExceeded") else "has not started"
+    waits = "waits for room" if obstacle.kind in FULL else "has not started"
     return OnCancelStatus(state="Running", message=f"{waits}: {obstacle.message}")
 
 

@@ -60,7 +60,7 @@ def nothing_scheduled(snapshot: Snapshot) -> Schedule:
     """Return the schedule of a run that may start no Job now; it gives back what uses up a quota nevertheless."""
     status = with_checkpoints(snapshot.status, suspended_batches(snapshot))
     given = _give_back(snapshot, status)
-    return Schedule(status=given.status, bulk_deletion=given.bulk_deletion, rechecks=tuple(given.rechecks))
+    return Schedule(status=given.status, bulk_deletion=given.bulk_deletion, rechecks=given.rechecks)
 
 
 def schedule(snapshot: Snapshot) -> Schedule:

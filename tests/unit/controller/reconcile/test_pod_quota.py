@@ -122,7 +122,8 @@ async def test_retries_and_rejected_rows_are_counted_as_without_a_quota() -> Non
     assert world.status["retries"] == [{"stage": "hook check", "reason": "Error", "count": 2}]
 
 
-async def test_the_kept_jobs_of_a_failed_run_give_way_to_another_run() -> None:
+async def with_a_failed_run() -> World:
+    """Return a world in which a failed run keeps its Jobs under a quota of two pods."""
     world = World()
     world.cluster.pod_quota["default"] = 2
     broken = add(world, "broken", **PARTITIONS, parallelism=1, retries=0)
@@ -131,20 +132,18 @@ async def test_the_kept_jobs_of_a_failed_run_give_way_to_another_run() -> None:
         lambda: phase(world, broken) == "Failed" and not world.due,
         each=lambda job: {"exit_code": 1} if environment(job)["INGEST_STAGE"] == "hook" else {},
     )
+    return world
+
+
+async def test_the_kept_jobs_of_a_failed_run_give_way_to_another_run() -> None:
+    world = await with_a_failed_run()
     assert len(world.cluster.pods()) == 2, "kept for their logs, as long as nobody needs the room"
     world.create(**PARTITIONS)
     await moves_on(world, lambda: phase(world, KEY) == "Succeeded")
 
 
 async def test_after_a_restart_too() -> None:
-    world = World()
-    world.cluster.pod_quota["default"] = 2
-    broken = add(world, "broken", **PARTITIONS, parallelism=1, retries=0)
-    await moves_on(
-        world,
-        lambda: phase(world, broken) == "Failed" and not world.due,
-        each=lambda job: {"exit_code": 1} if environment(job)["INGEST_STAGE"] == "hook" else {},
-    )
+    world = await with_a_failed_run()
     world.restart()
     await world.settle()
     world.create(**PARTITIONS)

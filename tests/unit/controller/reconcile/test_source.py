@@ -68,7 +68,7 @@ async def test_each_fetch_is_told_what_the_first_has_read(world: World) -> None:
 async def test_a_fetch_that_read_something_else_fails_the_run(
     world: World, other: str | None, parallelism: int
 ) -> None:
-    """Whether it began after the others or with them."""
+    """A fetch of other files is refused, whether it began after the others or with them."""
     world.create(batches=PARTITIONS, parallelism=parallelism)
     source = Listed(world, {2: other})
     await world.play(each=source.run)

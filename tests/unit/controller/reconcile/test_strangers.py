@@ -18,7 +18,7 @@ LINE = "ignoring a Job that is not of the run that its labels name"
 
 
 def copy_job(world: World, job: Object, name: str, *, owned: bool = False) -> dict[str, Any]:
-    """What people do to look into a stage: its Job under another name, with its labels, made by `kubectl create`."""
+    """Copy a Job as people do to look into a stage: under another name, with its labels, by `kubectl create`."""
     copied = shapes.copied(dict(job))
     copied["metadata"] = {
         "name": name,

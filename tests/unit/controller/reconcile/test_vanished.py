@@ -23,7 +23,7 @@ def created(world: World) -> list[tuple[str, str, str]]:
 
 
 def reap(world: World) -> None:
-    """What a TTL of 0 does: each Job that has ended is deleted, with its pods."""
+    """Delete each Job that has ended, with its pods, as a TTL of 0 does."""
     for job in world.cluster.jobs():
         if job not in world.active_jobs():
             world.cluster.expire_job(job["metadata"]["name"])

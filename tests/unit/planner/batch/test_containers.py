@@ -91,7 +91,7 @@ def pod_of(
 
 
 def attempt(job: dict[str, Any], pod: dict[str, Any], *, failed: bool = False) -> Attempt:
-    """What the planner sees; `failed`: of a Job that its controller has found Failed."""
+    """Return the attempt as the planner sees it; `failed`: of a Job that its controller has found Failed."""
     if failed:
         ended = {"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded", "lastTransitionTime": at(90)}
         job = {**job, "status": {**job["status"], "conditions": [ended]}}
