@@ -222,7 +222,7 @@ def test_a_wrong_clock_of_the_operator_changes_nothing(
     retried = {"batches": "1", "fail-attempts": "1", "fail-stage": "hook", "exit-code": "1"}
     backoff = {"initialSeconds": 3, "maxSeconds": 3}
     cluster.create_run(namespace, spec(retried, batches=one, backoff=backoff), name="retried")
-    patient = spec({"run-seconds": "6"}, batches=one, staleAfterSeconds=60, activeDeadlineSeconds=600)
+    patient = spec({"run-seconds": "6"}, batches=one, staleAfterSeconds=600, activeDeadlineSeconds=600)
     cluster.create_run(namespace, patient, name="patient")
     cluster.create_run(namespace, spec({"run-seconds": "600"}, batches=one, activeDeadlineSeconds=8), name="late")
     operator.start()
