@@ -26,8 +26,16 @@ FORKS: Final = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["ingestrun.controller.main"])
 
 
+KOPFS_CLOCK: Final = "ingestrun.controller.operator"
+"""The module whose one time, that of the credentials' end, kopf compares with its own clock, which is not set here."""
+
+
 def _set_clock(ahead: timedelta) -> None:
-    """Put the wall clock of this process ahead, or back, as the operator's own modules read it."""
+    """Put the wall clock of this process ahead, or back, as the operator's own modules read it.
+
+    Where the clock is wrong it is so for kopf as well. With the two apart, the credentials would always be over, and
+    kopf would ask for new ones with each request, until its watches stand still.
+    """
 
     class Shifted(datetime):
         @classmethod
@@ -37,7 +45,8 @@ def _set_clock(ahead: timedelta) -> None:
     right = time.time
     time.time = lambda: right() + ahead.total_seconds()
     for name, module in list(sys.modules.items()):
-        if name.startswith("ingestrun.") and getattr(module, "datetime", None) is datetime:
+        own = name.startswith("ingestrun.") and name != KOPFS_CLOCK
+        if own and getattr(module, "datetime", None) is datetime:
             vars(module)["datetime"] = Shifted
 
 
