@@ -109,6 +109,8 @@ class Stage(StrEnum):
     PUBLISH = "publish"
     ON_CANCEL = "on-cancel"
     """The clean-up after a cancel, which is no stage of a batch."""
+    WORKER = "worker"
+    """A worker of a pool, which takes batches through all their stages."""
 
 
 class Outcome(StrEnum):

@@ -24,6 +24,8 @@ LABEL_STAGE: Final = f"{GROUP}/stage"
 LABEL_STEP: Final = f"{GROUP}/step"
 """The stage's place in the batch, from 0 (fetch), which distinguishes the hooks."""
 LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
+LABEL_WORKER: Final = f"{GROUP}/worker"
+"""On the Job of a pool's worker, in place of the batch: the worker's number."""
 
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 

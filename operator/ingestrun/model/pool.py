@@ -30,6 +30,9 @@ ENV_STAGES: Final = "INGEST_STAGES"
 ENV_MAX_BATCHES: Final = "INGEST_MAX_BATCHES"
 """The number of batches after which a worker ends, so that another takes its place. Unset: it does not."""
 
+ENV_MAX_SECONDS: Final = "INGEST_MAX_SECONDS"
+"""The seconds after which a worker takes no further batch and ends, before its pod's deadline. Unset: it does not."""
+
 CLAIM: Final = "claim"
 FETCHED: Final = "fetched"
 PUBLISH: Final = "publish"

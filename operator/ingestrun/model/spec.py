@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints, model_validator
 from ingestrun.model.base import KubeModel
 from ingestrun.model.resume import ResumeFrom
 from ingestrun.model.size_budget import MAX_FAILED_BATCHES, MAX_PARALLELISM
-from ingestrun.model.stages import Seconds, StageSettings
+from ingestrun.model.stages import Resources, Seconds, StageSettings
 from ingestrun.model.worker import SecretKeySelector, Sink, Source, Validate, exactly_one
 
 DnsLabel = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
@@ -242,6 +242,23 @@ class OutOfMemory(KubeModel):
     max_memory: str | int | None = None
 
 
+class ExecutionMode(StrEnum):
+    """The way in which batches are run."""
+
+    POOL = "Pool"
+    """Workers claim batches, and take each through all its stages in one process."""
+    JOB_PER_STAGE = "JobPerStage"
+
+
+class Execution(KubeModel):
+    """The way in which batches are run; all but `mode` is of a pool. `workers` unset: as many as `parallelism`."""
+
+    mode: ExecutionMode = ExecutionMode.JOB_PER_STAGE
+    workers: Annotated[int, Field(ge=1, le=MAX_PARALLELISM)] | None = None
+    max_batches_per_worker: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    resources: Resources | None = None
+
+
 class CancellationPolicy(StrEnum):
     """The effect of a cancel on pods that have started."""
 
@@ -294,6 +311,7 @@ class IngestRunSpec(KubeModel):
     publish: Container | None = None
     pod_template: PodTemplate = PodTemplate()
     workspace: Workspace | None = None
+    execution: Execution = Execution()
     batches: Batches
     parallelism: Annotated[int, Field(ge=1, le=MAX_PARALLELISM)] = 4
     retries: Annotated[int, Field(ge=0, le=100)] = 3
@@ -317,3 +335,13 @@ class IngestRunSpec(KubeModel):
         exactly_one(self, "source", "fetch")
         exactly_one(self, "sink", "publish")
         return self
+
+    @property
+    def pooled(self) -> bool:
+        """Tell whether a pool of workers runs the batches."""
+        return self.execution.mode is ExecutionMode.POOL
+
+    @property
+    def max_workers(self) -> int:
+        """Return the most workers that a pool has."""
+        return min(self.parallelism, self.execution.workers or self.parallelism)

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from ingestrun.model.base import KubeModel
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.resume import LandedRecords, UnpublishedBatch
-from ingestrun.model.spec import CancellationPolicy
+from ingestrun.model.spec import CancellationPolicy, ExecutionMode
 
 
 class Phase(StrEnum):
@@ -87,6 +87,8 @@ class Checkpoint(KubeModel):
     """The share of the stage's three retry budgets that its attempts so far have used."""
     memory_limit: Count | None = None
     """The memory limit of its next attempt in bytes, if it is not the spec's."""
+    not_before: Time | None = None
+    """In a pool: the end of the backoff before its next attempt."""
 
 
 class BatchesStatus(KubeModel):
@@ -99,6 +101,8 @@ class BatchesStatus(KubeModel):
     published: Ranges = IndexRanges()
     failed: Ranges = IndexRanges()
     replay: Ranges = IndexRanges()
+    publishing: Ranges | None = None
+    """In a pool: the batches whose workers have permission to publish."""
     unpublished: list[UnpublishedBatch] = []
     checkpoints: list[Checkpoint] = []
     active: Count = 0
@@ -165,6 +169,33 @@ class ImagePin(KubeModel):
     steps: Ranges
     image: str | None = None
     digest: str | None = None
+
+
+class ExecutionStatus(KubeModel):
+    """The state of a pool that is not about one worker."""
+
+    mode: ExecutionMode
+    started: Count = 0
+    """The number of workers that were started so far, so that no two have the same number."""
+    memory_limit: Count | None = None
+    """The memory limit of new workers in bytes, if it was raised."""
+    worker_failures: Count | None = None
+    """The number of workers that have failed without a batch since one last ended a batch."""
+    worker_retry_at: Time | None = None
+    """The end of the backoff after such a failure."""
+
+
+class WorkerStatus(KubeModel):
+    """A worker of a pool, from the write before its Job is created to the one after its end."""
+
+    worker: Count
+    """Its number, which no other worker of the run has."""
+    batch: Count | None = None
+    """The batch that it has claimed."""
+    batch_attempt: Count | None = None
+    """The number of the attempt at it, if it is not the first."""
+    leaving: bool | None = None
+    """True once it was told to end."""
 
 
 class RetryCount(KubeModel):
@@ -249,6 +280,8 @@ class IngestRunStatus(KubeModel):
     source_digest: str | None = None
     failures: list[StageFailure] = []
     images: list[ImagePin] = []
+    execution: ExecutionStatus | None = None
+    workers: list[WorkerStatus] | None = None
     retries: list[RetryCount] = []
     start_time: Time | None = None
     completion_time: Time | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from ingestrun.model.contract import Stage
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import CancellationPolicy
@@ -13,6 +14,7 @@ from ingestrun.model.status import AttemptId, ImagePin, IngestRunStatus, Phase
 from ingestrun.planner.batch.attempt import Attempt, ObservedJob, ObservedPod
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
 from ingestrun.planner.batch.state import NextAttempt
+from ingestrun.planner.pool.requests import Answer, WorkerRequest
 from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.events import Event
 
@@ -125,6 +127,8 @@ class DeleteJobs:
         """Tell whether the Job of the attempt is among them."""
         if attempt.step == ON_CANCEL_STEP and not self.clean_up:
             return False
+        if attempt.worker:  # its Job has no label of a batch, so no selector of batches finds it
+            return self.batches is None
         return attempt.batch not in self.kept if self.batches is None else attempt.batch in self.batches
 
 
@@ -137,6 +141,18 @@ class CreateJob:
     limit: int | None = None
     source_digest: str | None = None
     state: str | None = None
+
+    @property
+    def worker(self) -> bool:
+        """Tell whether it is a worker of a pool, and not a stage of a batch."""
+        return self.attempt.step.stage is Stage.WORKER
+
+    @property
+    def subject(self) -> str:
+        """Return what it starts, for messages."""
+        if self.worker:
+            return f"worker {self.attempt.batch}"
+        return f"batch {self.attempt.batch}, {self.attempt.step.label}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +177,10 @@ class Plan:
     """Events that are posted once the status is stored."""
     expirable: bool = False
     """True if an ended run is drained, cleaned up and swept, so that its TTL may delete it."""
+    answers: Mapping[WorkerRequest, Answer] = field(default_factory=dict)
+    """The answers to requests of workers, given once the status is stored; a request without one goes on waiting."""
+    misses_jobs: bool = False
+    """True if the plan depends on Jobs that are not known to be there: only a live list shows that they are gone."""
     requeue_at: datetime | None = None
 
 

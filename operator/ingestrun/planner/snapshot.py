@@ -14,6 +14,8 @@ from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.ledger import batch_states, update_counters
 from ingestrun.planner.batch.pipeline import ON_CANCEL_STEP
 from ingestrun.planner.batch.state import BatchState
+from ingestrun.planner.pool.batches import pool_batch_states, release
+from ingestrun.planner.pool.requests import WorkerRequest
 from ingestrun.planner.run.concurrency import ConcurrentRun
 from ingestrun.planner.run.fair_sharing import Capacity
 from ingestrun.planner.run.progress import with_unpublished
@@ -45,9 +47,22 @@ class Snapshot:
     capacity: Capacity | None = None
     """Room that the operator's limits and the namespace's quota leave for this run; None: no limit."""
 
+    requests: Sequence[WorkerRequest] = ()
+    """The requests of the pool's workers that wait for an answer, in the order in which they came."""
+
     @cached_property
     def stages(self) -> list[Attempt]:
-        """Return the attempts of the batches' stages, without the clean-up."""
+        """Return the attempts of the batches' stages: all but the workers of a pool and the clean-up."""
+        return [attempt for attempt in self.attempts if attempt.step not in (ON_CANCEL_STEP)]
+
+    @cached_property
+    def workers(self) -> list[Attempt]:
+        """Return the Jobs of the pool's workers; `batch` is the worker's number."""
+        return [attempt for attempt in self.attempts if attempt.worker]
+
+    @cached_property
+    def started(self) -> list[Attempt]:
+        """Return all that a run starts for its batches: the stages, or the workers of its pool."""
         return [attempt for attempt in self.attempts if attempt.step != ON_CANCEL_STEP]
 
     @cached_property
@@ -58,6 +73,8 @@ class Snapshot:
     @cached_property
     def batches(self) -> list[BatchState]:
         """Return the state of each batch that is in flight by the stored status."""
+        if self.run.spec.pooled:
+            return pool_batch_states(self.run, self.workers, self.requests, now=self.now)
         return batch_states(self.run, self.stages, now=self.now)
 
     @cached_property
@@ -65,6 +82,8 @@ class Snapshot:
         """Return the status with newly ended fetches and batches counted; phase and conditions are not updated."""
         chained = self.run.spec.batches.cursor is not None
         counted = update_counters(self.run.status, self.batches, chained=chained, now=self.now)
+        if self.run.spec.pooled:
+            counted = release(counted, self.batches)
         return with_unpublished(self.run, counted, self.batches)
 
     @cached_property

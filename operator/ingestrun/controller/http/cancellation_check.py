@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
 from aiohttp import web
 
-from ingestrun.controller.http.tokens import CheckKey, ForeignTokenError, TokenError, issue, verify
+from ingestrun.controller.http.pool import POOL_PATH
+from ingestrun.controller.http.tokens import CheckKey, ForeignTokenError, TokenError, issue, issue_for_worker, verify
 from ingestrun.controller.state.cache import cancelled_with_cascade, parents_of
 from ingestrun.kube.errors import KubeError, NotFound
 from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model.run import IngestRun, cancel_requested, has_ended
 from ingestrun.model.status import Phase
+from ingestrun.planner.actions import CreateJob
 from ingestrun.planner.jobs.manifest import CheckEndpoint
 
 PATH: Final = "/api/v1/namespaces/{namespace}/ingestruns/{name}/cancellation-check"
@@ -55,16 +58,24 @@ class CancellationCheckServer:
         self._runner: web.AppRunner | None = None
         self._keeping: asyncio.Task[None] | None = None
 
-    def check_for(self, run: IngestRun, deadline_seconds: int) -> CheckEndpoint | None:
+    def check_for(self, run: IngestRun, create: CreateJob) -> CheckEndpoint | None:
         """Return the endpoint for a Job (see `planner.jobs.manifest.CheckEndpointFor`); None while there is no key."""
         if self._key.value is None:
             return None
         meta = run.metadata
         key = meta.key
-        expiry = int(self._clock().timestamp()) + TOKEN_WAIT_SECONDS + deadline_seconds
-        return CheckEndpoint(
+        expiry = int(self._clock().timestamp()) + TOKEN_WAIT_SECONDS + create.attempt.step.deadline_seconds
+        endpoint = CheckEndpoint(
             url=self._url + PATH.format(namespace=key.namespace, name=key.name),
             token=issue(self._key.value, key, uid=meta.uid, expiry=expiry),
+        )
+        if not create.worker:
+            return endpoint
+        worker = create.attempt.batch
+        return replace(
+            endpoint,
+            pool_url=self._url + POOL_PATH.format(namespace=key.namespace, name=key.name),
+            pool_token=issue_for_worker(self._key.value, key, uid=meta.uid, worker=worker, expiry=expiry),
         )
 
     async def serve(self, port: int, host: str | None = None) -> int:

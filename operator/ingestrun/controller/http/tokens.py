@@ -32,6 +32,10 @@ RETRY_SECONDS: Final = 5.0
 _ROUNDS: Final = 5
 _TOKEN: Final = re.compile(r"v1\.(?P<expiry>[0-9]{1,12})\.(?P<uid>[A-Za-z0-9-]{1,63})\.(?P<mac>[A-Za-z0-9_-]{43})")
 
+_WORKER_TOKEN: Final = re.compile(
+    r"w1\.(?P<expiry>[0-9]{1,12})\.(?P<uid>[A-Za-z0-9-]{1,63})\.(?P<worker>[0-9]{1,10})\.(?P<mac>[A-Za-z0-9_-]{43})"
+)
+
 
 class TokenError(Exception):
     """A token that is not accepted; its text has the reason, and no part of the token."""
@@ -70,8 +74,32 @@ def verify(key: bytes, run: RunKey, token: str, *, now: float) -> str:
     return uid
 
 
-def _mac(key: bytes, run: RunKey, uid: str, expiry: int) -> str:
-    text = "\n".join(("ingestrun.dev/cancellation-check", "v1", run.namespace, run.name, uid, str(expiry)))
+def issue_for_worker(key: bytes, run: RunKey, *, uid: str, worker: int, expiry: int) -> str:
+    """Return the token with which one worker of the run's pool may ask until `expiry` (Unix seconds)."""
+    return f"w1.{expiry}.{uid}.{worker}.{_mac(key, run, uid, expiry, worker=worker)}"
+
+
+def verify_worker(key: bytes, run: RunKey, token: str, *, now: float) -> tuple[str, int]:
+    """Return the UID of the run and the number of the worker that the token is for.
+
+    Raises:
+        NoTokenError: missing, malformed or expired.
+        ForeignTokenError: not for the run of that namespace and name, or of another key.
+    """
+    match = _WORKER_TOKEN.fullmatch(token)
+    if match is None:
+        raise NoTokenError("the token is not one of a pool's worker: it is the pod's INGEST_POOL_TOKEN")
+    expiry, uid, worker = int(match["expiry"]), match["uid"], int(match["worker"])
+    if not hmac.compare_digest(_mac(key, run, uid, expiry, worker=worker), match["mac"]):
+        raise ForeignTokenError("the token is for another run or worker, or of a key that was replaced")
+    if now >= expiry:
+        raise NoTokenError("the token has expired: its Job was created too long ago")
+    return uid, worker
+
+
+def _mac(key: bytes, run: RunKey, uid: str, expiry: int, *, worker: int | None = None) -> str:
+    purpose = ("cancellation-check",) if worker is None else ("pool", str(worker))
+    text = "\n".join((f"ingestrun.dev/{purpose[0]}", "v1", run.namespace, run.name, uid, str(expiry), *purpose[1:]))
     digest = hmac.new(key, text.encode(), hashlib.sha256).digest()
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 

@@ -109,7 +109,7 @@ class Executor:
     ) -> Done | Retry:
         """Carry the plan out, in the order that the module describes. Raises KubeError: the pass has failed."""
         run, ended = snapshot.run, snapshot.run.status.ended
-        if snapshot.live is None and _lacks_a_job(run.status, plan.status):
+        if snapshot.live is None and (plan.misses_jobs or _lacks_a_job(run.status, plan.status)):
             self._cache.invalidate(run.metadata.uid)  # a watch may lag behind; a Job missing in a live list is gone
             return RETRY
         if plan.claim_predecessor is not None:
@@ -122,6 +122,7 @@ class Executor:
         stored = await self._store_status(key, run, plan, memory)
         if stored is None:
             return RETRY
+        memory.answer(plan.answers)  # not before the status is stored that holds the claims and permissions
         if not ended:
             self._recorder.log_skips(memory, plan, trigger=trigger)  # not before the cancel is stored
         if not await self._create_all(key, stored, plan, memory):
@@ -308,7 +309,8 @@ class Executor:
                 return
         await self._cluster.delete_job(namespace=meta.namespace, name=job.name, uid=job.uid)
         self._cache.remove_job(run_uid=meta.uid, job_uid=job.uid)
-        logger.info("job deleted", batch=job.batch, job=job.name, why=delete.why)
+        subject = {"worker": job.batch} if job.worker else {"batch": job.batch}
+        logger.info("job deleted", **subject, job=job.name, why=delete.why)
 
     # ---- the next look
 
@@ -352,7 +354,7 @@ class JobCreator:
         Returns False when the pass has to start over. Raises KubeError when the server could not be asked.
         """
         attempt, namespace = create.attempt, run.metadata.namespace
-        check = self._check(run, attempt.step.deadline_seconds) if self._check is not None else None
+        check = self._check(run, create) if self._check is not None else None
         manifest = job_manifest(run, create, worker=self._worker, check=check, user=self._user)
         name = manifest["metadata"]["name"]
         try:
@@ -384,16 +386,19 @@ class JobCreator:
                 run,
                 memory,
                 "JobChanged",
-                f"batch {attempt.batch}, {attempt.step.label}: an admission policy or webhook has changed {change}: "
+                f"{create.subject}: an admission policy or webhook has changed {change}: "
                 f"exempt Jobs with the label {names.LABEL_RUN_UID} from it",
             )
             return False
         self._cache.upsert_job(own)
         self._cache.usage.job_admitted(namespace)
         raised = {"memory": str(attempt.memory)} if attempt.memory is not None else {}
-        logger.info(
-            "job created", batch=attempt.batch, stage=attempt.step.label, attempt=attempt.number, job=name, **raised
-        )
+        if create.worker:
+            logger.info("worker started", worker=attempt.batch, job=name, **raised)
+        else:
+            logger.info(
+                "job created", batch=attempt.batch, stage=attempt.step.label, attempt=attempt.number, job=name, **raised
+            )
         if memory.rejection is None:
             return True
         memory.rejection = None
@@ -419,7 +424,7 @@ class JobCreator:
 
 def _describe(error: KubeError, run: IngestRun, create: CreateJob, *, job_name: str) -> tuple[str, str]:
     """Return the reason and the message for a create that was refused."""
-    where = f"batch {create.attempt.batch}, {create.attempt.step.label}"
+    where = create.subject
     match error:
         case QuotaExceeded():
             # Without the Job's name the sentence is the same for each Job, so that a status need not change.

@@ -18,6 +18,7 @@ from ingestrun.controller.state.memory import RunMemory
 from ingestrun.kube.errors import NotFound
 from ingestrun.kube.protocol import Cluster, RunKey
 from ingestrun.kube.server_clock import Clock
+from ingestrun.model.pool import ReportOutcome
 from ingestrun.model.run import IngestRun, has_ended
 from ingestrun.model.spec import CancellationPolicy
 from ingestrun.model.status import Phase
@@ -77,18 +78,18 @@ class Observer:
             # creates by an earlier process.
             memory.unanswered_create = bool(run.status.batches.claimed or run.unreadable)
         pause = self._drain_pause_left(run, memory)
-        if pause > 0:
+        if pause > 0 and not memory.requests:
             return Wait(pause)
         live = None
         synced = self._cache.has_synced(run.metadata.uid)
-        if ended or not synced:
+        if (ended and pause <= 0) or not synced:
             live = await self._list_live(run, memory)
         first_pass = not memory.observed
         if first_pass and not ended and memory.rejection is None:
             memory.rejection = rejection_in_status(run, now=self._clock())
         attempts = await self._await_pod_results(run, memory)
         attempts = await self._explain_starts(key, run, memory, attempts)
-        ask_parents = first_pass or not synced or self._pod_saw_cancel(key, attempts)
+        ask_parents = first_pass or not synced or self._pod_saw_cancel(key, attempts, memory)
         parent = await self._cancelled_parent(key, ask=ask_parents)
         memory.observed = True
         return Snapshot(
@@ -102,6 +103,7 @@ class Observer:
             peers=peers,
             predecessors=predecessors,
             skipped=memory.skipped,
+            requests=tuple(memory.requests),
         )
 
     def _drain_pause_left(self, run: IngestRun, memory: RunMemory) -> float:
@@ -136,7 +138,11 @@ class Observer:
         self._cache.date_vanished(uid, now=self._clock())
         attempts = self._cache.attempts(uid)
         over = run.status.batches.published | run.status.batches.failed
-        lacking = [attempt for attempt in attempts if _lacks_pod_result(attempt) and attempt.batch not in over]
+        lacking = [
+            attempt
+            for attempt in attempts
+            if _lacks_pod_result(attempt) and (attempt.worker or attempt.batch not in over)
+        ]
         if not lacking:
             memory.awaiting_pods = {}
             return attempts
@@ -177,13 +183,16 @@ class Observer:
                 return found
         return None
 
-    def _pod_saw_cancel(self, key: RunKey, attempts: list[Attempt]) -> bool:
+    def _pod_saw_cancel(self, key: RunKey, attempts: list[Attempt], memory: RunMemory) -> bool:
         """Tell whether a pod of a run with parents has stopped for a cancel that is not known here.
 
         The cancellation check has reported the parent's cancel to it, which the watch may not have shown here yet.
         """
         if not _parents_of(self._cache, key) or self._cache.cancel_requested(key):
             return False
+        reports = (report for request in memory.requests for report in request.reports)
+        if any(report.outcome is ReportOutcome.CANCELLED for report in reports):
+            return True
         outcomes = (outcome_of(attempt) for attempt in attempts if attempt.state is JobState.SUCCEEDED)
         return any(isinstance(outcome, Failure) and outcome.reason == WORKER_CANCELLED for outcome in outcomes)
 

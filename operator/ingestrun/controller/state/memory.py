@@ -5,7 +5,8 @@ No record has to survive a restart: a new process asks the API server, or is ref
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import asyncio
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
@@ -14,6 +15,7 @@ from ingestrun.model.status import AttemptId
 from ingestrun.planner.actions import CreateRejection
 from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.obstacle import Obstacle
+from ingestrun.planner.pool.requests import Answer, Replaced, WorkerRequest
 
 POD_GRACE_SECONDS: Final = 0.5
 """Seconds that an ended Job waits for the watched end of its pod, because the two watches race. Then the pods are
@@ -52,6 +54,16 @@ class RunMemory:
     """Time at which the Jobs of the ended run were last listed live."""
     obstacles: dict[str, Obstacle] = field(default_factory=dict)
     """The obstacle to each Job's start, by the Job's UID, also of one that has ended: for its failure's message."""
+
+    requests: dict[WorkerRequest, asyncio.Future[Answer]] = field(default_factory=dict)
+    """The requests of the pool's workers that wait for an answer."""
+
+    def answer(self, answers: Mapping[WorkerRequest, Answer]) -> None:
+        """Give these answers; a worker that has hung up meanwhile asks again."""
+        for request, answer in answers.items():
+            waiting = self.requests.pop(request, None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(answer)
 
     def keep_obstacles(self, attempts: Iterable[Attempt]) -> None:
         """Note the obstacles of these attempts, of all that the run has, and forget those of Jobs that are gone."""
@@ -95,4 +107,6 @@ class RunMemories:
 
     def forget(self, uid: str) -> None:
         """Drop the record of a run that is gone, or has ended and needs nothing more."""
-        self._by_uid.pop(uid, None)
+        memory = self._by_uid.pop(uid, None)
+        if memory is not None:
+            memory.answer(dict.fromkeys(memory.requests, Replaced("the run is over, or gone")))

@@ -12,7 +12,16 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
 
-from ingestrun.model.names import ANNOTATION_CHECKPOINT, LABEL_ATTEMPT, LABEL_BATCH, LABEL_RUN_UID, LABEL_STEP
+from ingestrun.model.contract import Stage
+from ingestrun.model.names import (
+    ANNOTATION_CHECKPOINT,
+    LABEL_ATTEMPT,
+    LABEL_BATCH,
+    LABEL_RUN_UID,
+    LABEL_STAGE,
+    LABEL_STEP,
+    LABEL_WORKER,
+)
 from ingestrun.model.quantity import QuantityError, read_bytes
 from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.text import truncate
@@ -66,6 +75,7 @@ class ObservedJob:
     resource_version: str
     run_uid: str
     batch: int
+    """The index of its batch; of a pool's worker, the worker's number."""
     step: int
     attempt: int
     deleting: bool
@@ -85,6 +95,8 @@ class ObservedJob:
     """Time at which the Job controller started it; if it was suspended since, the time of the latest start."""
     checkpoint: str | None = None
     """The state of its batch when it was created, as JSON; None for the first Job of a batch."""
+    worker: bool = False
+    """True if it is a worker of a pool, and no stage of a batch."""
     suspended: bool = False
     """True if Kueue or a user has suspended the Job, because it is not admitted or its admission was taken back."""
 
@@ -171,6 +183,11 @@ class Attempt:
         return self.job.step
 
     @property
+    def worker(self) -> bool:
+        """Tell whether it is a worker of a pool, and no stage of a batch."""
+        return self.job.worker
+
+    @property
     def number(self) -> int:
         """Return its number among the attempts of the stage, from 0."""
         return self.job.attempt
@@ -234,7 +251,8 @@ def stuck_message(stuck: Sequence[ObservedPod]) -> str:
 def read_job(job: Mapping[str, Any]) -> ObservedJob:
     """Read the JSON of a Job that is a run's own (`ownership.foreign_job_reason`)."""
     meta, labels, status = job["metadata"], job["metadata"]["labels"], job.get("status") or {}
-    batch, step, attempt = (int(labels[label]) for label in (LABEL_BATCH, LABEL_STEP, LABEL_ATTEMPT))
+    step, attempt = (int(labels[label]) for label in (LABEL_STEP, LABEL_ATTEMPT))
+    batch = int(labels[LABEL_WORKER if labels[LABEL_STAGE] == Stage.WORKER else LABEL_BATCH])
     spec = job.get("spec") or {}
     pod_spec = (spec.get("template") or {}).get("spec") or {}
     container = named(pod_spec.get("containers"), own_container_name(labels))
@@ -249,6 +267,7 @@ def read_job(job: Mapping[str, Any]) -> ObservedJob:
         batch=batch,
         step=step,
         attempt=attempt,
+        worker=labels[LABEL_STAGE] == Stage.WORKER,
         deleting="deletionTimestamp" in meta,
         finished=finished,
         finished_at=_optional_time(ended_at),

@@ -92,6 +92,8 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     "PodLost": _RETRY_DISRUPTION,
     "Disrupted": _RETRY_DISRUPTION,
     "JobDeleted": _RETRY_DISRUPTION,
+    "WorkerLost": _RETRY_DISRUPTION,
+    "WorkerStopped": _RETRY_DISRUPTION,
     # Its pod could not start.
     "ImagePull": _FAIL_BATCH,
     "ContainerConfig": _FAIL_BATCH,

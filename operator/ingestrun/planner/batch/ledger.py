@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import chain, islice
@@ -69,12 +69,9 @@ def cursor_of(run: IngestRun, status: IngestRunStatus) -> str:
     return run.spec.batches.cursor.start if run.spec.batches.cursor is not None else ""
 
 
-def batch_states(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) -> list[BatchState]:
-    """Derive the state of each batch that is in flight by the stored status."""
+def batch_contexts(run: IngestRun, *, now: datetime) -> Callable[[int], BatchContext]:
+    """Return the function that gives the context of each batch in flight, without the digest of what is read."""
     spec, status = run.spec, run.status
-    by_batch: Mapping[int, list[Attempt]] = defaultdict(list)
-    for attempt in attempts:
-        by_batch[attempt.batch].append(attempt)
     common = BatchContext(
         run_uid=run.metadata.uid,
         steps=steps_of(spec),
@@ -103,8 +100,17 @@ def batch_states(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) 
             return own
         return replace(own, cursor=replayed.cursor, fetch_limit=replay_limit(replayed), replayed=replayed)
 
-    states, digest = [], status.source_digest
-    for index in status.batches.in_flight:
+    return context_of
+
+
+def batch_states(run: IngestRun, attempts: Sequence[Attempt], *, now: datetime) -> list[BatchState]:
+    """Derive the state of each batch that is in flight by the stored status."""
+    by_batch: Mapping[int, list[Attempt]] = defaultdict(list)
+    for attempt in attempts:
+        by_batch[attempt.batch].append(attempt)
+    context_of = batch_contexts(run, now=now)
+    states, digest = [], run.status.source_digest
+    for index in run.status.batches.in_flight:
         state = batch_state(replace(context_of(index), source_digest=digest), index, by_batch[index])
         # Of fetches that end at once, the one of the first batch is what the others are compared with.
         digest = digest or (state.fetched.source_digest if state.fetched is not None else None)

@@ -88,9 +88,8 @@ def _job_name(meta: Object, pod_spec: Object, *, run_name: str) -> str | None:
     labels = meta.get("labels") or {}
     try:
         run_uid, stage = labels[names.LABEL_RUN_UID], labels[names.LABEL_STAGE]
-        batch, step, attempt = (
-            int(labels[label]) for label in (names.LABEL_BATCH, names.LABEL_STEP, names.LABEL_ATTEMPT)
-        )
+        subject = names.LABEL_WORKER if stage == Stage.WORKER.value else names.LABEL_BATCH
+        batch, step, attempt = (int(labels[label]) for label in (subject, names.LABEL_STEP, names.LABEL_ATTEMPT))
     except (KeyError, ValueError):
         return None
     part = stage if stage != Stage.HOOK.value else names.hook_job_part(step, _variable(pod_spec, k.ENV_HOOK) or "")

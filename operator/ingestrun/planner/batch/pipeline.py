@@ -56,6 +56,26 @@ ON_CANCEL_STEP: Final = 1000
 ON_CANCEL_DEADLINE_SECONDS: Final = 300
 
 
+WORKER_STEP: Final = 1001
+"""Index of a pool's workers, which take batches through all stages."""
+WORKER_LABEL: Final = "worker"
+WORKER_SECONDS: Final = 6 * 3600
+"""Time after which a worker takes no further batch and ends, so that its pod can have a deadline."""
+
+
+def worker_step(spec: IngestRunSpec) -> Step:
+    """Return what a worker of the pool is as a step: its deadline leaves time for the last batch that it takes."""
+    return Step(
+        index=WORKER_STEP,
+        stage=Stage.WORKER,
+        name=WORKER_LABEL,
+        deadline_seconds=WORKER_SECONDS + sum(step.deadline_seconds for step in steps_of(spec)),
+        retries=spec.retries,
+        resources=spec.execution.resources,
+        authorization=steps_of(spec)[0].authorization,
+    )
+
+
 def on_cancel_step(spec: IngestRunSpec) -> Step | None:
     """Return the clean-up after a cancel, which is tried once; None if the run has no clean-up."""
     container = spec.on_cancel

@@ -301,7 +301,7 @@ class _StageWalk:
         """Return the first attempt that the checkpoint does not cover, and the budgets used by those before it."""
         if step.index != self.first:
             return 0, BudgetsUsed()
-        return self._checkpoint.attempt or 0, _budgets_of(self._checkpoint)
+        return self._checkpoint.attempt or 0, budgets_of(self._checkpoint)
 
     def _checkpoint_of_running(self, step: Step, running: Attempt, used: BudgetsUsed) -> Checkpoint | None:
         """Return the checkpoint that keeps all that the running attempt, and what follows it, needs of earlier Jobs."""
@@ -346,7 +346,7 @@ class _StageWalk:
             attempt = by_number.get(number)
             carried = carried_checkpoint(attempt) if attempt is not None and missing else None
             if carried is not None:
-                used = _budgets_of(carried)
+                used = budgets_of(carried)
             if number == before:
                 break
             missing = attempt is None
@@ -386,18 +386,7 @@ class _StageWalk:
         return MemoryLimit(limit=latest.job.memory_limit)
 
     def _failure(self, step: Step, number: int, failure: Failure, explanation: str, at: datetime) -> StageFailure:
-        """Return the status's entry for a failed attempt, with the failure and the decision that follows."""
-        room = MESSAGE_CHARS - (len(explanation) + 2 if explanation else 0)
-        why = truncate(failure.message, room)
-        return StageFailure(
-            batch=self._index,
-            stage=step.label,
-            attempt=number,
-            reason=failure.reason,
-            message=f"{why}; {explanation}" if explanation else why,
-            time=at,
-            log=failure.log,
-        )
+        return stage_failure(self._index, step.label, number, failure, explanation, at)
 
     def _verified(self, step: Step, result: StageResult) -> StageResult | Failure:
         """Check a result against the stage's task: no row may be lost, and a chain's cursor must move."""
@@ -406,7 +395,7 @@ class _StageWalk:
             return mismatch
         if step.stage is not Stage.FETCH or self._context.fetch_counted:
             return result
-        return _fetch_failure(self._context, self._index, result) or result
+        return failed_fetch(self._context, self._index, result) or result
 
 
 def carried_checkpoint(attempt: Attempt) -> Checkpoint | None:
@@ -422,7 +411,25 @@ def carried_checkpoint(attempt: Attempt) -> Checkpoint | None:
     return carried if same else None
 
 
-def _budgets_of(checkpoint: Checkpoint) -> BudgetsUsed:
+def stage_failure(
+    batch: int, stage: str, number: int, failure: Failure, explanation: str, at: datetime
+) -> StageFailure:
+    """Return the status's entry for a failed attempt, with the failure and the decision that follows."""
+    room = MESSAGE_CHARS - (len(explanation) + 2 if explanation else 0)
+    why = truncate(failure.message, room)
+    return StageFailure(
+        batch=batch,
+        stage=stage,
+        attempt=number,
+        reason=failure.reason,
+        message=f"{why}; {explanation}" if explanation else why,
+        time=at,
+        log=failure.log,
+    )
+
+
+def budgets_of(checkpoint: Checkpoint) -> BudgetsUsed:
+    """Return the budgets that the attempts before a checkpoint have used."""
     return BudgetsUsed(
         retries=checkpoint.retries or 0,
         memory=checkpoint.memory_retries or 0,
@@ -430,7 +437,7 @@ def _budgets_of(checkpoint: Checkpoint) -> BudgetsUsed:
     )
 
 
-def _fetch_failure(context: BatchContext, index: int, result: StageResult) -> Failure | None:
+def failed_fetch(context: BatchContext, index: int, result: StageResult) -> Failure | None:
     """Return why the result of a fetch cannot be accepted; None if it can."""
     changed = _other_source(context.source_digest, result)
     if changed is None and context.replayed is not None:

@@ -21,7 +21,7 @@ from ingestrun.model.run import IngestRun
 from ingestrun.model.size_budget import MAX_IMAGE_PINS
 from ingestrun.model.status import ImagePin
 from ingestrun.planner.batch.attempt import Attempt
-from ingestrun.planner.batch.pipeline import Step, steps_of
+from ingestrun.planner.batch.pipeline import WORKER_STEP, Step, steps_of
 from ingestrun.planner.status.events import Event, warning
 
 _REFERENCE: Final = re.compile(r"(?:docker-pullable://)?(?P<repository>[^@]+)@(?P<digest>sha256:[0-9a-f]{64})")
@@ -148,6 +148,8 @@ def _digest_run(asked: str, attempt: Attempt) -> str | None:
 
 def _groups(run: IngestRun) -> list[_Group]:
     """Group the stages by image. The built-in worker is first, because there is room for a few pins only."""
+    if run.spec.pooled:
+        return [_Group(image=None, steps=IndexRanges([WORKER_STEP]))]
     by_image: dict[str | None, list[int]] = {}
     for step in steps_of(run.spec):
         own = step.container

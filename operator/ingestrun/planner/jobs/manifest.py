@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ingestrun.model import contract as k
-from ingestrun.model import names
+from ingestrun.model import names, pool
 from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
 from ingestrun.model.spec import CancellationPolicy
@@ -16,7 +16,7 @@ from ingestrun.model.status import Checkpoint
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
 from ingestrun.planner.actions import CreateJob, DeleteJobs
 from ingestrun.planner.batch.containers import own_container_name
-from ingestrun.planner.batch.pipeline import Step
+from ingestrun.planner.batch.pipeline import WORKER_SECONDS, Step, steps_of
 from ingestrun.planner.batch.retry import with_memory_limit
 from ingestrun.planner.batch.state import NextAttempt
 from ingestrun.planner.jobs.image_pins import image_of
@@ -43,10 +43,13 @@ class CheckEndpoint:
 
     url: str
     token: str = field(repr=False)
+    pool_url: str | None = None
+    """Base URL of the pool, with its token, for a worker."""
+    pool_token: str | None = field(default=None, repr=False)
 
 
-CheckEndpointFor = Callable[[IngestRun, int], CheckEndpoint | None]
-"""Function that returns the check endpoint for a Job of a run whose pod has a deadline (seconds); None: no check."""
+CheckEndpointFor = Callable[[IngestRun, CreateJob], CheckEndpoint | None]
+"""Function that returns the endpoint for a Job that is to be created; None: there is none."""
 
 
 def job_manifest(
@@ -130,7 +133,8 @@ def job_labels(run: IngestRun, create: CreateJob) -> dict[str, str]:
     attempt = create.attempt
     labels = {
         names.LABEL_RUN_UID: run.metadata.uid,
-        names.LABEL_BATCH: str(attempt.batch),
+        # Without the label of a batch, so that no deletion of a batch's Jobs finds a worker.
+        names.LABEL_WORKER if create.worker else names.LABEL_BATCH: str(attempt.batch),
         names.LABEL_STAGE: attempt.step.stage.value,
         names.LABEL_STEP: str(attempt.step.index),
         names.LABEL_ATTEMPT: str(attempt.number),
@@ -289,6 +293,8 @@ def _resources(create: CreateJob) -> Mapping[str, Any]:
 def _environment(run: IngestRun, create: CreateJob, check: CheckEndpoint | None) -> list[dict[str, Any]]:
     """Return the variables of the container contract (docs/contract.md), then the user's own."""
     attempt, step, meta = create.attempt, create.attempt.step, run.metadata
+    if create.worker:
+        return _worker_environment(run, create, check)
     values: dict[str, str | None] = {
         k.ENV_CONTRACT: k.VERSION,
         k.ENV_RUN_NAME: meta.name,
@@ -310,13 +316,46 @@ def _environment(run: IngestRun, create: CreateJob, check: CheckEndpoint | None)
     elif check is not None:
         values |= {k.ENV_CANCELLATION_URL: check.url, k.ENV_CANCELLATION_TOKEN: check.token}
     values |= _partition_environment(run, step) | _workspace_environment(run, attempt)
+    env = _variables(values, step)
+    if step.container is not None:
+        env += [variable.model_dump(by_alias=True, exclude_none=True) for variable in step.container.env]
+    return env
+
+
+def _worker_environment(run: IngestRun, create: CreateJob, check: CheckEndpoint | None) -> list[dict[str, Any]]:
+    """Return the variables of a pool's worker (docs/contract.md, "The pool")."""
+    step, meta, steps = create.attempt.step, run.metadata, steps_of(run.spec)
+    stages = tuple(
+        pool.WorkerStage(stage=each.stage, name=each.name, deadline_seconds=each.deadline_seconds) for each in steps
+    )
+    limit = run.spec.execution.max_batches_per_worker
+    values: dict[str, str | None] = {
+        k.ENV_CONTRACT: k.VERSION,
+        k.ENV_RUN_NAME: meta.name,
+        k.ENV_RUN_NAMESPACE: meta.namespace,
+        k.ENV_RUN_UID: meta.uid,
+        pool.ENV_WORKER: str(create.attempt.batch),
+        pool.ENV_MAX_BATCHES: str(limit) if limit is not None else None,
+        pool.ENV_MAX_SECONDS: str(WORKER_SECONDS),
+        pool.ENV_STAGES: pool.render_stages(stages),
+        **{pool.config_variable(each.index): each.config for each in steps},
+        k.ENV_WORKSPACE: k.WORKSPACE_MOUNT if run.spec.workspace is not None else None,
+        k.ENV_REJECTS: _rejects_directory(run) if run.spec.workspace is not None else None,
+    }
+    if check is not None:
+        values |= {k.ENV_CANCELLATION_URL: check.url, k.ENV_CANCELLATION_TOKEN: check.token}
+        values |= {pool.ENV_POOL_URL: check.pool_url, pool.ENV_POOL_TOKEN: check.pool_token}
+    values |= _partition_environment(run, steps[0])
+    return _variables(values, step)
+
+
+def _variables(values: Mapping[str, str | None], step: Step) -> list[dict[str, Any]]:
+    """Return variables of a container; those without a value are left out."""
     env: list[dict[str, Any]] = [
         {"name": name, "value": _literal(value)} for name, value in values.items() if value is not None
     ]
     if step.authorization is not None:
         env.append({"name": ENV_HTTP_AUTHORIZATION, "valueFrom": {"secretKeyRef": step.authorization.model_dump()}})
-    if step.container is not None:
-        env += [variable.model_dump(by_alias=True, exclude_none=True) for variable in step.container.env]
     return env
 
 
@@ -332,16 +371,19 @@ def _workspace_environment(run: IngestRun, attempt: NextAttempt) -> dict[str, st
     """Return the variables of the stage's input and output directories; none without a workspace."""
     if run.spec.workspace is None:
         return {}
-    step, meta, number = attempt.step, run.metadata, attempt.number
+    step, number = attempt.step, attempt.number
     values: dict[str, str | None] = {k.ENV_WORKSPACE: k.WORKSPACE_MOUNT}
     if attempt.input_attempt is not None:
         values[k.ENV_INPUT] = _directory(run, attempt.batch, step.index - 1, attempt.input_attempt)
     if step.stage in (Stage.FETCH, Stage.HOOK):
         values[k.ENV_OUTPUT] = _directory(run, attempt.batch, step.index, number)
     if step.stage is Stage.HOOK:
-        rejects = f"{k.WORKSPACE_MOUNT}/rejects/{meta.name}/{meta.uid}"
-        values[k.ENV_REJECTS] = f"{rejects}/{attempt.batch}-{step.name}-{number}"
+        values[k.ENV_REJECTS] = f"{_rejects_directory(run)}/{attempt.batch}-{step.name}-{number}"
     return values
+
+
+def _rejects_directory(run: IngestRun) -> str:
+    return f"{k.WORKSPACE_MOUNT}/rejects/{run.metadata.name}/{run.metadata.uid}"
 
 
 def _cancellation_environment(run: IngestRun) -> dict[str, str | None]:

@@ -66,7 +66,7 @@ def jobs_to_delete_except_kept(run: IngestRun, attempts: Sequence[Attempt]) -> D
     kept = kept_failed_batches(run)
     if run.status.cancellation is None:
         kept = kept | run.status.batches.in_flight
-    if all(attempt.job.deleting or attempt.batch in kept for attempt in attempts):
+    if all(attempt.job.deleting or (attempt.batch in kept and not attempt.worker) for attempt in attempts):
         return None
     return DeleteJobs(batches=None, kept=kept)
 
@@ -74,7 +74,11 @@ def jobs_to_delete_except_kept(run: IngestRun, attempts: Sequence[Attempt]) -> D
 def is_accounted(run: IngestRun, attempt: Attempt) -> bool:
     """Tell whether the stored status has all that is needed of an attempt: its batch's end, or a checkpoint."""
     batches = run.status.batches
-    if run.status.drained or attempt.batch not in batches.in_flight:
+    if run.status.drained:
+        return True
+    if attempt.worker:
+        return all(entry.worker != attempt.batch for entry in run.status.workers or ())
+    if attempt.batch not in batches.in_flight:
         return True
     checkpoint = batches.checkpoint_by_batch.get(attempt.batch)
     return checkpoint is not None and is_checkpointed(checkpoint, attempt)

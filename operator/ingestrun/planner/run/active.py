@@ -9,11 +9,12 @@ from datetime import datetime
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import ImagePin, Phase
 from ingestrun.planner.actions import CancelCause, Decision, DeleteJob, Plan
-from ingestrun.planner.batch.attempt import QUEUED_AFTER, stuck_message
+from ingestrun.planner.batch.attempt import QUEUED_AFTER, Attempt, JobState, stuck_message
 from ingestrun.planner.batch.pod_start import next_look_at_start
 from ingestrun.planner.batch.state import BatchState
 from ingestrun.planner.jobs.image_pins import image_drift_events, newly_pinned, pinned_images
 from ingestrun.planner.jobs.retention import jobs_to_delete
+from ingestrun.planner.pool.schedule import pool_schedule
 from ingestrun.planner.run.backpressure import Backpressure, backpressure_deadline
 from ingestrun.planner.run.cancel import cancel
 from ingestrun.planner.run.checkpoints import checkpointed_jobs
@@ -22,6 +23,7 @@ from ingestrun.planner.run.completion import (
     backpressure_timed_out,
     completion_of,
     deadline_of,
+    failed,
     stale_at,
     stale_cause,
 )
@@ -37,14 +39,19 @@ from ingestrun.planner.status.writer import active_conditions, describe_failure
 def progress(snapshot: Snapshot, *, block: StartBlock | None = None) -> Decision:
     """Decide for an active run. `block` is why it may not begin, because of another run of its concurrency key."""
     run = snapshot.run
-    pins = pinned_images(run, snapshot.stages)
+    pins = pinned_images(run, snapshot.started)
     drift = _image_drift(snapshot, pins)
     end = completion_of(snapshot)
     if end is not None:
         return _with_events(end, drift)
 
     may_start = not run.spec.suspend and block is None
-    scheduled = schedule(snapshot) if may_start else nothing_scheduled(snapshot)
+    if run.spec.pooled:
+        scheduled = pool_schedule(snapshot, may_start=may_start)
+        if scheduled.failure is not None:
+            return failed(snapshot, scheduled.status, *scheduled.failure)
+    else:
+        scheduled = schedule(snapshot) if may_start else nothing_scheduled(snapshot)
     due = list(scheduled.rechecks)
     over = _time_over(snapshot, scheduled, due)
     if over is not None:
@@ -58,9 +65,11 @@ def progress(snapshot: Snapshot, *, block: StartBlock | None = None) -> Decision
         plan=Plan(
             status=status,
             creates=creates,
-            job_deletions=(*_unfinished_of_failed(snapshot), *checkpointed_jobs(snapshot)),
+            job_deletions=(*_unfinished_of_failed(snapshot), *checkpointed_jobs(snapshot), *scheduled.job_deletions),
             bulk_deletion=scheduled.bulk_deletion or jobs_to_delete(run, snapshot.stages),
             events=(*drift, *memory_raised_events(run.status, status, next_attempts)),
+            answers=scheduled.answers,
+            misses_jobs=scheduled.misses_jobs,
             unmet_demand=scheduled.backpressure.unmet_demand if scheduled.backpressure is not None else 0,
             requeue_at=min(due, default=None),
         ),
@@ -85,7 +94,7 @@ def _time_over(snapshot: Snapshot, scheduled: Schedule, due: list[datetime]) -> 
     """End the run if one of its deadlines is over; else add to `due` the deadlines and the times to recheck Jobs."""
     now, status, held = snapshot.now, scheduled.status, scheduled.backpressure
     still = stale_at(snapshot, status)
-    begins = any(create.attempt.number == FIRST_ATTEMPT for create in scheduled.creates)
+    begins = any(create.attempt.number == FIRST_ATTEMPT and not create.worker for create in scheduled.creates)
     if still is not None and not begins:
         if now >= still:
             return cancel(snapshot, cause=stale_cause(snapshot.run))
@@ -98,6 +107,7 @@ def _time_over(snapshot: Snapshot, scheduled: Schedule, due: list[datetime]) -> 
     deadline = deadline_of(snapshot.run, status, now=now)
     due += [deadline] if deadline is not None else []
     due += [at for batch in snapshot.in_flight for at in _rechecks(batch, now)]
+    due += [at for worker in snapshot.workers for at in _rechecks_of(worker, now)]
     return None
 
 
@@ -125,9 +135,11 @@ def _rechecks(batch: BatchState, now: datetime) -> Iterator[datetime]:
     """Yield when a Job whose pod does not start or end, or that has no pod, needs a look although no event comes."""
     if batch.running_until is not None:
         yield batch.running_until
-    attempt = batch.running
-    if attempt is None:
-        return
+    if batch.running is not None:
+        yield from _rechecks_of(batch.running, now)
+
+
+def _rechecks_of(attempt: Attempt, now: datetime) -> Iterator[datetime]:
     stuck_at = attempt.pod.stuck_at if attempt.pod is not None else None
     if stuck_at is not None and stuck_at > now:
         yield stuck_at
@@ -153,13 +165,17 @@ def _reconciling(
 
 def _activity(snapshot: Snapshot, phase: Phase, held: Backpressure | None) -> tuple[str, str]:
     """Return the activity of a run, or the obstacle to it, as reason and message."""
-    stuck = next((batch for batch in snapshot.in_flight if batch.obstacle is not None), None)
-    if stuck is not None and stuck.running is not None and stuck.obstacle is not None:
-        message = f"batch {stuck.index}, Job {stuck.running.job.name}: {stuck.obstacle.message}"
-        return "PodNotStarting", message
+    running = [batch.running for batch in snapshot.in_flight if batch.running is not None]
+    if not any(worker.state is JobState.RUNNING for worker in snapshot.workers):
+        running += snapshot.workers
+    stuck = next((attempt for attempt in running if attempt.obstacle is not None), None)
+    if stuck is not None and stuck.obstacle is not None:
+        what = "worker" if stuck.worker else "batch"
+        return "PodNotStarting", f"{what} {stuck.batch}, Job {stuck.job.name}: {stuck.obstacle.message}"
     if held is not None and held.reason is not None:
         return "Backpressured", held.message
     pods = [batch.running.pod for batch in snapshot.in_flight if batch.running is not None]
+    pods += [worker.pod for worker in snapshot.workers]
     lost = [pod for pod in pods if pod is not None and pod.is_stuck(snapshot.now)]
     if lost:
         return c.POD_STUCK_TERMINATING, stuck_message(lost)
@@ -184,6 +200,7 @@ def _undisturbed_activity(snapshot: Snapshot, phase: Phase) -> tuple[str, str]:
 def _waits_for_admission(snapshot: Snapshot) -> bool:
     """Tell whether all Jobs of the run have waited to be admitted for longer than an admission takes."""
     running = [batch.running for batch in snapshot.batches if batch.running is not None]
+    running += [worker for worker in snapshot.workers if not worker.state.finished]
     return bool(running) and all(
         attempt.queued and (attempt.job.created is None or snapshot.now >= attempt.job.created + QUEUED_AFTER)
         for attempt in running

@@ -53,6 +53,11 @@ def backpressure_of(snapshot: Snapshot, *, wants: int) -> Backpressure | None:
         if batch.obstacle is not None and holds(batch.obstacle):
             message = f"batch {batch.index}: {batch.obstacle.message}"
             return Backpressure(reason=batch.obstacle.kind, message=message, retry_at=None)
+    return room_of(snapshot, wants=wants)
+
+
+def room_of(snapshot: Snapshot, *, wants: int) -> Backpressure | None:
+    """Return which limit, quota or refusal prevents some of `wants` Jobs from being created; None if none does."""
     admission = snapshot.capacity.admit(wants) if snapshot.capacity is not None else None
     if snapshot.rejection is not None:
         return _rejected(snapshot, snapshot.rejection, admission, wants=wants)
@@ -123,7 +128,7 @@ def backpressure_deadline(snapshot: Snapshot) -> datetime | None:
     The time counts from the moment since which it is held back and no Job of it has run. A Job that runs, or has ended
     since, is a sign of room, and waiting for a turn under a limit must not fail a run that gets its turns.
     """
-    run, attempts = snapshot.run, snapshot.stages
+    run, attempts = snapshot.run, snapshot.started
     seconds = run.spec.backpressure.timeout_seconds
     if seconds is None or any(attempt.state is JobState.RUNNING for attempt in attempts):
         return None

@@ -91,13 +91,18 @@ def _succeeded(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
         message += f"; {_batches(failed_batches)} failed ({status.batches.failed})"
     left = left_running_words(attempt.pod for attempt in snapshot.attempts if attempt.pod is not None)
     reason = "CompletedWithFailedBatches" if failed_batches else "Completed"
+    drained = ConditionUpdate(type=c.DRAINED, status="True", reason="NothingInFlight", message=left)
+    if status.workers:
+        drained = ConditionUpdate(
+            type=c.DRAINED, status="False", reason="Draining", message="its workers have not ended"
+        )
     return Decision(
         plan=Plan(status=status.replace(completion_time=snapshot.now), requeue_at=snapshot.now),
         phase=Phase.SUCCEEDED,
         conditions=[
             ConditionUpdate(type=c.SUCCEEDED, status="True", reason=reason, message=message),
             ConditionUpdate(type=c.FINISHED, status="True", reason="Succeeded", message=message),
-            ConditionUpdate(type=c.DRAINED, status="True", reason="NothingInFlight", message=left),
+            drained,
             ConditionUpdate(type=c.RECONCILING, status="False", reason="Finished"),
             *backpressure_over(status),
         ],
@@ -149,7 +154,7 @@ def stale_at(snapshot: Snapshot, status: IngestRunStatus) -> datetime | None:
     if seconds is None or since is None or _waits_for_admission_or_node(snapshot.in_flight):
         return None
     moments = [since, status.last_progress_time]
-    if not any(attempt.state is JobState.RUNNING for attempt in snapshot.stages):
+    if not any(attempt.state is JobState.RUNNING for attempt in snapshot.started):
         moments.append(_over_since(status, c.BACKPRESSURED, now=now))
     moments += [
         attempt.pod.placed_at

@@ -44,6 +44,7 @@ from ingestrun.planner.batch.pod_start import start_timed_out
 from ingestrun.planner.batch.state import NextAttempt, is_checkpointed
 from ingestrun.planner.jobs.retention import jobs_expire_at, jobs_to_delete_after_end, jobs_to_delete_except_kept
 from ingestrun.planner.jobs.sidecars import left_running_words
+from ingestrun.planner.pool.late_reports import answers_after_end, unreported, with_late_reports
 from ingestrun.planner.run.cancel import cancel_cleared_event, policy_of, skipped_starts
 from ingestrun.planner.run.completion import FULL
 from ingestrun.planner.snapshot import Snapshot
@@ -59,7 +60,7 @@ SWEEP_AFTER: Final = timedelta(seconds=60)
 def drain(snapshot: Snapshot) -> Decision:
     """Decide for an ended run."""
     run = snapshot.run
-    status = _updated_record(snapshot)
+    status = with_late_reports(_updated_record(snapshot), snapshot.requests)
     decision = _after_drain(snapshot, status) if run.status.drained else _await_drain(snapshot, status)
     cancelled = status.phase is Phase.CANCELLED
     plan = decision.plan
@@ -72,6 +73,7 @@ def drain(snapshot: Snapshot) -> Decision:
             # The cancel itself may have left the fence to this pass.
             fence=True if cancelled and plan.fence is None else plan.fence,
             events=_cancel_cleared_events(run),
+            answers=answers_after_end(run.status.phase, snapshot.requests),
         ),
     )
 
@@ -81,7 +83,7 @@ def _await_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
         return Decision(plan=Plan(status=status, requeue_at=snapshot.now))
     pods = [pod for pod in snapshot.live.pods if not pod.ended]
     terminate = status.cancellation is not None and status.cancellation.policy is CancellationPolicy.TERMINATE
-    unfinished = sum(1 for attempt in snapshot.stages if not attempt.container_ended)
+    unfinished = sum(1 for attempt in snapshot.started if not attempt.container_ended)
     if not unfinished and not pods:
         return _drained(snapshot, status, terminate=terminate)
     reason, message = "Draining", pluralize(max(unfinished, len(pods)), "pod has", "pods have") + " not ended"
@@ -92,7 +94,7 @@ def _await_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
         plan=Plan(
             status=status,
             pod_deletions=tuple(_pods_to_terminate(snapshot, pods)) if terminate else (),
-            job_deletions=(*unstarted_jobs(snapshot.stages), *_deleted_with_their_pods(snapshot.stages)),
+            job_deletions=(*unstarted_jobs(snapshot.started), *_deleted_with_their_pods(snapshot.started)),
             requeue_at=snapshot.now + DRAIN_RECHECK,
         ),
         conditions=[ConditionUpdate(type=c.DRAINED, status="False", reason=reason, message=message)],
@@ -101,7 +103,7 @@ def _await_drain(snapshot: Snapshot, status: IngestRunStatus) -> Decision:
 
 def _pods_to_terminate(snapshot: Snapshot, pods: Sequence[ObservedPod]) -> Iterator[DeletePod]:
     """Yield the deletions of started pods; those that have not started are deleted with their Jobs."""
-    waiting = {attempt.job.uid for attempt in snapshot.stages if attempt.state is JobState.WAITING}
+    waiting = {attempt.job.uid for attempt in snapshot.started if attempt.state is JobState.WAITING}
     grace = snapshot.run.spec.cancellation.grace_period_seconds
     for pod in pods:
         if pod.deleting_until is None and pod.job_uid not in waiting:
@@ -141,10 +143,11 @@ def _drained(snapshot: Snapshot, status: IngestRunStatus, *, terminate: bool) ->
     """Declare the run drained, and account for the batches that were in flight, one by one."""
     run, now = snapshot.run, snapshot.now
     erase = terminate and not run.unreadable
-    late = published_after_end(run, snapshot.stages)
+    late = _late_results(snapshot, status)
     if not run.unreadable:
         # The checkpoints were of use until here, because they hold the counts of rejected rows.
-        status = status.replace(after_end=late.after_end, batches=status.batches.replace(checkpoints=[]))
+        batches = status.batches.replace(checkpoints=[], publishing=None)
+        status = status.replace(after_end=late.after_end, batches=batches, workers=None)
     if status.cancellation is not None:
         published = late.after_end.published if late.after_end is not None else IndexRanges()
         record = status.cancellation.replace(
@@ -157,7 +160,7 @@ def _drained(snapshot: Snapshot, status: IngestRunStatus, *, terminate: bool) ->
     return Decision(
         plan=Plan(
             status=status,
-            bulk_deletion=jobs_to_delete_except_kept(run, snapshot.stages) if erase else None,
+            bulk_deletion=jobs_to_delete_except_kept(run, snapshot.started) if erase else None,
             requeue_at=now,
         ),
         conditions=[
@@ -180,6 +183,12 @@ class LateResults:
     """The published batches; None if there are none."""
     unknown: IndexRanges
     """Batches whose publish ended well, or was deleted before its end was seen, and whose result is gone."""
+
+
+def _late_results(snapshot: Snapshot, status: IngestRunStatus) -> LateResults:
+    if snapshot.run.spec.pooled and not snapshot.run.unreadable:
+        return LateResults(after_end=status.after_end, unknown=unreported(status))
+    return published_after_end(snapshot.run, snapshot.stages)
 
 
 def published_after_end(run: IngestRun, attempts: Sequence[Attempt]) -> LateResults:
@@ -268,7 +277,7 @@ def _jobs_to_delete(snapshot: Snapshot, *, finished: bool, late: Sequence[Delete
         return jobs_to_delete_after_end(run, snapshot.attempts, now=snapshot.now, keep=not starved)
     if capacity is None or not capacity.pressed or late or snapshot.live is None:
         return None
-    return jobs_to_delete_except_kept(run, snapshot.stages)
+    return jobs_to_delete_except_kept(run, snapshot.started)
 
 
 def _next_expiry(snapshot: Snapshot) -> datetime | None:
@@ -284,7 +293,7 @@ def _late_jobs(snapshot: Snapshot, status: IngestRunStatus) -> tuple[DeleteJob, 
     if snapshot.live is not None:
         late = tuple(
             DeleteJob(job=attempt.job)
-            for attempt in snapshot.stages
+            for attempt in snapshot.started
             if not attempt.container_ended and not attempt.job.deleting
         )
     if clean_up is None or clean_up.state is not JobState.WAITING or clean_up.job.deleting:

@@ -127,6 +127,20 @@ def admissions(capacity: Capacity) -> dict[str, int]:
     return _share(_Headroom(capacity), capacity.others) if capacity.synced else {}
 
 
+def ought_to_yield(capacity: Capacity, *, active: int) -> bool:
+    """Tell whether a run with so many Jobs, which may go on for hours, should give one up for a run that has fewer.
+
+    Only for one that had fewer even afterwards, so that no slot goes to and fro between two runs.
+    """
+    run = replace(capacity.run, active=active - 1, wants=1, turn=-1)
+    places = {**capacity.in_namespace, run.namespace: capacity.in_namespace.get(run.namespace, 0) - 1}
+    freed = replace(capacity, run=run, in_namespace=places, in_all=capacity.in_all - 1)
+    others = [demand for demand in capacity.others if demand.active < run.active]
+    if not capacity.synced or not others or not capacity.caps.any:
+        return False
+    return bool(_share(_Headroom(freed), others))
+
+
 class _Headroom:
     """Room left under the limits while slots are given out."""
 

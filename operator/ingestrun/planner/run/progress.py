@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from ingestrun.model.contract import CURSOR_MAX_CHARS
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.resume import LandedRecords, SavedState, UnpublishedBatch, cursor_digest
 from ingestrun.model.run import IngestRun
@@ -20,6 +21,9 @@ from ingestrun.model.status import AfterEndStatus, BatchesStatus, IngestRunStatu
 from ingestrun.planner.batch.ledger import cursor_of
 from ingestrun.planner.batch.state import BatchState
 from ingestrun.planner.jobs.image_pins import repository
+
+_MAX_ENTRY_BYTES: Final = CURSOR_MAX_CHARS + 64
+"""Bytes of an entry of `batches.unpublished` with the longest cursor."""
 
 
 def with_unpublished(run: IngestRun, status: IngestRunStatus, seen: Sequence[BatchState]) -> IngestRunStatus:
@@ -50,6 +54,14 @@ def with_unpublished(run: IngestRun, status: IngestRunStatus, seen: Sequence[Bat
 def unrecoverable(batches: BatchesStatus) -> IndexRanges:
     """Return the batches to replay whose cursor is not known any more, because the status had no room for it."""
     return batches.replay - IndexRanges(batch.batch for batch in batches.unpublished)
+
+
+def has_room_for_unpublished(batches: BatchesStatus, *, chained: bool) -> bool:
+    """Tell whether the status has room for the cursor of one more batch of a chain.
+
+    No Job of a pool keeps a batch's results, so a batch whose cursor is not known could not be tried again.
+    """
+    return not chained or unpublished_bytes(batches.unpublished) + _MAX_ENTRY_BYTES <= UNPUBLISHED_BYTES
 
 
 def unpublished_bytes(unpublished: Iterable[UnpublishedBatch]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -9,11 +10,12 @@ from ingestrun.model.contract import Stage
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus
-from ingestrun.planner.actions import CreateJob, DeleteJobs
+from ingestrun.planner.actions import CreateJob, DeleteJob, DeleteJobs
 from ingestrun.planner.batch.ledger import claimable, cursor_of, fetch_limit, next_claims, replay_limit
 from ingestrun.planner.batch.pipeline import steps_of
 from ingestrun.planner.batch.pod_start import START_RECHECK
 from ingestrun.planner.batch.state import BatchState, NextAttempt
+from ingestrun.planner.pool.requests import Answer, WorkerRequest
 from ingestrun.planner.run.backpressure import (
     Backpressure,
     backpressure_of,
@@ -43,6 +45,11 @@ class Schedule:
     """Jobs to delete at once, because they use up a quota."""
     rechecks: tuple[datetime, ...] = ()
     """Times at which further attempts are due."""
+    job_deletions: tuple[DeleteJob, ...] = ()
+    answers: Mapping[WorkerRequest, Answer] = field(default_factory=dict)
+    misses_jobs: bool = False
+    failure: tuple[str, str] | None = None
+    """Reason and message of a failure that ends the run."""
 
 
 @dataclass(slots=True)
@@ -79,7 +86,7 @@ def schedule(snapshot: Snapshot) -> Schedule:
             _create_job(run, status, NextAttempt(batch=index, step=fetch, number=0, input_attempt=None))
             for index in claimed
         ]
-        status = _with_claimed(status, claimed, now=snapshot.now)
+        status = with_claimed(status, claimed, now=snapshot.now)
     return Schedule(
         status=status,
         creates=tuple(creates),
@@ -105,7 +112,8 @@ def _candidates(snapshot: Snapshot) -> _Candidates:
     )
 
 
-def _with_claimed(status: IngestRunStatus, claimed: IndexRanges, *, now: datetime) -> IngestRunStatus:
+def with_claimed(status: IngestRunStatus, claimed: IndexRanges, *, now: datetime) -> IngestRunStatus:
+    """Return the status with these batches claimed; the run starts with the first."""
     batches = status.batches.replace(claimed=status.batches.claimed | claimed, replay=status.batches.replay - claimed)
     return status.replace(batches=batches, start_time=status.start_time or now)
 
@@ -171,20 +179,41 @@ def _not_before(batch: BatchState) -> datetime | None:
     return batch.next_attempt.not_before if batch.next_attempt is not None else None
 
 
-def _create_job(run: IngestRun, status: IngestRunStatus, following: NextAttempt) -> CreateJob:
-    if following.step.stage is not Stage.FETCH:
-        return CreateJob(attempt=following)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchInputs:
+    """What a batch's fetch is told, named as in `CreateJob`."""
+
+    cursor: str | None = None
+    limit: int | None = None
+    source_digest: str | None = None
+    state: str | None = None
+
+
+def fetch_inputs(run: IngestRun, status: IngestRunStatus, batch: int) -> FetchInputs:
+    """Return what the fetch of a batch is told, from the status in which the batch is claimed."""
     partitions, digest = run.spec.batches.partitions, status.source_digest
-    replayed = status.batches.pending_replays.get(following.batch)
+    replayed = status.batches.pending_replays.get(batch)
     if replayed is not None:
-        return CreateJob(attempt=following, cursor=replayed.cursor, limit=replay_limit(replayed), source_digest=digest)
+        return FetchInputs(cursor=replayed.cursor, limit=replay_limit(replayed), source_digest=digest)
     if partitions is None:
-        return CreateJob(
-            attempt=following,
+        return FetchInputs(
             cursor=cursor_of(run, status),
             limit=fetch_limit(run.spec, status.records),
             source_digest=digest,
             state=status.cursor_state,
         )
-    value = partitions.values[following.batch] if partitions.values is not None else str(following.batch)
-    return CreateJob(attempt=following, cursor=value, source_digest=digest)
+    value = partitions.values[batch] if partitions.values is not None else str(batch)
+    return FetchInputs(cursor=value, source_digest=digest)
+
+
+def _create_job(run: IngestRun, status: IngestRunStatus, following: NextAttempt) -> CreateJob:
+    if following.step.stage is not Stage.FETCH:
+        return CreateJob(attempt=following)
+    told = fetch_inputs(run, status, following.batch)
+    return CreateJob(
+        attempt=following,
+        cursor=told.cursor,
+        limit=told.limit,
+        source_digest=told.source_digest,
+        state=told.state,
+    )

@@ -6,7 +6,7 @@ maximum can exceed the object's budget; then the least needed parts are cut (`fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -56,6 +56,8 @@ def finish_status(
         phase=phase or status.phase,
         observed_generation=generation,
         batches=status.batches.replace(
+            # As the API server insists: what had permission when the run ended, and a batch released since is no harm.
+            publishing=run.status.batches.publishing if ended and not run.status.ended else status.batches.publishing,
             active=0 if ended else len(status.batches.in_flight),
             progress=f"{done}/{partitions.total}" if partitions is not None else str(done),
         ),
@@ -74,13 +76,25 @@ def status_patch(run: IngestRun, status: IngestRunStatus) -> dict[str, Any]:
     if before == after:
         return {}
     if not run.unreadable:
-        return after
+        return _with_nulls(before, after)
     patch = {key: value for key, value in after.items() if before.get(key) != value}
     if "conditions" in patch:
         stored = {condition["type"]: condition for condition in run.stored_status.get("conditions") or ()}
         for condition in patch["conditions"]:
             stored[condition["type"]] = {**stored.get(condition["type"], {}), **condition}
         patch["conditions"] = list(stored.values())
+    return patch
+
+
+def _with_nulls(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the new value as a merge patch: what is not in it any more is null, because a patch leaves the rest."""
+    patch = dict(after)
+    for key, old in before.items():
+        new = after.get(key)
+        if new is None:
+            patch[key] = None
+        elif isinstance(old, dict) and isinstance(new, dict):
+            patch[key] = _with_nulls(old, new)
     return patch
 
 
@@ -123,7 +137,7 @@ def fit_status(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
     batches, cancellation = status.batches, status.cancellation
     ranges = (batches.claimed, batches.fetched, batches.published, batches.failed, batches.replay)
     names_children = cancellation is not None and cancellation.children is not None
-    many = names_children or len(batches.checkpoints) > MAX_CHECKPOINTS
+    many = names_children or len(batches.checkpoints) > MAX_CHECKPOINTS or bool(status.workers)
     if not beside and not many and sum(len(str(each)) for each in ranges) <= UNMEASURED_RANGES_BYTES:
         return status
     for shortened in _STEPS:
