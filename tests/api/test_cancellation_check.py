@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Protocol
@@ -89,11 +90,11 @@ def held_run(cluster: Cluster, namespace: str, name: str, wait_for: WaitFor) -> 
     return wait_for(env, 30, f"the first Job of {name}")
 
 
-def ask(url: str, token: str) -> tuple[int, Json]:
+def ask(url: str, token: str, timeout: float = 10) -> tuple[int, Json]:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=10) as answer:
+        with opener.open(request, timeout=timeout) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         text = error.read()
@@ -137,6 +138,26 @@ def test_a_pod_asks_about_its_own_run_and_hears_of_the_cancel(
     logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert token not in logs
     assert token.rpartition(".")[2] not in logs
+
+
+def test_a_long_poll_hears_of_the_cancel_on_either_replica(
+    cluster: Cluster, namespace: str, start: Start, wait_for: WaitFor
+) -> None:
+    """Long before its wait is over; with the names of the check that it is modelled on."""
+    first, second = start(), start(leads=False)
+    env = held_run(cluster, namespace, "geo", wait_for)
+    token, path = env["INGEST_CANCELLATION_TOKEN"], env["INGEST_CANCELLATION_URL"].removeprefix(first)
+    with ThreadPoolExecutor() as threads:
+        asking = [threads.submit(ask, f"{replica}{path}?wait=30", token, 60) for replica in (first, second)]
+        assert all(not asked.done() for asked in asking)
+        cluster.cancel(namespace, "geo")
+        began = time.monotonic()
+        for asked in asking:
+            status, body = asked.result()
+            assert (status, body["cancelled"]) == (200, True)
+            assert (body["status"], body["event_type"]) == ("CANCELLED", "execution.cancelled")
+            assert body["execution_id"] == env["INGEST_RUN_UID"]
+        assert time.monotonic() - began < SECONDS_TO_CANCELLED
 
 
 def test_a_standby_answers_too_and_a_new_key_ends_the_old_tokens(

@@ -15,8 +15,10 @@ import kopf
 import structlog
 from kubernetes.aio.client import Configuration
 
-from ingestrun.controller.http.cancellation_check import CancellationCheckServer
+from ingestrun.controller.http.cancellation_check import CancellationCheck
 from ingestrun.controller.http.health import Health
+from ingestrun.controller.http.pool import PoolInbox, PoolRoutes
+from ingestrun.controller.http.server import ApiServer
 from ingestrun.controller.http.tokens import CheckKey
 from ingestrun.controller.logs import context_of_pass
 from ingestrun.controller.reconcile.reconciler import Reconciler
@@ -32,7 +34,7 @@ from ingestrun.kube.client import KubernetesCluster
 from ingestrun.kube.connection import Connection, load_configuration
 from ingestrun.kube.leader_election import LeaseLost, run_as_leader
 from ingestrun.kube.protocol import RunKey
-from ingestrun.planner.jobs.manifest import CheckEndpointFor, WorkerImage
+from ingestrun.planner.jobs.manifest import WorkerImage
 
 logger = structlog.get_logger("ingestrun")
 
@@ -81,7 +83,7 @@ async def run(settings: Settings, access: Access, *, elect: bool) -> int:
     async def lead() -> None:
         health.role = "leading"
         logger.info("leading", instance=instance_name())
-        await _operate(settings, access, cluster, health, check=api.check_for if api else None)
+        await _operate(settings, access, cluster, health, api=api)
 
     main: Callable[[], Awaitable[None]] = lead
     if elect:
@@ -113,25 +115,39 @@ async def run(settings: Settings, access: Access, *, elect: bool) -> int:
     return 0
 
 
-async def _serve_api(
-    settings: Settings, access: Access, ending: contextlib.AsyncExitStack
-) -> CancellationCheckServer | None:
-    """Answer the cancellation check, on a connection that the lease does not guard, because a standby answers too."""
+@dataclass(frozen=True, slots=True)
+class ServedApi:
+    """The parts of the HTTP API that the replica which leads has to do with."""
+
+    check: CancellationCheck
+    pool: PoolRoutes
+
+
+async def _serve_api(settings: Settings, access: Access, ending: contextlib.AsyncExitStack) -> ServedApi | None:
+    """Answer the HTTP API, on a connection that the lease does not guard, because a standby answers too."""
     if not (settings.api_url and settings.api_port):
         return None
     connection = await access.connect()
     ending.push_async_callback(connection.close)
     cluster = KubernetesCluster(connection)
     key = CheckKey(cluster, namespace=settings.lease_namespace, alone=not access.in_cluster)
-    api = CancellationCheckServer(cluster, key, url=settings.api_url, clock=connection.clock.now)
-    ending.push_async_callback(api.close)
-    await api.serve(settings.api_port)
-    return api
+    check = CancellationCheck(cluster, key, url=settings.api_url, clock=connection.clock.now)
+    pool = PoolRoutes(key, clock=connection.clock.now)
+    server = ApiServer(routes=[check, pool])
+    ending.push_async_callback(server.close)
+    await server.serve(settings.api_port)
+    return ServedApi(check, pool)
 
 
 async def _operate(
-    settings: Settings, access: Access, cluster: KubernetesCluster, health: Health, *, check: CheckEndpointFor | None
+    settings: Settings,
+    access: Access,
+    cluster: KubernetesCluster,
+    health: Health,
+    *,
+    api: ServedApi | None,
 ) -> None:
+    check = api.check if api is not None else None
     for namespace, why in (await cluster.leave_out_refused_namespaces()).items():
         logger.error(
             "a namespace is left out until the operator restarts, it may not be read", namespace=namespace, why=why
@@ -147,7 +163,7 @@ async def _operate(
         instance=instance_name(),
         user=settings.pod_user or None,
         clock=cluster.connection.clock.now,
-        check=check,
+        check=check.check_for if check else None,
         defer=events.put,
     )
 
@@ -164,12 +180,14 @@ async def _operate(
         context=context_of,
     )
     orphans = OrphanCollector(cluster, cache)
-    handlers = registry(EventHandlers(cache, queue))
+    handlers = registry(EventHandlers(cache, queue, stopped=check.wake if check else lambda _: None))
 
     @kopf.on.login(registry=handlers, id="login")
     async def login(**_: object) -> kopf.ConnectionInfo:
         return connection_info(await access.configuration())
 
+    if api is not None:
+        api.pool.inbox = PoolInbox(cluster, cache, lambda key: queue.add(key, "worker"))
     posting = asyncio.create_task(events.run(), name="events")
     listed = asyncio.Event()
 

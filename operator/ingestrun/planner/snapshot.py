@@ -53,7 +53,7 @@ class Snapshot:
     @cached_property
     def stages(self) -> list[Attempt]:
         """Return the attempts of the batches' stages: all but the workers of a pool and the clean-up."""
-        return [attempt for attempt in self.attempts if attempt.step not in (ON_CANCEL_STEP)]
+        return [attempt for attempt in self.attempts if attempt.step != ON_CANCEL_STEP and not attempt.worker]
 
     @cached_property
     def workers(self) -> list[Attempt]:

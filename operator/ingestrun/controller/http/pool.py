@@ -7,19 +7,22 @@ where the next pass finds it; all that wait together are answered by one write.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Any, Final, TypeVar
+from typing import Final
 
 from aiohttp import web
 from pydantic import ValidationError
 
+from ingestrun.controller.http.problems import Problem
+from ingestrun.controller.http.rate_limit import Rate
+from ingestrun.controller.http.server import Handler, RouteTable
 from ingestrun.controller.http.tokens import CheckKey, ForeignTokenError, TokenError, verify_worker
 from ingestrun.controller.state.cache import RunCache
 from ingestrun.kube.errors import KubeError, NotFound
 from ingestrun.kube.protocol import Cluster, RunKey
 from ingestrun.model import pool
-from ingestrun.model.pool import ClaimAnswer, ClaimRequest, ErrorAnswer, FetchedRequest, Message, PublishRequest
+from ingestrun.model.pool import ClaimAnswer, ClaimRequest, FetchedRequest, PublishRequest
 from ingestrun.model.run import has_ended
 from ingestrun.model.status import Phase
 from ingestrun.planner.pool.late_reports import answers_after_end
@@ -27,13 +30,11 @@ from ingestrun.planner.pool.requests import Answer, Replaced, Request, WorkerReq
 
 POOL_PATH: Final = "/api/v1/namespaces/{namespace}/ingestruns/{name}/pool"
 ANSWER_SECONDS: Final = 20.0
-"""Time within which a result or a wish to publish is answered; then the worker asks again."""
+"""Time within which a report, a result or a wish to publish is answered; then the worker asks again."""
 STANDBY_SECONDS: Final = 0.1
 """Retry-After of a replica that does not lead: a new connection may reach the one that does."""
 LATER_SECONDS: Final = 1.0
 """Retry-After of a replica that could not answer."""
-
-M = TypeVar("M", bound=Message)
 
 
 class PoolInbox:
@@ -44,6 +45,7 @@ class PoolInbox:
         self._cluster = cluster
         self._cache = cache
         self._look = look
+        self._waiting: set[asyncio.Future[Answer]] = set()
 
     async def ask(self, key: RunKey, uid: str, request: WorkerRequest, *, seconds: float) -> Answer | None:
         """Return the answer to a worker of the run with this UID; None if there is none within the time.
@@ -61,88 +63,96 @@ class PoolInbox:
         memory = self._cache.memories.recall(uid)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         memory.requests[request] = answer
+        self._waiting.add(answer)
         self._look(key)
         try:
-            return await asyncio.wait_for(answer, seconds)
-        except TimeoutError:
-            return None
+            done, _ = await asyncio.wait([answer], timeout=seconds)
+            return answer.result() if done and not answer.cancelled() else None
         finally:
             memory.requests.pop(request, None)
+            self._waiting.discard(answer)
+
+    def close(self) -> None:
+        """Let all who wait go without an answer: they ask the next replica that leads."""
+        for answer in self._waiting:
+            answer.cancel()
 
 
-class PoolRoutes:
+class PoolRoutes(RouteTable):
     """Routes of the pool. `inbox` is there while this replica leads."""
+
+    rate = Rate(per_second=100, burst=400)
+    """For one worker, by its token: one with a batch a tenth of a second asks twice for each."""
+    seconds = pool.WAIT_MAX_SECONDS + 15.0
 
     def __init__(self, key: CheckKey, *, clock: Callable[[], datetime]) -> None:
         self._key = key
         self._clock = clock
         self.inbox: PoolInbox | None = None
 
-    def add_to(self, router: web.UrlDispatcher) -> None:
-        """Add the routes to those of a server."""
-        router.add_post(f"{POOL_PATH}/{pool.CLAIM}", self._claim)
-        router.add_post(f"{POOL_PATH}/{pool.FETCHED}", self._handler(FetchedRequest))
-        router.add_post(f"{POOL_PATH}/{pool.PUBLISH}", self._handler(PublishRequest))
+    def routes(self) -> Iterable[web.RouteDef]:
+        """Return one route for each kind of request."""
+        yield web.post(f"{POOL_PATH}/{pool.CLAIM}", self._handler(ClaimRequest))
+        yield web.post(f"{POOL_PATH}/{pool.FETCHED}", self._handler(FetchedRequest))
+        yield web.post(f"{POOL_PATH}/{pool.PUBLISH}", self._handler(PublishRequest))
 
-    async def _claim(self, request: web.Request) -> web.Response:
-        return await self._serve(request, ClaimRequest)
+    async def finish(self) -> None:
+        """Let long polls go, because the server stops."""
+        if self.inbox is not None:
+            self.inbox.close()
 
-    def _handler(
-        self, model: type[FetchedRequest] | type[PublishRequest]
-    ) -> Callable[[web.Request], Coroutine[Any, Any, web.Response]]:
-        async def handle(request: web.Request) -> web.Response:
-            return await self._serve(request, model)
+    def _handler(self, model: type[ClaimRequest] | type[FetchedRequest] | type[PublishRequest]) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            key = RunKey(namespace=request.match_info["namespace"], name=request.match_info["name"])
+            uid, worker = self._worker(key, request)
+            if self.inbox is None:
+                raise _later("this replica does not lead: ask again", STANDBY_SECONDS)
+            try:
+                body = model.model_validate_json(await request.read())
+            except ValidationError as error:
+                raise Problem(422, pool.first_fault(error)) from None
+            return await _answer(self.inbox, key, uid, WorkerRequest(worker, body))
 
         return handle
 
-    async def _serve(
-        self, request: web.Request, model: type[ClaimRequest] | type[FetchedRequest] | type[PublishRequest]
-    ) -> web.Response:
-        key = RunKey(namespace=request.match_info["namespace"], name=request.match_info["name"])
+    def _worker(self, key: RunKey, request: web.Request) -> tuple[str, int]:
+        """Return the UID of the run and the number of the worker that asks, by its token. Raises Problem."""
         if self._key.value is None:
-            return _error(503, "no-key", "the operator has no key yet, and can accept no token", LATER_SECONDS)
+            raise _later("the operator has no key yet, and can accept no token", LATER_SECONDS)
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         try:
             now = self._clock().timestamp()
-            uid, worker = verify_worker(self._key.value, key, token if scheme.lower() == "bearer" else "", now=now)
+            return verify_worker(self._key.value, key, token if scheme.lower() == "bearer" else "", now=now)
         except ForeignTokenError as error:
-            return _error(403, "forbidden", str(error))
+            raise Problem(403, str(error)) from None
         except TokenError as error:
-            return _error(401, "unauthorized", str(error))
+            raise Problem(401, str(error)) from None
         except KubeError:
-            return _error(503, "unavailable", "the API server's time is not known yet", LATER_SECONDS)
-        inbox = self.inbox
-        if inbox is None:
-            return _error(503, "standby", "this replica does not lead: ask again", STANDBY_SECONDS)
-        try:
-            body = model.model_validate_json(await request.read())
-        except ValidationError as error:
-            return _error(422, "invalid", pool.first_fault(error))
-        except web.HTTPRequestEntityTooLarge:
-            return _error(413, "too-large", f"a request has {pool.BODY_MAX_BYTES} bytes at most")
-        return await _answer(inbox, key, uid, worker, body)
+            raise _later("the API server's time is not known yet: ask again", LATER_SECONDS) from None
 
 
-async def _answer(inbox: PoolInbox, key: RunKey, uid: str, worker: int, body: Request) -> web.Response:
-    seconds = body.wait_seconds if isinstance(body, ClaimRequest) else ANSWER_SECONDS
+async def _answer(inbox: PoolInbox, key: RunKey, uid: str, request: WorkerRequest) -> web.Response:
     try:
-        answer = await inbox.ask(key, uid, WorkerRequest(worker, body), seconds=seconds)
+        answer = await inbox.ask(key, uid, request, seconds=_patience(request.body))
     except NotFound:
-        return _error(404, "gone", "the run is gone")
+        raise Problem(404, "the run is gone") from None
     except KubeError:
-        return _error(503, "unavailable", "the run could not be read from the API server", LATER_SECONDS)
+        raise _later("the run could not be read from the API server: ask again", LATER_SECONDS) from None
     if isinstance(answer, Replaced):
-        return _error(409, "replaced", answer.message)
-    if answer is None and isinstance(body, ClaimRequest) and not body.reports:
+        raise Problem(409, answer.message)
+    if answer is None and isinstance(request.body, ClaimRequest) and not request.reports:
         answer = ClaimAnswer(wait=True)
     if answer is None:
-        return _error(503, "unavailable", "the operator has not got to it yet: ask again", LATER_SECONDS)
-    return web.Response(body=answer.render(), content_type="application/json", headers={"Cache-Control": "no-store"})
+        raise _later("the operator has not got to it yet: ask again", LATER_SECONDS)
+    return web.Response(body=answer.render(), content_type="application/json")
 
 
-def _error(status: int, error: str, message: str, retry_after: float | None = None) -> web.Response:
-    headers = {"Cache-Control": "no-store"}
-    if retry_after is not None:
-        headers["Retry-After"] = f"{retry_after:g}"
-    body = ErrorAnswer(error=error, message=message[: pool.MESSAGE_MAX_CHARS]).render()
-    return web.Response(body=body, status=status, content_type="application/json", headers=headers)
+def _patience(body: Request) -> float:
+    """Return the seconds for which a request waits. Reports wait longer than the worker asks, because they are news."""
+    if not isinstance(body, ClaimRequest):
+        return ANSWER_SECONDS
+    return max(body.wait_seconds, ANSWER_SECONDS) if body.reports else body.wait_seconds
+
+
+def _later(why: str, seconds: float) -> Problem:
+    return Problem(503, why, headers={"Retry-After": f"{seconds:g}"})

@@ -8,6 +8,7 @@ makes up for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 import kopf
@@ -16,6 +17,7 @@ from ingestrun.controller.state.cache import Change, RunCache, parents_of
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
+from ingestrun.model.run import cancel_requested, has_ended
 from ingestrun.planner.run.concurrency import ConcurrentRun, affects
 
 BURST_SECONDS: Final = 0.05
@@ -34,13 +36,19 @@ WATCH_SECONDS: Final = 300
 class EventHandlers:
     """Takes events in any order, doubled or late; types are the API's (None: from a list)."""
 
-    def __init__(self, cache: RunCache, queue: WorkQueue[RunKey]) -> None:
+    def __init__(
+        self, cache: RunCache, queue: WorkQueue[RunKey], *, stopped: Callable[[RunKey], None] = lambda _: None
+    ) -> None:
+        """Tell `stopped` of each event of a run that is to be cancelled, has ended or is gone."""
         self._cache = cache
         self._queue = queue
+        self._stopped = stopped
 
     def run(self, event_type: str | None, body: Object) -> None:
         """Take in that a run was added, changed or deleted."""
         meta, key = body["metadata"], RunKey.of(body)
+        if event_type == "DELETED" or "deletionTimestamp" in meta or cancel_requested(body) or has_ended(body):
+            self._stopped(key)
         known = self._cache.run(key)
         if known is not None and event_type is None and self._cache.knows_newer(body):
             # Either the list is late, or the API server's data were restored from a backup: a live read tells.

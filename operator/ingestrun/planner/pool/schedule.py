@@ -299,7 +299,7 @@ class _PoolSchedule:
             )
 
     def _jobs_to_delete(self) -> Iterator[DeleteJob]:
-        """Yield the Jobs of workers that the stored status does not have: unfinished ones, and the oldest that ended."""
+        """Yield the Jobs of workers that the stored status does not have: unfinished ones, the oldest that ended."""
         known = {entry.worker for entry in self._run.status.workers or ()} | self._workers.keys()
         strays = [job for worker, job in self._jobs.items() if worker not in known and not job.job.deleting]
         ended = sorted((job for job in strays if job.state.finished), key=lambda job: job.batch)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -14,14 +15,20 @@ import pytest
 from tests.fakes.cluster import Call, FakeCluster
 from tests.fakes.world import KEY, World, environment, manifest
 
-from ingestrun.controller.http.cancellation_check import TOKEN_WAIT_SECONDS, CancellationCheckServer
+from ingestrun.controller.http import cancellation_check
+from ingestrun.controller.http.cancellation_check import TOKEN_WAIT_SECONDS, CancellationCheck
+from ingestrun.controller.http.server import ApiServer
 from ingestrun.controller.http.tokens import SECRET_NAME, CheckKey, issue
 from ingestrun.controller.reconcile.reconciler import Reconciler
 from ingestrun.controller.settings import Settings
+from ingestrun.controller.state.cache import RunCache
+from ingestrun.controller.state.usage import Usage
+from ingestrun.controller.watch.handlers import EventHandlers
 from ingestrun.kube.errors import Unavailable
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model.run import IngestRun
 from ingestrun.planner.jobs.manifest import CheckEndpoint, WorkerImage
+from ingestrun.planner.run.fair_sharing import JobLimits
 
 Answer = tuple[int, dict[str, Any]]
 
@@ -33,23 +40,25 @@ class Asker:
         self.cluster = cluster
         self.now = time.time()
         self.key = CheckKey(cluster, namespace="default", alone=True)
-        self.api = CancellationCheckServer(
+        self.check = CancellationCheck(
             cluster,
             self.key,
             url="http://check.example/base/",
             clock=lambda: datetime.fromtimestamp(self.now, UTC),
             cache_seconds=cache_seconds,
         )
+        self.api = ApiServer(routes=[self.check])
         self.port = 0
         self.session: aiohttp.ClientSession
 
     def told(self, key: RunKey = KEY) -> CheckEndpoint:
-        told = self.api.check_for(IngestRun.read(self.cluster.run(key)), 60)
+        told = self.check.check_for(IngestRun.read(self.cluster.run(key)), 60)
         assert told is not None
         return told
 
-    async def ask(self, token: str | None, key: RunKey = KEY) -> Answer:
+    async def ask(self, token: str | None, key: RunKey = KEY, wait: object = None) -> Answer:
         path = f"/api/v1/namespaces/{key.namespace}/ingestruns/{key.name}/cancellation-check"
+        path += "" if wait is None else f"?wait={wait}"
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         async with self.session.get(f"http://127.0.0.1:{self.port}{path}", headers=headers) as response:
             return response.status, await response.json()
@@ -96,15 +105,22 @@ async def test_the_answer_is_the_runs_own_state() -> None:
     async with serving(cluster) as asker:
         token = asker.told().token
         uid = cluster.run(KEY)["metadata"]["uid"]
-        base = {"id": uid, "namespace": "default", "name": "flights"}
+        base = {"id": uid, "execution_id": uid, "namespace": "default", "name": "flights"}
+
+        def seeds(word: str) -> dict[str, str]:
+            return {"status": word.upper(), "event_type": f"execution.{word}"}
+
         no = {"cancelled": False, "completed": False, "failed": False}
-        assert await asker.ask(token) == (200, {**base, "phase": "Pending", **no})
+        assert await asker.ask(token) == (200, {**base, "phase": "Pending", **no, **seeds("pending")})
         for phase, said in (("Running", {}), ("Suspended", {}), ("Failed", {"failed": True})):
             asker.status(phase=phase)
-            assert await asker.ask(token) == (200, {**base, "phase": phase, **no, **said})
-        for phase, said in (("Succeeded", {"completed": True}), ("Cancelled", {"cancelled": True})):
+            assert await asker.ask(token) == (200, {**base, "phase": phase, **no, **said, **seeds(phase.lower())})
+        for phase, word, said in (
+            ("Succeeded", "completed", {"completed": True}),
+            ("Cancelled", "cancelled", {"cancelled": True}),
+        ):
             asker.status(phase=phase)
-            assert await asker.ask(token) == (200, {**base, "phase": phase, **no, **said})
+            assert await asker.ask(token) == (200, {**base, "phase": phase, **no, **said, **seeds(word)})
 
 
 async def test_a_cancel_that_is_not_applied_yet_counts_and_one_that_came_too_late_does_not() -> None:
@@ -114,7 +130,7 @@ async def test_a_cancel_that_is_not_applied_yet_counts_and_one_that_came_too_lat
         asker.status(phase="Running")
         cluster.user_patch_spec(KEY, {"cancel": True})
         _, body = await asker.ask(token)
-        assert (body["phase"], body["cancelled"]) == ("Running", True)
+        assert (body["phase"], body["cancelled"], body["status"]) == ("Running", True, "CANCELLED")
         asker.status(phase="Succeeded")
         _, body = await asker.ask(token)
         assert (body["completed"], body["cancelled"]) == (True, False)
@@ -277,8 +293,8 @@ async def test_the_read_is_shared_for_a_moment_only() -> None:
         while not (await asker.ask(token))[1]["cancelled"]:
             assert time.monotonic() - began < 5
             await asyncio.sleep(0.02)
-        assert asker.api._looks.keys() <= {(KEY, cluster.run(KEY)["metadata"]["uid"])}
-        while asker.api._looks:
+        assert asker.check._looks.keys() <= {(KEY, cluster.run(KEY)["metadata"]["uid"])}
+        while asker.check._looks:
             assert time.monotonic() - began < 5
             await asyncio.sleep(0.02)
 
@@ -302,9 +318,10 @@ async def test_a_pod_that_hangs_up_does_not_spoil_the_answer_of_the_others() -> 
 async def test_without_a_key_nobody_is_told_of_a_check() -> None:
     cluster = a_run()
     key = CheckKey(cluster, namespace="default", alone=False)
-    api = CancellationCheckServer(cluster, key, url="http://x", clock=lambda: datetime.now(UTC))
+    check = CancellationCheck(cluster, key, url="http://x", clock=lambda: datetime.now(UTC))
+    api = ApiServer(routes=[check])
     run = IngestRun.read(cluster.run(KEY))
-    assert api.check_for(run, 60) is None
+    assert check.check_for(run, 60) is None
     port = await api.serve(0, "127.0.0.1")
     async with (
         aiohttp.ClientSession() as session,
@@ -313,8 +330,145 @@ async def test_without_a_key_nobody_is_told_of_a_check() -> None:
         assert got.status == 503
     cluster.user_apply_secret(SECRET_NAME)
     await key.refresh()
-    assert api.check_for(run, 60) is not None
+    assert check.check_for(run, 60) is not None
     await api.close()
+
+
+# --- the long poll
+
+
+async def elapsed(asking: Awaitable[Answer]) -> tuple[float, Answer]:
+    began = time.monotonic()
+    answer = await asking
+    return time.monotonic() - began, answer
+
+
+async def eventually(predicate: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not predicate():
+        assert time.monotonic() - began < 10
+        await asyncio.sleep(0.01)
+
+
+async def until_waiting(asker: Asker, number: int = 1) -> None:
+    await eventually(lambda: len(asker.check._waiting.get(KEY, ())) == number)
+    await eventually(lambda: any(look.done() for look in asker.check._looks.values()))
+
+
+async def test_a_long_poll_answers_at_once_when_the_watch_tells_of_the_cancel() -> None:
+    """The reads of before are an hour old by then: it is the watch that wakes it, and a read of its own that tells."""
+    cluster = a_run()
+    async with serving(cluster, cache_seconds=3600) as asker:
+        token = asker.told().token
+        assert (await asker.ask(token))[1]["cancelled"] is False
+        asking = [asyncio.ensure_future(elapsed(asker.ask(token, wait=30))) for _ in range(50)]
+        await until_waiting(asker, 50)
+        cluster.user_patch_spec(KEY, {"cancel": True})
+        told = time.monotonic()
+        asker.check.wake(KEY)
+        for _, (status, body) in await asyncio.gather(*asking):
+            assert (status, body["cancelled"], body["event_type"]) == (200, True, "execution.cancelled")
+        assert time.monotonic() - told < 5
+        assert len(cluster.calls("get", "ingestruns")) == 2, "one before, one for all who were woken"
+        assert asker.check._waiting == {}
+
+
+async def test_a_long_poll_hears_of_the_cancel_without_a_watch() -> None:
+    cluster = a_run()
+    async with serving(cluster, cache_seconds=0.1) as asker:
+        asking = asyncio.ensure_future(elapsed(asker.ask(asker.told().token, wait=30)))
+        await until_waiting(asker)
+        cluster.user_patch_spec(KEY, {"cancel": True})
+        seconds, (status, body) = await asking
+        assert (status, body["cancelled"]) == (200, True)
+        assert seconds < 10
+
+
+async def test_a_cancel_during_the_read_is_not_missed_by_a_long_poll() -> None:
+    cluster = a_run()
+    async with serving(cluster, cache_seconds=3600) as asker:
+        gate, reached = held(cluster)
+        asking = asyncio.ensure_future(asker.ask(asker.told().token, wait=30))
+        await asyncio.wait_for(reached.wait(), 10)
+        asker.check.wake(KEY)
+        cluster.user_patch_spec(KEY, {"suspend": True})
+        asker.check.wake(KEY)
+        gate.set()
+        await eventually(lambda: len(cluster.calls("get", "ingestruns")) >= 2)
+        assert not asking.done()
+        cluster.user_patch_spec(KEY, {"cancel": True})
+        asker.check.wake(KEY)
+        assert (await asyncio.wait_for(asking, 10))[1]["cancelled"] is True
+
+
+async def test_a_long_poll_ends_with_the_wait_and_not_before() -> None:
+    cluster = a_run()
+    async with serving(cluster, cache_seconds=0.05) as asker:
+        seconds, (status, body) = await elapsed(asker.ask(asker.told().token, wait="0.4"))
+        assert (status, body["cancelled"]) == (200, False)
+        assert 0.4 <= seconds < 10
+
+
+@pytest.mark.parametrize("phase", ["Cancelled", "Succeeded", "Failed"])
+async def test_a_long_poll_about_a_run_that_has_ended_does_not_wait(phase: str) -> None:
+    async with serving(a_run(), cache_seconds=30) as asker:
+        asker.status(phase=phase)
+        seconds, (status, body) = await elapsed(asker.ask(asker.told().token, wait=30))
+        assert (status, body["phase"]) == (200, phase)
+        assert seconds < 10
+
+
+async def test_a_long_poll_about_a_run_that_goes_ends_with_404() -> None:
+    cluster = a_run()
+    async with serving(cluster, cache_seconds=3600) as asker:
+        asking = asyncio.ensure_future(asker.ask(asker.told().token, wait=30))
+        await until_waiting(asker)
+        cluster.user_delete_run(KEY)
+        asker.check.wake(KEY)
+        status, body = await asyncio.wait_for(asking, 10)
+        assert (status, body["error"]) == (404, "gone")
+
+
+async def test_a_server_that_stops_answers_those_who_wait() -> None:
+    cluster = a_run()
+    async with serving(cluster, cache_seconds=3600) as asker:
+        asking = asyncio.ensure_future(asker.ask(asker.told().token, wait=30))
+        await until_waiting(asker)
+        await asker.api.close()
+        status, body = await asyncio.wait_for(asking, 10)
+        assert (status, body["cancelled"]) == (200, False)
+
+
+@pytest.mark.parametrize("wait", ["soon", "-1", "nan", "inf"])
+async def test_a_wait_that_is_no_number_of_seconds_is_refused(wait: str) -> None:
+    async with serving(a_run()) as asker:
+        status, body = await asker.ask(asker.told().token, wait=wait)
+        assert (status, body["error"]) == (400, "bad-request")
+
+
+async def test_a_wait_is_at_most_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cancellation_check, "MOST_WAIT_SECONDS", 0.3)
+    async with serving(a_run(), cache_seconds=0.05) as asker:
+        seconds, (status, _) = await elapsed(asker.ask(asker.told().token, wait=3600))
+        assert status == 200
+        assert 0.3 <= seconds < 10
+
+
+async def test_the_watch_wakes_for_what_matters_alone() -> None:
+    """Not for each of the writes of a status that goes on."""
+    woken: list[RunKey] = []
+    queue: Any = SimpleNamespace(add=lambda *_: None, forget=lambda _: None)
+    cluster = a_run()
+    handlers = EventHandlers(RunCache(Usage(JobLimits(), wake=lambda _: None)), queue, stopped=woken.append)
+    handlers.run(None, cluster.run(KEY))
+    handlers.run("MODIFIED", {**cluster.run(KEY), "status": {"phase": "Running"}})
+    assert woken == []
+    cluster.user_patch_spec(KEY, {"cancel": True})
+    handlers.run("MODIFIED", cluster.run(KEY))
+    assert woken == [KEY]
+    cluster.user_delete_run(KEY)
+    handlers.run("DELETED", {**manifest(), "metadata": {**manifest()["metadata"], "uid": "u", "resourceVersion": "99"}})
+    assert woken == [KEY, KEY]
 
 
 # --- what Jobs are told
@@ -324,7 +478,7 @@ async def test_each_job_gets_the_address_and_a_token_of_its_own_run() -> None:
     world = World()
     async with serving(world.cluster) as asker:
         asker.now = world.now.timestamp()
-        world.check = asker.api.check_for
+        world.check = asker.check.check_for
         world.start()
         world.create()
         await world.settle()
@@ -357,7 +511,7 @@ async def test_without_a_check_jobs_are_told_nothing_of_it() -> None:
 async def test_the_clean_up_is_told_of_no_check_that_would_stop_it() -> None:
     world = World()
     async with serving(world.cluster) as asker:
-        world.check = asker.api.check_for
+        world.check = asker.check.check_for
         world.start()
         world.create(onCancel={"image": "example/clean-up:1"})
         await world.settle()
