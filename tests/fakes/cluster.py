@@ -177,6 +177,7 @@ class FakeCluster(Cluster):
                 )
             changed = {**run, "status": shapes.merge_patch(run.get("status", {}), body["status"])}
             if changed != run:
+                _check_ended(run.get("status") or {}, changed["status"])
                 self._admit("patch", "ingestruns/status", changed)
                 self._store("IngestRun", changed, "MODIFIED")
             return self.run(key)
@@ -987,3 +988,15 @@ def _check_job(job: Json) -> None:
             assert isinstance(value, str), f"annotation {key} is no string"
     for owner in meta.get("ownerReferences", ()):
         assert {"apiVersion", "kind", "name", "uid"} <= owner.keys(), owner
+
+
+def _check_ended(before: Object, after: Object) -> None:
+    """Refuse what the CRD's rules refuse: an ended run with new claims, or with a new permission to publish."""
+    if after.get("phase") not in ("Succeeded", "Failed", "Cancelled"):
+        return
+    old, new = before.get("batches") or {}, after.get("batches") or {}
+    taken_over = "resumedFrom" in after and "resumedFrom" not in before
+    if new.get("claimed", "") not in ("", old.get("claimed")) and not taken_over:
+        raise Invalid("an ended run claims no batch")
+    if new.get("publishing", "") not in ("", old.get("publishing")):
+        raise Invalid("an ended run gives no permission to publish")
