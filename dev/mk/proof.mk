@@ -1,7 +1,7 @@
 # Cancellation on the real API server: the races, and what a cancel costs. docs/proof.md has results.
 export RUNS SEED WAVE LEASE_EVERY ROUNDS BATCHES TAIL PARALLELISM BENCH_RUNS BENCH_PODS
 
-.PHONY: test-cancel-races test-race bench-cancel bench-cancel-many bench-scale bench-long-run bench-throughput bench-idle calls
+.PHONY: test-cancel-races test-race bench-cancel bench-cancel-many bench-scale bench-long-run bench-throughput bench-pool bench-idle calls
 
 test-cancel-races: $(VENV)/.installed ## Cancels at random moments, the operator killed meanwhile, judged by the audit log: RUNS=2000 SEED=1
 	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q tests/race/test_cancel_races.py
@@ -26,6 +26,9 @@ bench-long-run: $(VENV)/.installed ## The same before a cluster in memory: BATCH
 
 bench-throughput: $(VENV)/.installed ## Batches/s, CPU and calls per batch, 20 runs of 10 short batches at once: BENCH_RUNS=20 BATCHES=10
 	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q dev/bench/throughput.py
+
+bench-pool: $(VENV)/.installed ## Batches/s, CPU, writes and latency of claims, 20 pools of 5 simulated workers, then one of 100: BATCHES=4000
+	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q dev/bench/pool.py
 
 bench-idle: $(VENV)/.installed ## Memory with 5,000 suspended runs, and the CPU time of a restart: RUNS=5000
 	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q dev/bench/idle.py

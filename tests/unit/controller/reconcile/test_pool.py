@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from tests.fakes.cluster import Call
 from tests.fakes.pool import Act, PoolWorld, pool_spec
 from tests.fakes.world import KEY, Killed
 
-from ingestrun.kube.errors import Invalid, KubeError, QuotaExceeded
+from ingestrun.kube.errors import Invalid, KubeError
 from ingestrun.model.pool import Claim
 from ingestrun.model.ranges import IndexRanges
 
