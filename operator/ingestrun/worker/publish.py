@@ -89,6 +89,11 @@ class PendingFile:
     key: str
     manifest: str
 
+    @property
+    def published(self) -> bool:
+        """True if an earlier attempt has published the batch."""
+        return self.temporary is None and self.rows > 0
+
     def commit(self) -> StageResult:
         """Publish.
 
