@@ -43,7 +43,7 @@ class Context:
     output: Path | None
     rejects: Path | None
     workspace: Path | None
-    """None in a pool without one. A container of its own always has one, where it is mounted by default."""
+    """The volume that all stages share. A pool may have none; a container of its own always has one."""
     authorization: str | None
 
     def require(self, name: str, value: Path | None) -> Path:

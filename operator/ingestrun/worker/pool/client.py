@@ -106,7 +106,7 @@ class PoolClient:
         if response.status == _TOO_MANY or response.status >= _SERVER_ERROR:
             self._connection.close()  # another replica may answer
             raise NoAnswerError(text, _seconds(response.retry_after))
-        if response.status == _GONE and "error" in said:
+        if response.status == _GONE and said.get("error") == "gone":
             raise EndedError(f"the run is gone ({text})", 0)
         if response.status == _REPLACED and "error" in said:
             raise EndedError(f"another worker has taken this one's place ({text})", 0)
