@@ -162,8 +162,9 @@ class PoolWorker:
             self._watchdog.watch(None)
         if report is not None:
             self._reports.append(report)
-            fields = report.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"batch", "attempt"})
-            self._log_batch(claim, "batch ended", **fields)
+            failed_in = course.stage if report.outcome is ReportOutcome.FAILED else None
+            fields = report.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=_IDENTITY)
+            self._log_batch(claim, "batch ended", failed_in, **fields)
         self._held = None
         self.batches += 1
         self._leaving = self._leaving or self._reason_to_leave()
@@ -284,6 +285,8 @@ class PoolWorker:
         log_event(env, event, **fields)
 
 
+_IDENTITY: Final = {"batch", "attempt", "stage"}
+"""The fields of a report that every line of the log has by itself."""
 _STAGE_VARIABLES: Final = (contract.ENV_STAGE, contract.ENV_HOOK)
 
 
