@@ -12,13 +12,13 @@ import httpx
 
 from ingestrun.model.text import pluralize
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION, HttpSource
+from ingestrun.worker.collector import RowCollector
 from ingestrun.worker.columns import parse_json, table_from_records
 from ingestrun.worker.context import PARTITION_PLACEHOLDER, Context
 from ingestrun.worker.errors import PermanentError, RetryableError, WorkerError
 from ingestrun.worker.page_history import PageHistory, table_digest
 from ingestrun.worker.pagination import Page, Position, is_absent, pager_for, same_origin, value_at
 from ingestrun.worker.shutdown import Stop
-from ingestrun.worker.stage_io import OutputWriter
 
 _OK: Final = 200
 _RETRYABLE_STATUS: Final = frozenset({408, 425, 429})
@@ -58,7 +58,7 @@ class HttpReader:
         self._client = PageClient(source, url, context.authorization, stop)
         self._history = PageHistory(context.state, repeats_allowed=source.allow_repeated_pages)
 
-    def read(self, limit: int | None, output: OutputWriter) -> str | None:
+    def read(self, limit: int | None, output: RowCollector) -> str | None:
         """Read a batch, as `fetch.BatchReader`.
 
         Raises:
