@@ -181,7 +181,7 @@ def _not_before(batch: BatchState) -> datetime | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchInputs:
-    """What a batch's fetch is told, named as in `CreateJob`."""
+    """Inputs that a batch's fetch is told, named as in `CreateJob`."""
 
     cursor: str | None = None
     limit: int | None = None
