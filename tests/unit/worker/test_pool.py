@@ -78,7 +78,6 @@ class Pool:
             "INGEST_CANCELLATION_URL": self.served.url + CHECK,
             "INGEST_CANCELLATION_TOKEN": f"worker-{worker}-{attempt}",
             "INGEST_WORKER": str(worker),
-            "INGEST_WORKER_ATTEMPT": str(attempt),
             "INGEST_STAGES": json.dumps(self.stages),
             "INGEST_WORKSPACE": str(self.bench.workspace),
             "INGEST_REJECTS": str(self.bench.workspace / "rejects"),

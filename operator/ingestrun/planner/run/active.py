@@ -66,6 +66,7 @@ def progress(snapshot: Snapshot, *, block: StartBlock | None = None) -> Decision
             status=status,
             creates=creates,
             job_deletions=(*_unfinished_of_failed(snapshot), *checkpointed_jobs(snapshot), *scheduled.job_deletions),
+            pod_deletions=scheduled.pod_deletions,
             bulk_deletion=scheduled.bulk_deletion or jobs_to_delete(run, snapshot.stages),
             events=(*drift, *memory_raised_events(run.status, status, next_attempts)),
             answers=scheduled.answers,

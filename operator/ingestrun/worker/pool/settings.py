@@ -23,6 +23,7 @@ class Settings:
     ca: str | None
     stages: tuple[WorkerStage, ...]
     max_batches: int | None
+    max_seconds: int | None
 
     def stage_env(self, claim: Claim, index: int) -> dict[str, str]:
         """Return the environment that the stage would have in a container of its own, without input and output."""
@@ -60,9 +61,6 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         stages = pool.parse_stages(env[pool.ENV_STAGES])
     except ValueError as error:
         raise PermanentError(str(error)) from None
-    most = env.get(pool.ENV_MAX_BATCHES, "")
-    if most and not (most.isascii() and most.isdecimal() and int(most[:18]) > 0):
-        raise PermanentError(f"{pool.ENV_MAX_BATCHES} is {most[:40]!r}, not a number from 1 on")
     for index, stage in enumerate(stages):
         if not env.get(pool.config_variable(index)):
             raise PermanentError(f"{pool.config_variable(index)} is not set, stage {stage.label} needs it")
@@ -72,5 +70,14 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         token=env[pool.ENV_POOL_TOKEN],
         ca=env.get(pool.ENV_POOL_CA) or None,
         stages=stages,
-        max_batches=int(most) if most else None,
+        max_batches=_number(env, pool.ENV_MAX_BATCHES),
+        max_seconds=_number(env, pool.ENV_MAX_SECONDS),
     )
+
+
+def _number(env: Mapping[str, str], name: str) -> int | None:
+    """Return the value of a variable that is a number from 1 on; None if it is unset. Raises PermanentError."""
+    text = env.get(name, "")
+    if text and not (text.isascii() and text.isdecimal() and int(text[:18]) > 0):
+        raise PermanentError(f"{name} is {text[:40]!r}, not a number from 1 on")
+    return int(text) if text else None

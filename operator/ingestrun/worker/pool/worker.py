@@ -75,6 +75,7 @@ class PoolWorker:
         self.batches = 0
         """The batches that were taken, however they ended."""
         self._settings = settings
+        self._began = time.monotonic()
         self._stop = stop
         self._log_event = partial(log_event, settings.env)
         self._client = self._new_client()
@@ -235,6 +236,9 @@ class PoolWorker:
         most = self._settings.max_batches
         if most is not None and self.batches >= most:
             return f"recycled after {pluralize(self.batches, 'batch', 'batches')}"
+        longest = self._settings.max_seconds
+        if longest is not None and time.monotonic() - self._began >= longest:
+            return f"recycled after {longest} s"
         self._memory.add_batch(resident_bytes())
         if self._memory.growth(resident_bytes()) is None:
             return None
