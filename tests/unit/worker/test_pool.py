@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import ssl
 import subprocess
 import threading
 import time
@@ -707,6 +708,43 @@ main()
     assert len(events(log, "batch claimed")) == 5
     assert pool.run(0, 1)[0] == 0
     pool.assert_complete()
+
+
+# --- TLS
+
+
+def certificate(directory: Path, name: str) -> tuple[Path, ssl.SSLContext]:
+    """A certificate for loopback that signs itself, and the server's context with it."""
+    cert, key = directory / f"{name}.pem", directory / f"{name}.key"
+    subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
+    kind = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    command = ["openssl", *kind, *subject, "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    return cert, context
+
+
+def test_the_operator_is_known_by_its_certificate(pool: Pool, tmp_path: Path) -> None:
+    cert, context = certificate(tmp_path, "ours")
+    pool.served = Served(pool.operator, context)
+    assert pool.run(pool_ca=cert.read_text())[0] == 0
+    assert pool.operator.checks > 0
+    pool.assert_complete()
+
+
+def test_another_server_gets_no_token(pool: Pool, tmp_path: Path) -> None:
+    """Neither one whose certificate another authority has signed, nor one that no authority of the system's has."""
+    _, context = certificate(tmp_path, "ours")
+    other, _ = certificate(tmp_path, "other")
+    pool.served = Served(pool.operator, context)
+    for authorities in (other.read_text(), ""):
+        process = pool.start(pool_ca=authorities)
+        first = [json.loads(process.stdout.readline()) for _ in range(2)] if process.stdout else []
+        process.terminate()
+        assert end_of(process, 20)[0] == 143
+        assert "CERTIFICATE_VERIFY_FAILED" in events(first, "the operator gives no answer, asking again")[0]["why"]
+    assert pool.operator.asks == []
 
 
 # --- the environment, and the start
