@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 import httpx
+import pyarrow as pa
 
 from ingestrun.model.text import pluralize
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION, HttpSource
@@ -73,9 +76,10 @@ class HttpReader:
                 fresh = page.records[position.taken :]
                 kept = fresh if remaining is None else fresh[:remaining]
                 try:
-                    self._remember(position, page)
+                    table = table_from_records(kept)
+                    self._remember(position, page, table)
                     following = self._pager.next_position(position, page, len(kept))
-                    output.add(table_from_records(kept))
+                    output.add(table)
                 except WorkerError as error:
                     raise type(error)(f"{error} ({without_secrets(self._base)})") from None
                 if following is None:
@@ -88,11 +92,12 @@ class HttpReader:
         """Return the history of the pages so far, as `fetch.BatchReader`."""
         return self._history.state()
 
-    def _remember(self, position: Position, page: Page) -> None:
+    def _remember(self, position: Position, page: Page, kept: pa.Table) -> None:
         if position.taken:
             return  # the batch before has seen this page
         rows = len(page.records)
-        digest = table_digest(table_from_records(page.records)) if rows else ""
+        whole = kept if kept.num_rows == rows else table_from_records(page.records)
+        digest = table_digest(whole) if rows else ""
         self._history.add(self._pager.describe(position), position.place(), rows, digest)
 
 
@@ -115,6 +120,7 @@ class PageClient:
         self._stop = stop
         self._authorization = authorization
         self._client = httpx.Client(
+            verify=_tls_context(),
             timeout=source.timeout_seconds,
             follow_redirects=True,
             max_redirects=_MAX_REDIRECTS,
@@ -201,6 +207,12 @@ class PageClient:
         if status in _RETRYABLE_STATUS or status >= _SERVER_ERROR:
             return RetryableError(text), retry_after(response.headers.get("retry-after"))
         raise PermanentError(text + _HINTS.get(status, ""))
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    """Make the context of all clients, once, because to read the certificates takes longer than many a page."""
+    return httpx.create_ssl_context()
 
 
 def retry_after(value: str | None, now: datetime | None = None) -> float | None:

@@ -7,6 +7,7 @@ Whatever a worker must not do is written down in `violations` and refused.
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -307,19 +308,25 @@ class _Server(ThreadingHTTPServer):
 class Served:
     """The operator at a port; it can go away and come back at the same one."""
 
-    def __init__(self, operator: PoolOperator) -> None:
+    def __init__(self, operator: PoolOperator, tls: ssl.SSLContext | None = None) -> None:
         self.operator = operator
         self.port = 0
+        self._tls = tls
         self._server: _Server | None = None
         self.start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         self._server = _Server(("127.0.0.1", self.port), _handler(self.operator, self))
         self.port = self._server.server_port
+        if self._tls is not None:
+            # The handshake is left to the connection's own thread.
+            self._server.socket = self._tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import ssl
 import subprocess
 import threading
 import time
@@ -176,6 +177,8 @@ def test_a_chain_from_source_to_dataset(pool: Pool) -> None:
     ]  # fmt: skip
     assert pool.operator.kinds().count("claim") == 4, "one round trip a batch, and one to end"
     assert pool.operator.kinds().count("publish") == 3
+    claims = [ask.body for ask in pool.operator.asks if ask.kind == "claim"]
+    assert [[report["batch"] for report in claim["reports"]] for claim in claims] == [[], [0], [1], [2]]
     assert pool.message() == "3 batches done: every batch is done"
     assert [line["batch"] for line in events(log, "batch claimed")] == ["0", "1", "2"]
     assert events(log, "batch ended")[0]["outcome"] == "done"
@@ -239,9 +242,11 @@ def test_a_network_that_fails_at_every_request(pool: Pool, kind: str) -> None:
         return BAD_WAYS[kind]() if met[content] <= 2 else Way()
 
     pool.operator.way = way
-    assert pool.run()[0] == 0
+    code, log = pool.run()
+    assert code == 0
     pool.assert_complete()
     assert [report.attempt for report in pool.operator.reports()] == [0, 0, 0]
+    assert [line["batch"] for line in events(log, "batch claimed")] == ["0", "1", "2"], "nothing is done twice"
 
 
 def test_an_operator_that_goes_away_and_comes_back(pool: Pool) -> None:
@@ -364,6 +369,34 @@ def test_a_worker_that_comes_back_after_it_was_replaced(pool: Pool) -> None:
     pool.assert_complete()
 
 
+SLOW_HOOK = """
+import time
+from ingestrun.worker.validate import ValidateLink
+real = ValidateLink.tables
+def tables(self):
+    if str(self._quarantine.directory).endswith("-0"):  # the first attempt
+        time.sleep(60)
+    yield from real(self)
+ValidateLink.tables = tables
+from ingestrun.worker.main import main
+main()
+"""
+
+
+def test_a_fetch_that_is_not_accepted_ends_the_batch_at_once(pool: Pool) -> None:
+    def give_back() -> None:
+        with pool.operator.lock:
+            pool.operator._give_back("worker-0-0")
+
+    pool.operator.way = lambda ask: Way(before=give_back) if (ask.kind, ask.nth) == ("fetched", 0) else Way()
+    pool.total = 8
+    code, log = pool.run(0, 0, "-c", SLOW_HOOK)
+    assert code == 0
+    assert len(events(log, "the batch is not this worker's any more, skipping")) == 1
+    assert pool.operator.batches[0].permitted == {1}
+    pool.assert_complete()
+
+
 @pytest.mark.parametrize("kind", ["fetched", "publish"])
 def test_a_batch_that_was_given_to_another_attempt_is_abandoned(pool: Pool, kind: str) -> None:
     """Nothing is reported of it, and the worker claims another."""
@@ -436,6 +469,19 @@ def test_a_cancel_at_any_request(pools: Callable[..., Pool], kind: str, nth: int
     assert all(line["stage"] in ("fetch", "hook", "publish") for line in skipped.values())
     assert {str(report.batch) for report in pool.operator.reports("cancelled")} == skipped.keys()
     assert "cancelled" in events(log, "worker ends")[0]["message"] or kind == "fetched"
+
+
+@pytest.mark.parametrize(("kind", "command"), [("fetched", ("-c", SLOW_HOOK)), ("publish", ())])
+def test_a_cancel_is_heard_from_the_answers_alone(pool: Pool, kind: str, command: tuple[str, ...]) -> None:
+    """As where the cancellation check can't be reached."""
+    pool.operator.way = lambda ask: Way(before=pool.operator.cancel) if ask.kind == kind else Way()
+    code, log = pool.run(0, 0, *command, cancellation_url="")
+    assert code == 0
+    assert pool.operator.checks == 0
+    (line,) = events(log, "ingest run cancelled, skipping")
+    assert line["batch"] == "0"
+    assert [report.outcome for report in pool.operator.reports()] == ["cancelled"]
+    pool.assert_nothing_published()
 
 
 def test_cancelled_before_the_claim_nothing_is_read(pool: Pool) -> None:
@@ -549,6 +595,19 @@ def test_sigterm_while_waiting_for_work(pools: Callable[..., Pool]) -> None:
     _wait_for(lambda: pool.operator.kinds() == ["claim"])
     process.terminate()
     assert end_of(process, 10)[0] == 143
+    assert pool.operator.leaving == {"worker-0-0": "stopped by SIGTERM"}
+
+
+def test_sigterm_while_waiting_for_more_work(pools: Callable[..., Pool]) -> None:
+    """After a batch, with its report handed in."""
+    pool = pools(partitions=["0", "9"], limit=None)
+    pool.operator.batches[1].holder = "worker-9-0"
+    source = {"http": {"url": pool.site.url + "/{partition}", "pageSize": PAGE, "pagination": {"offset": {}}}}
+    process = pool.start(partitions=2, config_0=json.dumps(source))
+    _wait_for(lambda: pool.operator.batches[0].done)
+    process.terminate()
+    assert end_of(process, 10)[0] == 143
+    assert pool.operator.violations == []
     assert pool.operator.leaving == {"worker-0-0": "stopped by SIGTERM"}
 
 
@@ -706,6 +765,43 @@ main()
     assert len(events(log, "batch claimed")) == 5
     assert pool.run(0, 1)[0] == 0
     pool.assert_complete()
+
+
+# --- TLS
+
+
+def certificate(directory: Path, name: str) -> tuple[Path, ssl.SSLContext]:
+    """A certificate for loopback that signs itself, and the server's context with it."""
+    cert, key = directory / f"{name}.pem", directory / f"{name}.key"
+    subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
+    kind = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    command = ["openssl", *kind, *subject, "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    return cert, context
+
+
+def test_the_operator_is_known_by_its_certificate(pool: Pool, tmp_path: Path) -> None:
+    cert, context = certificate(tmp_path, "ours")
+    pool.served = Served(pool.operator, context)
+    assert pool.run(pool_ca=cert.read_text())[0] == 0
+    assert pool.operator.checks > 0
+    pool.assert_complete()
+
+
+def test_another_server_gets_no_token(pool: Pool, tmp_path: Path) -> None:
+    """Neither one whose certificate another authority has signed, nor one that no authority of the system's has."""
+    _, context = certificate(tmp_path, "ours")
+    other, _ = certificate(tmp_path, "other")
+    pool.served = Served(pool.operator, context)
+    for authorities in (other.read_text(), ""):
+        process = pool.start(pool_ca=authorities)
+        first = [json.loads(process.stdout.readline()) for _ in range(2)] if process.stdout else []
+        process.terminate()
+        assert end_of(process, 20)[0] == 143
+        assert "CERTIFICATE_VERIFY_FAILED" in events(first, "the operator gives no answer, asking again")[0]["why"]
+    assert pool.operator.asks == []
 
 
 # --- the environment, and the start

@@ -13,6 +13,8 @@ from typing import Final
 from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
 from ingestrun.model.pool import (
+    ENV_WORKER,
+    ENV_WORKER_ATTEMPT,
     LOG_MAX_CHARS,
     MESSAGE_MAX_CHARS,
     REASON_DEADLINE,
@@ -93,7 +95,8 @@ class PoolWorker:
         """Claim and work; return the exit code and why the worker ends."""
         self._stop.install_interrupt()
         self._stop.set_cancellation_client(self._watch)
-        self._log_event("worker starts")
+        env = self._settings.env
+        self._log_event("worker starts", worker=env.get(ENV_WORKER), worker_attempt=env.get(ENV_WORKER_ATTEMPT))
         try:
             while True:
                 answer = self._claim()
