@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from ingestrun.model import contract
 
@@ -41,12 +42,23 @@ class CancellationClient:
     """
 
     def __init__(
-        self, url: str, token: str, uid: str, *, log_event: LogEvent, clock: Callable[[], float] = time.monotonic
+        self,
+        url: str,
+        token: str,
+        uid: str,
+        *,
+        log_event: LogEvent,
+        ca: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Keep the address and the token; nothing is sent yet. `log_event` takes an event and its fields."""
+        """Keep the address and the token; nothing is sent yet. `log_event` takes an event and its fields.
+
+        `ca` is the PEM of the CA that verifies the operator; empty: those that the system knows.
+        """
         self._url = url
         self._token = token
         self._uid = uid
+        self._ca = ca
         self._log_event = log_event
         self._clock = clock
         self._connection: http.client.HTTPConnection | None = None
@@ -58,7 +70,10 @@ class CancellationClient:
     def from_env(cls, env: Mapping[str, str], log_event: LogEvent) -> CancellationClient | None:
         """Make a client of the check that the environment names; None if it names none."""
         url, token = env.get(contract.ENV_CANCELLATION_URL), env.get(contract.ENV_CANCELLATION_TOKEN)
-        return cls(url, token, env.get(contract.ENV_RUN_UID, ""), log_event=log_event) if url and token else None
+        if not (url and token):
+            return None
+        ca = env.get(contract.ENV_CANCELLATION_CA, "")
+        return cls(url, token, env.get(contract.ENV_RUN_UID, ""), log_event=log_event, ca=ca)
 
     def stop_reason(self, *, ask_now: bool = False) -> str | None:
         """Return why the stage has to stop, or None. Without `ask_now` it asks at most once a second."""
@@ -108,11 +123,7 @@ class CancellationClient:
     def _send(self) -> tuple[int, bytes]:
         url = urlsplit(self._url)
         if self._connection is None:
-            kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-            kind = kinds.get(url.scheme)
-            if kind is None or not url.hostname:
-                raise ValueError(f"{contract.ENV_CANCELLATION_URL} is no http URL")
-            self._connection = kind(url.hostname, url.port, timeout=TIMEOUT)
+            self._connection = self._connect(url)
         headers = {"Authorization": f"Bearer {self._token}", "User-Agent": "ingestrun-worker"}
         self._connection.request("GET", url.path, headers=headers)
         response = self._connection.getresponse()
@@ -120,6 +131,14 @@ class CancellationClient:
         if response.length:  # the rest is not read, so the connection can't be used again
             self._close()
         return response.status, text
+
+    def _connect(self, url: SplitResult) -> http.client.HTTPConnection:
+        if url.hostname and url.scheme == "http":
+            return http.client.HTTPConnection(url.hostname, url.port, timeout=TIMEOUT)
+        if not url.hostname or url.scheme != "https":
+            raise ValueError(f"{contract.ENV_CANCELLATION_URL} is no http URL")
+        context = ssl.create_default_context(cadata=self._ca or None)
+        return http.client.HTTPSConnection(url.hostname, url.port, timeout=TIMEOUT, context=context)
 
     def _close(self) -> None:
         if self._connection is not None:

@@ -55,12 +55,15 @@ class CancellationCheck(RouteTable):
         *,
         url: str,
         clock: Callable[[], datetime],
+        ca: Callable[[], str | None] = lambda: "",
         cache_seconds: float = CACHE_SECONDS,
     ) -> None:
+        """`ca` is the PEM of the CA that verifies the server; empty: one that pods know; None: not known yet."""
         self._cluster = cluster
         self._key = key
         self._url = url.rstrip("/")
         self._clock = clock
+        self._ca = ca
         self._cache_seconds = cache_seconds
         self._looks: dict[tuple[RunKey, str], asyncio.Task[Object]] = {}
         self._waiting: dict[RunKey, set[asyncio.Event]] = {}
@@ -68,8 +71,12 @@ class CancellationCheck(RouteTable):
         self._keeping: asyncio.Task[None] | None = None
 
     def check_for(self, run: IngestRun, deadline_seconds: int) -> CheckEndpoint | None:
-        """Return the endpoint for a Job (see `planner.jobs.manifest.CheckEndpointFor`); None while there is no key."""
-        if self._key.value is None:
+        """Return the endpoint for a Job; None while there is no key, or no certificate.
+
+        See `planner.jobs.manifest.CheckEndpointFor`.
+        """
+        ca = self._ca()
+        if self._key.value is None or ca is None:
             return None
         meta = run.metadata
         key = meta.key
@@ -77,6 +84,7 @@ class CancellationCheck(RouteTable):
         return CheckEndpoint(
             url=self._url + PATH.format(namespace=key.namespace, name=key.name),
             token=issue(self._key.value, key, uid=meta.uid, expiry=expiry),
+            ca=ca,
         )
 
     def wake(self, key: RunKey) -> None:

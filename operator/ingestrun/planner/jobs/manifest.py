@@ -43,6 +43,8 @@ class CheckEndpoint:
 
     url: str
     token: str = field(repr=False)
+    ca: str = field(default="", repr=False)
+    """The CA of the endpoint's certificate, in PEM; empty: one that the image knows, or plain HTTP."""
 
 
 CheckEndpointFor = Callable[[IngestRun, int], CheckEndpoint | None]
@@ -308,7 +310,11 @@ def _environment(run: IngestRun, create: CreateJob, check: CheckEndpoint | None)
     if step.stage is Stage.ON_CANCEL:
         values |= _cancellation_environment(run)
     elif check is not None:
-        values |= {k.ENV_CANCELLATION_URL: check.url, k.ENV_CANCELLATION_TOKEN: check.token}
+        values |= {
+            k.ENV_CANCELLATION_URL: check.url,
+            k.ENV_CANCELLATION_TOKEN: check.token,
+            k.ENV_CANCELLATION_CA: check.ca or None,
+        }
     values |= _partition_environment(run, step) | _workspace_environment(run, attempt)
     env: list[dict[str, Any]] = [
         {"name": name, "value": _literal(value)} for name, value in values.items() if value is not None
