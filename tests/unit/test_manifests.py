@@ -41,6 +41,9 @@ KEY = RunKey(namespace="n", name="r")
 CALLS: dict[str, Callable[[Cluster], Coroutine[Any, Any, object]]] = {
     "get_run": lambda c: c.get_run(KEY),
     "list_runs": lambda c: c.list_runs(dict),
+    "list_run_page": lambda c: c.list_run_page(namespace="n", limit=1),
+    "review_token": lambda c: c.review_token("t"),
+    "review_access": lambda c: c.review_access(user={}, verb="get", namespace="n"),
     "list_runs_in": lambda c: c.list_runs_in(namespace="n"),
     "list_runs_of": lambda c: c.list_runs_of(namespace="n", concurrency_key="k"),
     "write_status": lambda c: c.write_status(KEY, resource_version="1", status={}),

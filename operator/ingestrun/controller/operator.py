@@ -15,8 +15,10 @@ import kopf
 import structlog
 from kubernetes.aio.client import Configuration
 
+from ingestrun.controller.http.callers import Callers
 from ingestrun.controller.http.cancellation_check import CancellationCheck
 from ingestrun.controller.http.health import Health
+from ingestrun.controller.http.people import PeopleApi
 from ingestrun.controller.http.server import ApiServer
 from ingestrun.controller.http.tls import GivenCertificate, OwnCertificate, ServerCertificate
 from ingestrun.controller.http.tokens import CheckKey
@@ -121,7 +123,8 @@ async def _serve_api(settings: Settings, access: Access, ending: contextlib.Asyn
         return None
     connection = await access.connect()
     ending.push_async_callback(connection.close)
-    cluster = KubernetesCluster(connection)
+    cluster = KubernetesCluster(connection, namespaces=settings.namespace_list or None)
+    callers = Callers(cluster)
     key = CheckKey(cluster, namespace=settings.lease_namespace, alone=not access.in_cluster)
     certificate = _certificate(settings, access, cluster)
     check = CancellationCheck(
@@ -130,8 +133,10 @@ async def _serve_api(settings: Settings, access: Access, ending: contextlib.Asyn
         url=settings.api_url,
         clock=connection.clock.now,
         ca=lambda: certificate.ca_pem if certificate else "",
+        callers=callers,
     )
-    server = ApiServer(routes=[check], certificate=certificate)
+    people = PeopleApi(cluster, callers, clock=connection.clock.now)
+    server = ApiServer(routes=[check, people], certificate=certificate)
     ending.push_async_callback(server.close)
     await server.serve(settings.api_port)
     return check

@@ -40,6 +40,11 @@ def issue(key: bytes, run: RunKey, *, uid: str, expiry: int) -> str:
     return f"v1.{expiry}.{uid}.{_mac(key, run, uid, expiry)}"
 
 
+def is_token_of_check(token: str) -> bool:
+    """Tell whether it has the form of one of these tokens; one of the cluster has another."""
+    return token.startswith("v1.")
+
+
 def verify(key: bytes, run: RunKey, token: str, *, now: float) -> str:
     """Return the UID of the run that the token is for.
 
