@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ingestrun.model import contract
-from ingestrun.model.pool import ENV_POOL_CA, WAIT_PARAMETER
+from ingestrun.model.pool import WAIT_PARAMETER
 from ingestrun.worker.operator_connection import OperatorConnection, Response
 
 INTERVAL: Final = 1.0
@@ -60,7 +60,8 @@ class CancellationClient:
         url, token = env.get(contract.ENV_CANCELLATION_URL), env.get(contract.ENV_CANCELLATION_TOKEN)
         if not url or not token:
             return None
-        return cls(url, token, env.get(contract.ENV_RUN_UID, ""), log_event=log_event, ca=env.get(ENV_POOL_CA) or None)
+        ca = env.get(contract.ENV_CANCELLATION_CA) or None
+        return cls(url, token, env.get(contract.ENV_RUN_UID, ""), log_event=log_event, ca=ca)
 
     def stop_reason(self, *, ask_now: bool = False) -> str | None:
         """Return why the stage has to stop, or None. Without `ask_now` it asks at most once a second."""

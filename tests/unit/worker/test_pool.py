@@ -741,6 +741,25 @@ def test_a_worker_is_recycled(pool: Pool) -> None:
     pool.assert_complete()
 
 
+def test_a_worker_that_has_lived_for_long_is_recycled(pool: Pool) -> None:
+    code = """
+from ingestrun.worker.pool import worker
+real = worker.PoolWorker.__init__
+def init(self, *given):
+    real(self, *given)
+    self._began -= 3600
+worker.PoolWorker.__init__ = init
+from ingestrun.worker.main import main
+main()
+"""
+    ended, log = pool.run(0, 0, "-c", code, max_seconds=3600)
+    assert ended == 0
+    assert events(log, "worker ends")[0]["message"] == "recycled after 3600 s"
+    assert len(events(log, "batch claimed")) == 1
+    assert pool.run(0, 1, max_seconds=3600)[0] == 0
+    pool.assert_complete()
+
+
 def test_a_worker_that_has_grown_is_recycled(pool: Pool) -> None:
     code = """
 from ingestrun.worker.pool import worker

@@ -14,7 +14,6 @@ from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
 from ingestrun.model.pool import (
     ENV_WORKER,
-    ENV_WORKER_ATTEMPT,
     LOG_MAX_CHARS,
     MESSAGE_MAX_CHARS,
     REASON_DEADLINE,
@@ -96,7 +95,7 @@ class PoolWorker:
         self._stop.install_interrupt()
         self._stop.set_cancellation_client(self._watch)
         env = self._settings.env
-        self._log_event("worker starts", worker=env.get(ENV_WORKER), worker_attempt=env.get(ENV_WORKER_ATTEMPT))
+        self._log_event("worker starts", worker=env.get(ENV_WORKER))
         try:
             while True:
                 answer = self._claim()

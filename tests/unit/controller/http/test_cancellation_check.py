@@ -344,6 +344,31 @@ async def test_without_a_key_nobody_is_told_of_a_check() -> None:
     await api.close()
 
 
+async def test_without_a_certificate_nobody_is_told_of_a_check_and_with_one_of_its_ca() -> None:
+    cluster = a_run()
+    key = CheckKey(cluster, namespace="default", alone=True)
+    await key.refresh()
+    ca: list[str | None] = [None]
+    check = CancellationCheck(cluster, key, url="https://x", clock=lambda: datetime.now(UTC), ca=lambda: ca[0])
+    run = IngestRun.read(cluster.run(KEY))
+    assert check.check_for(run, 60) is None
+    ca[0] = "the PEM"
+    told = check.check_for(run, 60)
+    assert told is not None
+    assert told.ca == "the PEM"
+
+
+async def test_jobs_are_told_of_the_ca_where_there_is_one() -> None:
+    world = World()
+    endpoint = CheckEndpoint(url="https://x", token="t", ca="the PEM")
+    world.check = lambda _run, _seconds: endpoint
+    world.start()
+    world.create()
+    await world.settle()
+    (job,) = world.active_jobs()
+    assert environment(job)["INGEST_CANCELLATION_CA"] == "the PEM"
+
+
 # --- the long poll
 
 
