@@ -113,7 +113,8 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     "NamespaceTerminating": _HOLD_AND_PROBE,
     "WebhookUnavailable": _HOLD_AND_PROBE,
     "QuotaExceeded": _HOLD_AND_PROBE,
-    # No node takes its pod.
+    # Nobody makes its pod, or no node takes it.
+    "ServerFailed": _HOLD,
     "Unschedulable": _HOLD,
     "NodeMismatch": _HOLD,
     "SchedulingGated": _HOLD,

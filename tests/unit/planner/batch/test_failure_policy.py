@@ -225,7 +225,7 @@ def test_what_the_api_server_refuses() -> None:
     held = {reason for reason, rule in FAILURE_POLICY.items() if rule.action is FailureAction.HOLD}
     failed = {reason for reason, rule in FAILURE_POLICY.items() if rule.action is FailureAction.FAIL_RUN}
     probed = {reason for reason, rule in FAILURE_POLICY.items() if rule.probed}
-    unplaced = {"Unschedulable", "NodeMismatch", "SchedulingGated", "JobNotStarted"}
+    unplaced = {"ServerFailed", "Unschedulable", "NodeMismatch", "SchedulingGated", "JobNotStarted"}
     assert probed == {"Forbidden", "NamespaceTerminating", "WebhookUnavailable", "QuotaExceeded"}
     assert held == probed | unplaced
     assert failed == {"JobRefused", "AdmissionDenied", "JobChanged", "NameTaken"}
