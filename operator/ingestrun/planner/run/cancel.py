@@ -65,7 +65,9 @@ def cancel(snapshot: Snapshot, *, cause: CancelCause | None = None) -> Decision:
             ConditionUpdate(type=c.FINISHED, status="True", reason="Cancelled", message=message),
             ConditionUpdate(type=c.CANCELLED, status="True", reason=kind, message=message),
             ConditionUpdate(type=c.DRAINED, status="False", reason="Draining", message=draining),
-            ConditionUpdate(type=c.RECONCILING, status="True", reason="Draining"),
+            # To kstatus a cancelled run is Failed at once: what comes after it must not take its data for delivered.
+            ConditionUpdate(type=c.RECONCILING, status="False", reason="Finished"),
+            ConditionUpdate(type=c.STALLED, status="True", reason=told, message=message),
             *backpressure_over(run.status),
         ],
     )
