@@ -59,7 +59,8 @@ class FailurePolicyRule:
     action: FailureAction
     budget: RetryBudget | None = None
     probed: bool = False
-    """Whether only another create can tell that it is over: one Job is tried every `backpressure.retrySeconds`."""
+    """The sign that only another create can tell that it is over: one Job is tried every `backpressure.retrySeconds`.
+    """
 
 
 _RETRY: Final = FailurePolicyRule(FailureAction.RETRY, RetryBudget.RETRIES)

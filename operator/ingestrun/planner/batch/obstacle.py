@@ -26,7 +26,7 @@ UNBOUND_CLAIM: Final = "unbound immediate PersistentVolumeClaims"
 """The scheduler's words for claims without a volume. It names none of them; why is in the Events about the claim."""
 
 _NOT_CREATED: Final = "Error creating: "
-"""How the Job controller begins what it says of a pod that it could not create."""
+"""The beginning of what the Job controller says of a pod that it could not create."""
 _NO_OBSTACLE: Final = frozenset({"", "ContainerCreating", "PodInitializing"})
 """Reasons of a container that waits for its turn."""
 _WAITING: Final[Mapping[str, str]] = {

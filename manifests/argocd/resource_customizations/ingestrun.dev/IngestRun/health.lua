@@ -1,5 +1,9 @@
 -- The health of an IngestRun for Argo CD.
 local hs = {status = "Progressing", message = "waiting for the operator"}
+if obj.metadata.deletionTimestamp ~= nil then
+  hs.message = "Pending deletion"
+  return hs
+end
 local status = obj.status
 if status == nil or status.phase == nil then
   return hs
