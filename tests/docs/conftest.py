@@ -21,7 +21,7 @@ from tests.e2e.conftest import kubectl, operator
 __all__ = ["kubectl", "operator"]
 
 KUBECTL: Final = """#!/bin/sh
-case "$DOCS_DRY_RUN $1" in "yes apply" | "yes create") exec {kubectl} "$@" --dry-run=server ;; esac
+case "$DOCS_DRY_RUN $1" in "yes apply" | "yes create" | "yes patch") exec {kubectl} "$@" --dry-run=server ;; esac
 exec {kubectl} "$@"
 """
 
@@ -46,6 +46,7 @@ class Shell:
             "KUBECONFIG": str(self.folder / "kubeconfig"),
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "DOCS_DRY_RUN": "yes" if dry_run else "no",
+            "BASH_ENV": str(ROOT / "tests" / "docs" / "shell.sh"),
         }
         return subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],

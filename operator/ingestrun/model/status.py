@@ -285,6 +285,8 @@ class IngestRunStatus(KubeModel):
     retries: list[RetryCount] = []
     start_time: Time | None = None
     completion_time: Time | None = None
+    duration: str | None = None
+    """The time from the start to the end, because a column of `kubectl get` can't compute it."""
     last_progress_time: Time | None = None
     cancellation: CancellationStatus | None = None
     after_end: AfterEndStatus | None = None

@@ -21,6 +21,7 @@ from ingestrun.model.size_budget import (
 from ingestrun.model.spec import IngestRunSpec
 from ingestrun.model.status import Condition, IngestRunStatus, Phase, StageFailure
 from ingestrun.model.text import truncate
+from ingestrun.model.times import human_duration
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
 
@@ -45,6 +46,8 @@ def finish_status(
     ended = (phase or status.phase or Phase.PENDING).ended
     if ended and status.condition(c.SUSPENDED) is not None:
         conditions = [*conditions, ConditionUpdate(type=c.SUSPENDED, status="False", reason="Finished")]
+    if ended and status.start_time is not None and status.completion_time is not None:
+        status = status.replace(duration=human_duration(status.completion_time - status.start_time))
     if run.unreadable:
         return status.replace(
             phase=phase or status.phase,
@@ -131,7 +134,8 @@ def saved_state_bytes(spec: IngestRunSpec) -> int:
 def fit_status(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
     """Return the status within its bytes: logs are dropped first, then older failures, then the ends of long messages.
 
-    Last go the names of children, the clean-up's message, the state of a chain's fetches and the one failure left.
+    Last go the names of children, the clean-up's message, the duration, the state of a chain's fetches and the one
+    failure left.
     `beside` is the number of bytes that a saved state takes.
     """
     batches, cancellation = status.batches, status.cancellation
@@ -175,6 +179,11 @@ def _short_record(status: IngestRunStatus) -> IngestRunStatus:
     return status.replace(cancellation=record.replace(children=children, on_cancel=on_cancel))
 
 
+def _without_duration(status: IngestRunStatus) -> IngestRunStatus:
+    """Drop the duration, which follows from the times."""
+    return status.replace(duration=None)
+
+
 def _without_failures(status: IngestRunStatus) -> IngestRunStatus:
     return status.replace(failures=[])
 
@@ -189,6 +198,7 @@ _STEPS: Final[tuple[Callable[[IngestRunStatus], IngestRunStatus], ...]] = (
     _latest_failure,
     _short_conditions,
     _short_record,
+    _without_duration,
     _without_cursor_state,
     _without_failures,
 )
