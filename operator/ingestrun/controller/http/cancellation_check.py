@@ -14,9 +14,9 @@ from typing import Any, Final
 from aiohttp import web
 
 from ingestrun.controller.http.tokens import CheckKey, ForeignTokenError, TokenError, issue, verify
-from ingestrun.controller.state.cache import cancelled_with_cascade, parents_of
 from ingestrun.kube.errors import KubeError, NotFound
 from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.model.lineage import cancelled_with_cascade, parents_of
 from ingestrun.model.run import IngestRun, cancel_requested, has_ended
 from ingestrun.model.status import Phase
 from ingestrun.planner.jobs.manifest import CheckEndpoint

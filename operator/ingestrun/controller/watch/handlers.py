@@ -12,10 +12,11 @@ from typing import Any, Final, NoReturn
 
 import kopf
 
-from ingestrun.controller.state.cache import Change, RunCache, parents_of
+from ingestrun.controller.state.cache import Change, RunCache
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
+from ingestrun.model.lineage import parents_of
 from ingestrun.planner.run.concurrency import ConcurrentRun, affects
 
 BURST_SECONDS: Final = 0.05
