@@ -1,0 +1,95 @@
+"""The command `kubectl ingestrun`: it finds the command's module, runs it, and ends with its exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from ingestrun.cli.errors import CliError, ExitCode, UsageError
+
+INTERRUPTED: Final = 130
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "cancel": ("cancel", "Cancel runs: nothing is started for them any more"),
+    "cleanup": ("cleanup", "Cancel runs that make no progress"),
+}
+"""By command: its module in `ingestrun.cli.commands`, and its help."""
+
+
+class CommandModule(Protocol):
+    """A module of a command."""
+
+    def parser(self) -> object:
+        """Return its parser."""
+
+    def run(self, words: Sequence[str]) -> ExitCode:
+        """Run it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = int(run(words))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Python would complain of it once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = int(ExitCode.OK)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def run(words: Sequence[str]) -> ExitCode:
+    """Run the command line, print its errors, and return the exit code."""
+    from ingestrun.cli.output import Output
+
+    output = Output()
+    command = words[0] if words else "--help"
+    if command in ("-h", "--help", "help"):
+        output.write(overview())
+        return ExitCode.OK
+    if command in ("--version", "version"):
+        from ingestrun import __version__
+
+        output.write(f"kubectl-ingestrun {__version__}")
+        return ExitCode.OK
+    try:
+        return _run_command(command, words[1:], output)
+    except CliError as error:
+        output.complain(str(error))
+        return error.code
+
+
+def _run_command(command: str, words: Sequence[str], output: object) -> ExitCode:
+    from ingestrun.cli.session import Session
+
+    if command not in COMMANDS:
+        what = "unknown flag" if command.startswith("-") else "unknown command"
+        raise UsageError(f"{what}: {command}\nSee 'kubectl ingestrun --help' for usage.")
+    module = importlib.import_module(f"ingestrun.cli.commands.{COMMANDS[command][0]}")
+    options = module.parser().read(words)
+    code: ExitCode = module.run(Session(options, output))  # type: ignore[arg-type]
+    return code
+
+
+def overview() -> str:
+    """Return the help about all commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Watch, cancel and resume IngestRuns.",
+            "",
+            "Usage:",
+            "  kubectl ingestrun COMMAND [flags]",
+            "",
+            "Commands:",
+            *lines,
+            "",
+            "Use 'kubectl ingestrun COMMAND --help' for more about a command.",
+        ]
+    )
