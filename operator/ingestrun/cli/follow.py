@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timedelta
 from typing import Final
 
 from ingestrun.cli.client import Api, Listed, WatchExpired
@@ -12,6 +13,17 @@ from ingestrun.model.names import RunKey
 
 DELETED: Final = "DELETED"
 _WATCH_SECONDS: Final = 240.0
+
+
+class Clock:
+    """The server's time: that of an answer, and what has passed here since."""
+
+    def __init__(self, at: datetime) -> None:
+        self._at, self._since = at, time.monotonic()
+
+    def now(self) -> datetime:
+        """Return the server's time."""
+        return self._at + timedelta(seconds=time.monotonic() - self._since)
 
 
 class Follower:
@@ -26,7 +38,7 @@ class Follower:
         self._selector = selector
         self._field_selector = field_selector
         self.runs: dict[RunKey, Run] = {}
-        self.listed = self._list()
+        self.clock = Clock(self._list().at)
 
     def _list(self) -> Listed:
         listed = self._api.runs(self._scope, selector=self._selector, field_selector=self._field_selector)

@@ -12,7 +12,19 @@ from ingestrun.cli.errors import CliError, ExitCode, UsageError
 
 INTERRUPTED: Final = 130
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "list": ("list", "List runs; --phase Cancelled: when, by whom and why"),
+    "status": ("status", "Show the progress of a run, and what is retried and why"),
+    "watch": ("watch", "Follow the progress of a run until it ends"),
+    "explain": ("explain", "Tell why nothing new is started for a run now, and what helps"),
+    "history": ("history", "List the ended runs: how, when and why they ended, what they published"),
+    "tree": ("tree", "Show a run with the runs below it"),
     "cancel": ("cancel", "Cancel runs: nothing is started for them any more"),
+    "suspend": ("suspend", "Start nothing new for runs until they are unsuspended"),
+    "unsuspend": ("unsuspend", "Let suspended runs go on"),
+    "resume": ("resume", "Create a run that does the rest of an ended one"),
+    "retry": ("retry", "Create a run that does the failed batches of an ended one again"),
+    "run": ("run", "Create a run, from a file or from flags"),
+    "logs": ("logs", "Print the logs of a run's pods"),
     "cleanup": ("cleanup", "Cancel runs that make no progress"),
 }
 """By command: its module in `ingestrun.cli.commands`, and its help."""

@@ -84,7 +84,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, widths: list[in
 
 
 def _cell(text: str) -> str:
-    return " ".join(clean(text).split()) or "<none>"
+    return " ".join(part.strip() if at else part for at, part in enumerate(clean(text).splitlines())) or "<none>"
 
 
 def clean(text: str) -> str:

@@ -49,6 +49,11 @@ class Session:
         """The namespace, or None for all of them."""
         return None if getattr(self.options, "all_namespaces", False) else self.namespace
 
+    def complain_of_none(self, kind: str = "") -> None:
+        """Tell, as kubectl does, that there is nothing to show; `kind` says of which runs."""
+        where = f" in {self.scope} namespace" if self.scope is not None else ""
+        self.output.complain(f"No {kind}runs found{where}.")
+
 
 def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Call the function for each item, some at once, and return the results in the order of the items."""

@@ -141,9 +141,7 @@ def cancel_selected(session: Session, selection: Selection, *, stale: timedelta 
     canceller = Canceller(session, stale=stale)
     targets = canceller.targets(selection)
     if not targets and not selection.names:
-        where = f" in {session.scope} namespace" if session.scope else ""
-        what = "stale runs" if stale is not None else "active runs"
-        session.output.complain(f"No {what} found{where}.")
+        session.complain_of_none("stale " if stale is not None else "active ")
         if session.options.output in ("json", "yaml"):
             session.output.data({"items": []}, session.options.output)
         return ExitCode.OK
