@@ -85,7 +85,9 @@ def _names(before: Sequence[str], wanted: Callable[[Run], bool]) -> list[str]:
     parser = Parser("complete", usage="", description="")
     add_cluster_flags(parser)
     given = [
-        word for at, word in enumerate(before) if _is_cluster_flag(word) or (at and _is_cluster_flag(before[at - 1]))
+        word
+        for word, previous in zip(before, ["", *before], strict=False)
+        if _is_cluster_flag(word) or ("=" not in previous and _is_cluster_flag(previous))
     ]
     options = parser.read([*given, "--request-timeout", SECONDS])
     session = Session(options, Output())

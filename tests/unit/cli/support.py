@@ -67,7 +67,12 @@ class FakeApi:
         return copy.deepcopy(self.bodies[name]), NOW
 
     def runs(self, namespace: str | None, *, selector: str | None = None, field_selector: str | None = None) -> Listed:
-        found = [body for name, body in self.bodies.items() if field_selector in (None, f"metadata.name={name}")]
+        field, _, value = (field_selector or "").partition("=")
+        found = [
+            body
+            for name, body in self.bodies.items()
+            if value == {"": "", "metadata.name": name, "status.phase": body["status"].get("phase")}[field]
+        ]
         return Listed(items=copy.deepcopy(found), resource_version="9", at=NOW)
 
     def jobs(self, namespace: str, selector: str) -> list[Json]:
