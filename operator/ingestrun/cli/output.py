@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, TextIO
@@ -44,9 +45,14 @@ class Output:
             self.write(json.dumps(value, indent=4, ensure_ascii=False))
 
     def redraw(self, text: str, *, over: int) -> int:
-        """Print lines in place of the last `over` ones, and return how many they are."""
-        self.write((f"\x1b[{over}A\x1b[J" if over else "") + text)
-        return text.count("\n") + 1
+        """Print lines in place of the last `over` ones, and return how many they are.
+
+        They are cut to the terminal, because a line that wraps would not be drawn over.
+        """
+        columns, rows = shutil.get_terminal_size()
+        lines = [line[: columns - 1] for line in text.splitlines()[: rows - 1]]
+        self.write((f"\x1b[{over}A\x1b[J" if over else "") + "\n".join(lines))
+        return len(lines)
 
     def phase(self, phase: str) -> str:
         """Return a phase, coloured where there is colour."""
