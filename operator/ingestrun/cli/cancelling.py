@@ -66,7 +66,7 @@ def guarded(patch: Json, run: Run) -> Json:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a cancel has done to one run, and to those below it."""
+    """The outcome of a cancel for one run, and for those below it."""
 
     key: RunKey
     status: str
@@ -78,7 +78,7 @@ class Outcome:
     in_flight: str = ""
     drained: str = ""
     complaint: str = ""
-    """What is printed as an error."""
+    """The text that is printed as an error."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields of the JSON output."""

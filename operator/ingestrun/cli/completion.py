@@ -21,7 +21,7 @@ from ingestrun.model.phase import Phase
 NO_FILES: Final = ":4"
 FILES: Final = ":0"
 SECONDS: Final = "5s"
-"""How long the shell waits for the API server at most."""
+"""Time for which the shell waits for the API server at most."""
 _NAMED: Final[dict[str, Callable[[Run], bool]]] = {
     "cancel": lambda run: not run.ended,
     "suspend": lambda run: not run.ended and run.phase != Phase.SUSPENDED,
@@ -30,7 +30,7 @@ _NAMED: Final[dict[str, Callable[[Run], bool]]] = {
     "retry": lambda run: bool(run.ended and run.indexes("failed")),
     **dict.fromkeys(("status", "watch", "explain", "tree", "logs"), lambda run: True),
 }
-"""By command that takes the names of runs: those that make sense."""
+"""The runs whose names make sense, for each command that takes names."""
 
 
 def main() -> None:

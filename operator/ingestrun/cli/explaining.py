@@ -34,7 +34,7 @@ HINTS: Final[dict[str, str]] = {
     "Retrying": "the stage is tried again after its backoff; the message has the cause",
     "Suspended": "kubectl ingestrun unsuspend",
 }
-"""By reason of a condition: what helps."""
+"""The remedy for each reason of a condition."""
 NOT_SEEN: Final = "NotSeen"
 CANCEL_PENDING: Final = "CancelPending"
 SLOTS_IN_USE: Final = "ParallelismReached"

@@ -27,7 +27,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "logs": ("logs", "Print the logs of a run's pods"),
     "cleanup": ("cleanup", "Cancel runs that make no progress"),
 }
-"""By command: its module in `ingestrun.cli.commands`, and its help."""
+"""The module in `ingestrun.cli.commands` of each command, and its help."""
 
 
 class CommandModule(Protocol):

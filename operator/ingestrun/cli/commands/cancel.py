@@ -43,9 +43,9 @@ from ingestrun.model.names import LABEL_RUN_UID, RunKey
 from ingestrun.model.phase import Phase
 
 SETTLE_SECONDS: Final = 5.0
-"""How long is waited, also without --wait, for the operator to apply a cancel, so that it can be told as done."""
+"""Time for which the operator is waited for, also without --wait, so that a cancel can be told as done."""
 MAX_TRIES: Final = 5
-"""How often a run that changes all the time is judged again before its cancel is given up."""
+"""Number of times that a run which changes all the time is judged before its cancel is given up."""
 WAITS: Final = ("cancelled", "drained")
 
 

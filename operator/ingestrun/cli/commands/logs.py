@@ -16,7 +16,7 @@ from ingestrun.model.names import LABEL_ATTEMPT, LABEL_BATCH, LABEL_RUN_UID, LAB
 
 STAGES: Final = ("fetch", "hook", "publish", "on-cancel")
 LOOK_SECONDS: Final = 2.0
-"""How often is looked, while logs are followed, whether the run has ended."""
+"""Interval at which the run is looked at while logs are followed."""
 
 
 def parser() -> Parser:
@@ -87,7 +87,7 @@ class Printer:
         self._run = found
         self.selector = selector_of(found, batch=session.options.batch, stage=session.options.stage)
         self.named = True
-        """Whether each line begins with its batch and stage."""
+        """True: each line begins with its batch and stage."""
         self._threads: dict[str, threading.Thread] = {}
 
     def show(self, pod: Json) -> ExitCode:

@@ -16,7 +16,7 @@ from ingestrun.model.phase import Phase
 
 REDRAW_SECONDS = 1.0
 JOBS_SECONDS = 3.0
-"""How often the Jobs are listed again: the run itself is watched."""
+"""Interval at which the Jobs are listed again, because only the run itself is watched."""
 
 
 def parser() -> Parser:
