@@ -36,8 +36,8 @@ class Listed:
     at: datetime
 
 
-class WatchExpired(Exception):  # noqa: N818  (no error: list anew)
-    """The version from which was watched is too old."""
+class WatchExpired(Exception):  # noqa: N818  (no error: a list begins anew)
+    """The version from which is watched, or that is listed, is too old."""
 
 
 class Api:
@@ -177,16 +177,22 @@ class Api:
     def _list(self, version: str, url: str, namespace: str | None, **params: str | None) -> Listed:
         wanted = {key: value for key, value in params.items() if value} | {"limit": str(PAGE)}
         items: list[Json] = []
+        following: Json = {}
         while True:
-            response = self._request("GET", version=version, namespace=namespace, url=url, params=wanted)
+            try:
+                response = self._request(
+                    "GET", version=version, namespace=namespace, url=url, params=wanted | following
+                )
+            except WatchExpired:
+                # The list took too long, and its version is gone: only from the beginning it is of one moment.
+                items, following = [], {}
+                continue
             body = response.json()
             items += body.get("items") or ()
-            following = body["metadata"].get("continue")
-            if not following:
-                return Listed(
-                    items=items, resource_version=body["metadata"]["resourceVersion"], at=_server_time(response)
-                )
-            wanted = wanted | {"continue": following}
+            meta = body["metadata"]
+            if not meta.get("continue"):
+                return Listed(items=items, resource_version=meta["resourceVersion"], at=_server_time(response))
+            following = {"continue": meta["continue"]}
 
     def _watch(
         self,
