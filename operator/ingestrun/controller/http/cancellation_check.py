@@ -31,9 +31,9 @@ from ingestrun.controller.http.tokens import (
     issue_for_worker,
     verify,
 )
-from ingestrun.controller.state.cache import cancelled_with_cascade, parents_of
 from ingestrun.kube.errors import KubeError, NotFound
 from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.model.lineage import cancelled_with_cascade, parents_of
 from ingestrun.model.run import IngestRun, cancel_requested, has_ended
 from ingestrun.model.status import Phase
 from ingestrun.planner.actions import CreateJob

@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ingestrun.controller.state.cache import cancelled_with_cascade, parents_of
 from ingestrun.kube.errors import Conflict, Invalid, NotFound, Unknown
 from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.model.lineage import cancelled_with_cascade, parents_of
 from ingestrun.model.names import ANNOTATION_REQUESTED_BY
 from ingestrun.model.run import has_ended
 from ingestrun.model.status import Phase

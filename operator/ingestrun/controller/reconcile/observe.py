@@ -13,11 +13,12 @@ from datetime import datetime, timedelta
 import structlog
 
 from ingestrun.controller.reconcile.start_events import StartEvents
-from ingestrun.controller.state.cache import RunCache, cancelled_with_cascade, parents_of, read_run
+from ingestrun.controller.state.cache import RunCache, read_run
 from ingestrun.controller.state.memory import RunMemory
 from ingestrun.kube.errors import NotFound
 from ingestrun.kube.protocol import Cluster, RunKey
 from ingestrun.kube.server_clock import Clock
+from ingestrun.model.lineage import cancelled_with_cascade, parents_of
 from ingestrun.model.pool import ReportOutcome
 from ingestrun.model.run import IngestRun, has_ended
 from ingestrun.model.spec import CancellationPolicy
