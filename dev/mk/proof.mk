@@ -1,9 +1,9 @@
 # Cancellation on the real API server: the races, and what a cancel costs. docs/proof.md has results.
-export RUNS SEED WAVE LEASE_EVERY ROUNDS BATCHES TAIL PARALLELISM BENCH_RUNS BENCH_PODS
+export RUNS SEED WAVE MODE LEASE_EVERY ROUNDS BATCHES TAIL PARALLELISM BENCH_RUNS BENCH_PODS
 
 .PHONY: test-cancel-races test-race bench-cancel bench-cancel-many bench-scale bench-long-run bench-throughput bench-pool bench-idle bench-cli calls
 
-test-cancel-races: $(VENV)/.installed ## Cancels at random moments, the operator killed meanwhile, judged by the audit log: RUNS=2000 SEED=1
+test-cancel-races: $(VENV)/.installed ## Cancels at random moments, the operator killed meanwhile, judged by the audit log: RUNS=2000 SEED=1 MODE=both|pool|jobs
 	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q tests/race/test_cancel_races.py
 
 test-race: $(VENV)/.installed ## The same with few runs, 500 cancels at once, a cancel by selector, the budget of calls

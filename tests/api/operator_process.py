@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -28,6 +29,18 @@ FORKS.set_forkserver_preload(["ingestrun.controller.main"])
 
 KOPFS_CLOCK: Final = "ingestrun.controller.operator"
 """The module whose one time, that of the credentials' end, kopf compares with its own clock, which is not set here."""
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def api_settings(port: int) -> dict[str, str]:
+    """The settings of an operator that serves its HTTP API on this port, also after a restart."""
+    return {"INGESTRUN_API_URL": f"http://127.0.0.1:{port}", "INGESTRUN_API_PORT": str(port)}
 
 
 def _set_clock(ahead: timedelta) -> None:

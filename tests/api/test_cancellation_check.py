@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
 import ssl
 import subprocess
 import sys
@@ -28,17 +27,11 @@ from kubernetes import client
 from ingestrun.controller.http import tls
 from ingestrun.controller.http.tokens import SECRET_FIELD, SECRET_NAME
 from tests.api.conftest import Cluster, Json, WaitFor
-from tests.api.operator_process import ROOT, OperatorProcess
+from tests.api.operator_process import ROOT, OperatorProcess, api_settings, free_port
 from tests.api.test_runs import in_phase, spec
 
 SECONDS_TO_CANCELLED = 10.0
 """An answer is shared for a second; the rest is for a machine that is busy with other tests."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Start(Protocol):
@@ -69,8 +62,8 @@ def start(cluster: Cluster, crd: Json, namespace: str, wait_for: WaitFor, tmp_pa
             log=tmp_path / f"operator-{len(processes)}.log",
             settings={
                 "INGESTRUN_LEASE_NAMESPACE": namespace,
+                **api_settings(port),
                 "INGESTRUN_API_URL": f"https://127.0.0.1:{port}",
-                "INGESTRUN_API_PORT": str(port),
                 "INGESTRUN_API_TLS": "own",
             },
         )

@@ -26,8 +26,7 @@ from ingestrun.controller.http.callers import ACCESS_SECONDS
 from ingestrun.controller.http.tokens import SECRET_NAME
 from ingestrun.model import names
 from tests.api.conftest import Cluster, Json, WaitFor, _wait_for
-from tests.api.operator_process import OperatorProcess
-from tests.api.test_cancellation_check import free_port
+from tests.api.operator_process import OperatorProcess, free_port
 from tests.api.test_fence import BASE, COMPONENT, component, installed, labelled_namespace, operators_account
 from tests.api.test_runs import in_phase, spec
 from tests.api.test_users import POLICIES, RBAC, ROLES

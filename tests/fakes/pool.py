@@ -211,12 +211,12 @@ class PoolWorld(World):
             worker.drop()
             worker.reports = (Report.model_validate(report),)
         elif act is not None:
-            how = {
+            how: dict[str, dict[str, Any]] = {
                 "die": {"exit_code": 1},
                 "oom": {"exit_code": 137, "reason": "OOMKilled"},
                 "evict": {"exit_code": 137, "pod_reason": "NodeLost"},
-            }[act]
-            self.end(worker, **how)
+            }
+            self.end(worker, **how[act])
 
     def _commit(self, worker: SimulatedWorker) -> None:
         claim, fetched = worker.claim, worker.fetched

@@ -13,7 +13,7 @@ import yaml
 from kubernetes import client
 
 from tests.api.conftest import REPOSITORY, Cluster
-from tests.api.operator_process import OperatorProcess
+from tests.api.operator_process import OperatorProcess, api_settings
 
 Json = dict[str, Any]
 
@@ -23,6 +23,7 @@ TOKEN_SECONDS: Final = 6 * 3600
 
 _PATHS: Final = {
     "Namespace": "/api/v1/namespaces/{name}",
+    "Secret": "/api/v1/namespaces/{namespace}/secrets/{name}",
     "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts/{name}",
     "ClusterRole": "/apis/rbac.authorization.k8s.io/v1/clusterroles/{name}",
     "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/{name}",
@@ -32,10 +33,11 @@ _PATHS: Final = {
 
 
 def service_account_kubeconfig(cluster: Cluster, target: Path) -> Path:
-    """Apply the namespace and the RBAC of manifests/base, and write a kubeconfig with a token of the account."""
-    for name in ("namespace.yaml", "rbac.yaml"):
+    """Apply the namespace, RBAC and Secret of manifests/base; write a kubeconfig with a token of the account."""
+    for name in ("namespace.yaml", "rbac.yaml", "cancellation-check.yaml"):
         for body in yaml.safe_load_all((REPOSITORY / "manifests" / "base" / name).read_text()):
-            _apply(cluster, body)
+            if body["kind"] in _PATHS:
+                _apply(cluster, body)
     wanted: Any = {"spec": {"audiences": [], "expirationSeconds": TOKEN_SECONDS}}
     granted: Any = cluster.core.create_namespaced_service_account_token(NAME, NAMESPACE, wanted)
     given = yaml.safe_load(cluster.kubeconfig.read_text())
@@ -75,9 +77,20 @@ class Operator(OperatorProcess):
     """The process under the service account, for one or more namespaces."""
 
     def __init__(
-        self, *, kubeconfig: Path, context: str, namespaces: list[str], log: Path, lease: bool = False
+        self,
+        *,
+        kubeconfig: Path,
+        context: str,
+        namespaces: list[str],
+        log: Path,
+        lease: bool = False,
+        api_port: int | None = None,
     ) -> None:
-        super().__init__(kubeconfig=kubeconfig, context=context, namespace=",".join(namespaces), log=log)
+        """`api_port`: it serves its HTTP API there, which pools need."""
+        settings = api_settings(api_port) if api_port is not None else {}
+        super().__init__(
+            kubeconfig=kubeconfig, context=context, namespace=",".join(namespaces), log=log, settings=settings
+        )
         self.lease = lease
         if lease:
             self._arguments.append("--lease")

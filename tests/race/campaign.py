@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ import pytest
 from kubernetes import client
 
 from tests.api.conftest import Cluster
+from tests.api.operator_process import free_port
 from tests.race.account import Operator
 from tests.race.checker import (
     Violation,
@@ -27,12 +29,17 @@ from tests.race.checker import (
 from tests.race.generator import QUIET_SECONDS, Signal, Wave
 from tests.race.history import AuditTail, Histories, RunHistory, indexes
 from tests.race.observer import Observer
+from tests.race.pool_rules import repeated_commits
+from tests.race.pool_workers import Fleet, Habits, Ledger, bound_claim
 from tests.race.traffic import Timers, Traffic
 
 WAVE_SECONDS: Final = 600
 """How long a wave's runs may take to end and drain. No timing is judged here: this only ends a wave that hangs."""
 SWEEP_SECONDS: Final = 65
 """An ended run is listed live once more a minute after its end; the last wave is watched until after that."""
+
+HABITS: Final = Habits(die=0.08, fail=0.06, freeze=0.2, repeat=0.1, straggle=0.1, delay=0.1, zombie=0.06)
+"""What the workers of the pools do to the promises; see `Habits`."""
 
 Say = Callable[[str], None]
 
@@ -52,7 +59,12 @@ class Tally:
     late: int = 0
     late_accounted: int = 0
     not_published: int = 0
+    unknown: int = 0
     published: int = 0
+    told: Counter[str] = field(default_factory=Counter)
+    commits: int = 0
+    repeated_commits: int = 0
+    mishaps: Counter[str] = field(default_factory=Counter)
     refused: int = 0
     repeated: int = 0
     taken_back: int = 0
@@ -70,6 +82,9 @@ class Tally:
         """Count one judged run."""
         self.runs += 1
         end = run.terminal
+        self.told.update(told.what for told in run.told)
+        self.commits += len(run.commits)
+        self.repeated_commits += len(list(repeated_commits(run)))
         self.phases[(end.phase if end else None) or "not ended"] += 1
         self.states[state_at_cancel(run)] += 1
         self.jobs += len({job.name for job in run.creates if job.code == 201} | run.job_versions.keys())
@@ -80,7 +95,8 @@ class Tally:
         if end is not None and end.phase == "Cancelled":
             last = run.ordered()[-1].cancellation or {}
             self.in_flight += len(end.counters.in_flight)
-            self.late += len(landed_batches(run) - indexes(end.counters.published))
+            self.late += len(landed_batches(run) & end.counters.in_flight)
+            self.unknown += len(indexes(last.get("unknown", "")))
             self.late_accounted += len(indexes(last.get("published", "")))
             self.not_published += len(indexes(last.get("notPublished", "")))
         latency = latency_ms(run)
@@ -109,7 +125,10 @@ class Tally:
             f"pods pending at Cancelled that started before their deletion reached them: {self.started_after}",
             f"batches published before the end {self.published}; in flight at cancel {self.in_flight}, of these "
             f"published after all {self.late} (accounted for {self.late_accounted}), not published "
-            f"{self.not_published}",
+            f"{self.not_published}, not known {self.unknown}",
+            f"pools: claims told {self.told['claim']}, permissions told {self.told['permission']}, batches committed "
+            f"{self.commits - self.repeated_commits}, again by a retry after a worker's death {self.repeated_commits}",
+            f"workers' mishaps: {', '.join(f'{n} {what}' for what, n in sorted(self.mishaps.items()))}",
             f"cancel answered to Cancelled stored, operator kills included: p50 {at(0.5)} ms, p90 {at(0.9)} ms, "
             f"p99 {at(0.99)} ms, max {at(1)} ms",
             *table("where they were when they became Cancelled:", self.states),
@@ -150,10 +169,12 @@ class Campaign:
             namespaces=namespaces,
             log=self._folder / f"operator-{wave.number}.log",
             lease=wave.lease,
+            api_port=free_port(),
         )
-        timers = Timers()
+        timers, stack = Timers(), contextlib.ExitStack()
         try:
             self._open(namespaces, wave)
+            fleet = self._employ(wave, namespaces, stack)
             operator.start()
             self._traffic = traffic = Traffic(self.cluster, operator, timers)
             for plan in wave.runs:
@@ -161,11 +182,12 @@ class Campaign:
             timers.after(wave.lift_quota_at, lambda: self._lift(namespaces, wave))
             self._wait(wave, traffic, timers)
             self._quiet(SWEEP_SECONDS if sweep else QUIET_SECONDS)
-            self._judge(wave, namespaces, traffic, operator)
+            self._judge(wave, namespaces, traffic, operator, fleet.ledger)
         finally:
             timers.close()
             operator.stop()
             self._traffic = None
+            stack.close()
             for namespace in namespaces:
                 self.cluster.core.delete_namespace(namespace)
             self._observer.forget({run.uid for run in self._histories.runs.values()})
@@ -176,6 +198,18 @@ class Campaign:
             f"{', with the lease' if wave.lease else ''}; {self.tally.runs} runs so far, "
             f"{len(self.tally.violations)} violations"
         )
+
+    def _employ(self, wave: Wave, namespaces: list[str], stack: contextlib.ExitStack) -> Fleet:
+        """The workers of the wave's pools, and the claims that their pods mount."""
+        pools = [namespaces[slot] for slot in sorted({plan.slot for plan in wave.runs if plan.pooled})]
+        for namespace in pools:
+            stack.enter_context(bound_claim(self.cluster, namespace))
+
+        def on_step(uid: str, what: str, batch: int) -> None:
+            self._signal(uid, Signal(kind=what, batch=batch))
+
+        habits = replace(HABITS, seed=wave.number)
+        return stack.enter_context(Fleet(self.cluster, pools, habits, on_step=on_step))
 
     def _signal(self, uid: str, seen: Signal) -> None:
         traffic = self._traffic
@@ -223,8 +257,10 @@ class Campaign:
         for entry in self._tail.poll():
             self._histories.add(entry)
 
-    def _judge(self, wave: Wave, namespaces: list[str], traffic: Traffic, operator: Operator) -> None:
+    def _judge(self, wave: Wave, namespaces: list[str], traffic: Traffic, operator: Operator, ledger: Ledger) -> None:
         self._poll()
+        assert not ledger.errors, ledger.errors[:3]
+        self.tally.mishaps += ledger.mishaps
         tally, plans = self.tally, traffic.uids()
         actors = set().union(*(self._histories.actors.get(namespace, set()) for namespace in namespaces))
         if len(actors) > 1:
@@ -236,11 +272,14 @@ class Campaign:
             run.pods = self._observer.pods.get(uid, {})
             run.seen = self._observer.versions.get(uid, [])
             run.job_versions = self._observer.job_versions.get(uid, {})
+            run.pooled = plan.pooled
+            run.told = [told for told in ledger.told if told.uid == uid]
+            run.commits = [commit for commit in ledger.commits if commit.uid == uid]
             found = check(run)
             tally.violations += found
             tally.jobs_after += sum(1 for violation in found if violation.rule == "job-after-end")
             tally.add(run)
-            tally.modes[plan.mode] += 1
+            tally.modes[f"{'pool' if plan.pooled else 'JobPerStage'} {plan.mode}"] += 1
             tally.moments[plan.cancel.moment.value] += 1
             tally.policies[plan.cancel.policy or "unset"] += 1
             tally.repeated += bool(plan.cancel.repeats)

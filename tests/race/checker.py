@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+from tests.race import pool_rules
 from tests.race.history import JobCreate, RunHistory, Version, indexes
 
 CREATED: Final = 201
@@ -125,7 +126,9 @@ def nothing_moves_after_the_end(run: RunHistory) -> Iterator[Finding]:
 
 
 def landed_batches(run: RunHistory) -> set[int]:
-    """The batches of which a publish pod has succeeded, whatever became of its Job."""
+    """The batches of which a publish pod has succeeded, whatever became of its Job; in a pool, the committed ones."""
+    if run.pooled:
+        return {commit.batch for commit in run.commits}
     return {pod.batch for pod in run.pods.values() if pod.stage == "publish" and pod.succeeded}
 
 
@@ -148,10 +151,11 @@ def every_publish_is_accounted_for(run: RunHistory) -> Iterator[Finding]:
         return
     record = run.ordered()[-1].cancellation or {}
     late, missed = indexes(record.get("published", "")), indexes(record.get("notPublished", ""))
-    flight = end.counters.in_flight
-    if late & missed or late | missed != flight:
-        yield "flight-unaccounted", f"in flight {sorted(flight)}; published {sorted(late)}, not {sorted(missed)}"
-    if landed - counted != late:
+    flight, unknown = end.counters.in_flight, indexes(record.get("unknown", "")) if run.pooled else set()
+    if Counter([*late, *missed, *unknown]) != Counter(flight):
+        told = f"published {sorted(late)}, not {sorted(missed)}, unknown {sorted(unknown)}"
+        yield "flight-unaccounted", f"in flight {sorted(flight)}; {told}"
+    if not run.pooled and landed - counted != late:
         yield (
             "late-publish-wrong",
             f"published after all: {sorted(landed - counted)} by their pods, {sorted(late)} by the record "
@@ -172,11 +176,14 @@ def no_batch_is_published_twice(run: RunHistory) -> Iterator[Finding]:
 
 
 def jobs_are_claimed_first(run: RunHistory) -> Iterator[Finding]:
-    """A batch is claimed in the status before its Job is asked for."""
+    """A batch is claimed in the status before its Job is asked for; a pool's worker has its entry there."""
     versions = run.ordered()
     for job in run.creates:
-        known = [version for version in versions if version.answered <= job.received]
-        if not any(job.batch in indexes(version.counters.claimed) for version in known[-1:]):
+        known = [version for version in versions if version.answered <= job.received][-1:]
+        if job.stage == "worker":
+            if not any(holder.worker == job.batch for version in known for holder in version.workers):
+                yield "unclaimed-job", f"{job.name} was asked for before worker {job.batch} was in the status"
+        elif not any(job.batch in indexes(version.counters.claimed) for version in known):
             yield "unclaimed-job", f"{job.name} was asked for before batch {job.batch} was claimed"
 
 
@@ -263,6 +270,7 @@ RULES: Final[tuple[Rule, ...]] = (
     the_record_is_right,
     drained_means_drained,
     drain_lets_started_pods_finish,
+    *pool_rules.RULES,
 )
 
 
@@ -279,6 +287,8 @@ def state_at_cancel(run: RunHistory) -> str:
         return "suspended"
     if not last.counters.claimed:
         return "before the first claim"
+    if run.pooled:
+        return pool_rules.pool_state(last)
     at = end.resource_version
     pods = [pod for pod in run.pods.values() if pod.created < at and not (pod.gone and pod.gone < at)]
     running = {pod.stage for pod in pods if pod.started and pod.started < at and not (pod.ended and pod.ended < at)}

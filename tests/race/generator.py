@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
 from ingestrun.model.spec import CancellationPolicy
+from tests.race.pool_workers import BATCH_SECONDS, BATCHES, ROWS, pool_spec
 
 Json = dict[str, Any]
 
-ROWS: Final = 10
-"""Records in each batch, whatever the mode."""
 QUIET_SECONDS: Final = 4.0
 """Longer than any retry or backpressure delay below: what would start after a cancel has started by then."""
 FALLBACK_SECONDS: Final = (6.0, 12.0)
@@ -45,6 +44,14 @@ class Moment(StrEnum):
     BACKPRESSURED = "backpressured"
     SUSPENDED = "suspended"
     RANDOM = "at any time"
+    STARTING = "a worker starting"
+    HANDED = "a worker told of its claim"
+    ASKED = "permission asked"
+    GRANTED = "a worker told of its permission"
+    COMMITTED = "a batch committed, not yet reported"
+    LAST_COMMITTED = "the last batch committed"
+    BACKOFF = "a batch failed, in backoff"
+    WORKER_DIED = "a worker's Job failed"
 
 
 STAGES: Final = ("fetch", "hook", "publish")
@@ -62,6 +69,31 @@ _WEIGHTS: Final = {
     Moment.SUSPENDED: 6,
     Moment.RANDOM: 10,
 }
+
+
+_POOL_WEIGHTS: Final = {
+    Moment.CREATION: 2,
+    Moment.AT_ONCE: 6,
+    Moment.CLAIMED: 10,
+    Moment.STARTING: 6,
+    Moment.HANDED: 14,
+    Moment.ASKED: 18,
+    Moment.GRANTED: 18,
+    Moment.COMMITTED: 18,
+    Moment.LAST_COMMITTED: 8,
+    Moment.BACKOFF: 10,
+    Moment.WORKER_DIED: 8,
+    Moment.SUSPENDED: 6,
+    Moment.RANDOM: 10,
+}
+
+
+class Mode(StrEnum):
+    """Which runs there are: those whose workers claim batches, those with a Job for each stage, or half of each."""
+
+    POOL = "pool"
+    JOBS = "jobs"
+    BOTH = "both"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +143,7 @@ class RunPlan:
     start: float
     """When it is created, in seconds from the wave's beginning."""
     mode: str
+    pooled: bool
     spec: Json
     batches: int
     suspend_at: float | None
@@ -132,7 +165,9 @@ class Wave:
     runs: tuple[RunPlan, ...]
 
 
-def waves(seed: int, runs: int, *, size: int, kill_share: float = 0.1, slots: int = 4) -> list[Wave]:
+def waves(
+    seed: int, runs: int, *, size: int, mode: Mode = Mode.BOTH, kill_share: float = 0.1, slots: int = 4
+) -> list[Wave]:
     """`runs` runs in waves of about `size`.
 
     The operator is killed beside the cancels of `kill_share` of the runs, all in every third wave: in the others it
@@ -151,17 +186,20 @@ def waves(seed: int, runs: int, *, size: int, kill_share: float = 0.1, slots: in
             here = round(kills * sizes[number] / weather)
             kills, weather = kills - here, weather - sizes[number]
         lease = number % LEASE_EVERY == LEASE_EVERY - 1
-        made.append(_wave(random.Random(rng.random()), number, sizes[number], kills=here, slots=slots, lease=lease))
+        seeded = random.Random(rng.random())
+        made.append(_wave(seeded, number, sizes[number], mode=mode, kills=here, slots=slots, lease=lease))
     return made
 
 
-def _wave(rng: random.Random, number: int, size: int, *, kills: int, slots: int, lease: bool) -> Wave:
+def _wave(rng: random.Random, number: int, size: int, *, mode: Mode, kills: int, slots: int, lease: bool) -> Wave:
     quota_slot = slots - 1
     killed = set(rng.sample(range(size), kills))
-    runs = [
-        _run(rng, f"w{number}-{index}", index % slots, quota=index % slots == quota_slot, kill=index in killed)
-        for index in range(size)
-    ]
+    shares = {Mode.POOL: 1.0, Mode.JOBS: 0.0, Mode.BOTH: 0.5}
+    runs = []
+    for index in range(size):
+        make = _pool_run if rng.random() < shares[mode] else _run
+        slot, name = index % slots, f"w{number}-{index}"
+        runs.append(make(rng, name, slot, quota=slot == quota_slot, kill=index in killed))
     return Wave(
         number=number,
         slots=slots,
@@ -182,7 +220,7 @@ def _run(rng: random.Random, name: str, slot: int, *, quota: bool, kill: bool) -
         annotations["start-seconds"] = rng.choice(("0.1", "0.3", "1"))
     if mode == "chain":
         annotations["batches"] = str(batches)
-    moment = _moment(rng, quota=quota)
+    moment = _moment(rng, quota=quota, weights=_WEIGHTS)
     if moment is Moment.RETRY or rng.random() < 0.15:
         annotations["fail-attempts"] = rng.choice(("1", "1", "2"))
         annotations["fail-stage"] = rng.choice(STAGES if hooks else ("fetch", "publish"))
@@ -201,24 +239,72 @@ def _run(rng: random.Random, name: str, slot: int, *, quota: bool, kill: bool) -
         slot=slot,
         start=rng.uniform(0, 6),
         mode=mode,
+        pooled=False,
         spec=spec,
         batches=batches,
         suspend_at=rng.uniform(0, 2) if moment is Moment.SUSPENDED else None,
-        cancel=_cancel(rng, name, moment, batches=batches, hooks=hooks, kill=kill),
+        cancel=_cancel(rng, name, moment, _signals(rng, batches=batches, hooks=hooks), kill=kill),
     )
 
 
-def _moment(rng: random.Random, *, quota: bool) -> Moment:
+def _pool_run(rng: random.Random, name: str, slot: int, *, quota: bool, kill: bool) -> RunPlan:
+    mode = rng.choice(("chain", "partitions"))
+    batches = rng.randint(1, 8)
+    moment = _moment(rng, quota=quota, weights=_POOL_WEIGHTS)
+    spec = pool_spec(
+        workers=rng.randint(1, 4),
+        batches={"cursor": {}, "size": ROWS} if mode == "chain" else {"partitions": {"count": batches}},
+        retries=rng.choice((0, 2, 2, 5)),
+        onBatchFailure=rng.choice(("FailRun", "Continue")),
+    )
+    told: Json = {BATCHES: str(batches), BATCH_SECONDS: rng.choice(("0", "0.05", "0.1", "0.3"))}
+    if rng.random() < 0.4:
+        told["simulate.ingestrun.dev/start-seconds"] = rng.choice(("0.1", "0.3", "1"))
+    spec["podTemplate"]["annotations"] |= told
+    if rng.random() < 0.2:
+        spec["execution"]["maxBatchesPerWorker"] = rng.randint(1, 3)
+    batch = rng.choice((None, 0, rng.randrange(batches)))
+    signals = {
+        Moment.STARTING: Signal(kind="pending", stage="worker"),
+        Moment.HANDED: Signal(kind="claim", batch=batch),
+        Moment.ASKED: Signal(kind="asked", batch=batch),
+        Moment.GRANTED: Signal(kind="permission", batch=batch),
+        Moment.COMMITTED: Signal(kind="committed", batch=batch),
+        Moment.LAST_COMMITTED: Signal(kind="committed", batch=batches - 1),
+        Moment.BACKOFF: Signal(kind="backoff"),
+        Moment.WORKER_DIED: Signal(kind="failed", stage="worker"),
+    }
+    return RunPlan(
+        name=name,
+        slot=slot,
+        start=rng.uniform(0, 6),
+        mode=mode,
+        pooled=True,
+        spec=spec,
+        batches=batches,
+        suspend_at=rng.uniform(0, 2) if moment is Moment.SUSPENDED else None,
+        cancel=_cancel(rng, name, moment, _COMMON_SIGNALS | signals, kill=kill),
+    )
+
+
+def _moment(rng: random.Random, *, quota: bool, weights: Mapping[Moment, int]) -> Moment:
     if quota and rng.random() < 0.7:
         return Moment.BACKPRESSURED
-    return rng.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()))[0]
+    return rng.choices(list(weights), weights=list(weights.values()))[0]
 
 
-def _cancel(rng: random.Random, name: str, moment: Moment, *, batches: int, hooks: int, kill: bool) -> CancelPlan:
+_COMMON_SIGNALS: Final = {
+    Moment.CLAIMED: Signal(kind="claimed"),
+    Moment.BACKPRESSURED: Signal(kind="backpressured"),
+    Moment.SUSPENDED: Signal(kind="suspended"),
+}
+
+
+def _signals(rng: random.Random, *, batches: int, hooks: int) -> dict[Moment, Signal]:
     stages: Sequence[str | None] = (None, *(STAGES if hooks else ("fetch", "publish")))
     stage, batch = rng.choice(stages), rng.choice((None, 0, rng.randrange(batches)))
-    signals = {
-        Moment.CLAIMED: Signal(kind="claimed"),
+    return {
+        **_COMMON_SIGNALS,
         Moment.JOB: Signal(kind="job", stage=stage, batch=batch),
         Moment.PENDING: Signal(kind="pending", stage=stage, batch=batch),
         Moment.RUNNING: Signal(kind="running", stage=stage, batch=batch),
@@ -226,9 +312,12 @@ def _cancel(rng: random.Random, name: str, moment: Moment, *, batches: int, hook
         Moment.LAST_PUBLISH: Signal(kind="running", stage="publish", batch=batches - 1),
         Moment.LAST_ENDED: Signal(kind="ended", stage="publish", batch=batches - 1),
         Moment.RETRY: Signal(kind="failed"),
-        Moment.BACKPRESSURED: Signal(kind="backpressured"),
-        Moment.SUSPENDED: Signal(kind="suspended"),
     }
+
+
+def _cancel(
+    rng: random.Random, name: str, moment: Moment, signals: Mapping[Moment, Signal], *, kill: bool
+) -> CancelPlan:
     # Half of them at the very moment, where the gap between two calls is; the rest anywhere in the next second.
     delay = rng.choice((0.0, rng.uniform(0, 0.05), rng.uniform(0, 0.2), rng.uniform(0, 1)))
     if moment is Moment.AT_ONCE:

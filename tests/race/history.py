@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Final
 
 from ingestrun.model.names import LABEL_CANCELLED
 from ingestrun.model.ranges import IndexRanges
+from tests.race.pool_workers import Commit, Told
 
 Json = dict[str, Any]
 
@@ -44,6 +45,15 @@ class Counters:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A pool's worker in a stored status, and the attempt at a batch that it holds."""
+
+    worker: int
+    batch: int | None = None
+    attempt: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Version:
     """One stored version of a run. Times are microseconds, of the API server's clock."""
 
@@ -66,6 +76,13 @@ class Version:
     cancellation: Mapping[str, Any] | None = None
     completed: str | None = None
     observed_generation: int = -1
+    publishing: str = ""
+    """In a pool: the batches that may be published."""
+    workers: tuple[Holder, ...] = ()
+    after_end: str = ""
+    """Batches that were published after the end."""
+    unknown: str = ""
+    """Batches of which the record of the cancel says that nobody knows."""
 
     @property
     def ended(self) -> bool:
@@ -83,6 +100,7 @@ class JobCreate:
 
     name: str
     batch: int
+    """Of a pool's worker its number; the same holds for its pod."""
     step: int
     stage: str
     attempt: int
@@ -136,6 +154,10 @@ class RunHistory:
     """The operator's calls that name the run."""
     moment: str = ""
     planned_kill: bool = False
+    pooled: bool = False
+    """Workers of a pool do the batches; the next two are what they say."""
+    told: list[Told] = field(default_factory=list)
+    commits: list[Commit] = field(default_factory=list)
 
     def ordered(self) -> list[Version]:
         """The versions in the order in which they were stored; a write that changed nothing made none."""
@@ -184,7 +206,15 @@ def _status(version: Version) -> tuple[object, ...]:
         version.cancellation,
         version.completed,
         version.observed_generation,
+        version.publishing,
+        version.workers,
+        version.after_end,
     )
+
+
+def subject_of(labels: Mapping[str, str]) -> int:
+    """The batch of a Job or pod; of a pool's worker its number."""
+    return int(labels[f"ingestrun.dev/{'worker' if labels['ingestrun.dev/stage'] == 'worker' else 'batch'}"])
 
 
 def indexes(ranges: str) -> set[int]:
@@ -311,7 +341,7 @@ class Histories:
         run.creates.append(
             JobCreate(
                 name=meta["name"],
-                batch=int(labels["ingestrun.dev/batch"]),
+                batch=subject_of(labels),
                 step=int(labels["ingestrun.dev/step"]),
                 stage=labels["ingestrun.dev/stage"],
                 attempt=int(labels["ingestrun.dev/attempt"]),
@@ -366,4 +396,11 @@ def version_of(stored: Json) -> Version:
         cancellation=status.get("cancellation"),
         completed=status.get("completionTime"),
         observed_generation=status.get("observedGeneration", -1),
+        publishing=batches.get("publishing") or "",
+        workers=tuple(
+            Holder(worker=each["worker"], batch=each.get("batch"), attempt=each.get("batchAttempt", 0))
+            for each in status.get("workers") or ()
+        ),
+        after_end=(status.get("afterEnd") or {}).get("published", ""),
+        unknown=(status.get("cancellation") or {}).get("unknown", ""),
     )

@@ -12,7 +12,7 @@ from kubernetes import client
 
 from tests.api.conftest import GROUP, PLURAL, VERSION, Cluster
 from tests.race.generator import Signal
-from tests.race.history import Pod, Version, version_of
+from tests.race.history import Pod, Version, subject_of, version_of
 
 Json = dict[str, Any]
 OnSignal = Callable[[str, Signal], None]
@@ -113,6 +113,8 @@ class Observer:
             self.versions.setdefault(uid, []).append(version_of(body))
         if (status.get("batches") or {}).get("claimed") and not (before.get("batches") or {}).get("claimed"):
             self._on_signal(uid, Signal(kind="claimed"))
+        if _backing_off(status) - _backing_off(before):
+            self._on_signal(uid, Signal(kind="backoff"))
         if status.get("phase") != before.get("phase"):
             self._on_signal(uid, Signal(kind=str(status.get("phase")).lower()))
         if any(c["type"] == "Backpressured" and c["status"] == "True" for c in status.get("conditions") or ()):
@@ -121,7 +123,7 @@ class Observer:
     def _job(self, kind: str, body: Json) -> None:
         labels, name = body["metadata"]["labels"], body["metadata"]["name"]
         uid = labels[f"{_LABEL}run-uid"]
-        place = {"stage": labels[f"{_LABEL}stage"], "batch": int(labels[f"{_LABEL}batch"])}
+        place: Json = {"stage": labels[f"{_LABEL}stage"], "batch": subject_of(labels)}
         if kind == "ADDED":
             with self._lock:
                 self.job_versions.setdefault(uid, {}).setdefault(name, int(body["metadata"]["resourceVersion"]))
@@ -142,7 +144,7 @@ class Observer:
                 pods[meta["uid"]] = Pod(
                     name=meta["name"],
                     job=labels.get("batch.kubernetes.io/job-name", ""),
-                    batch=int(labels[f"{_LABEL}batch"]),
+                    batch=subject_of(labels),
                     stage=labels[f"{_LABEL}stage"],
                     attempt=int(labels[f"{_LABEL}attempt"]),
                     created=version,
@@ -166,6 +168,12 @@ class Observer:
             self._on_signal(uid, Signal(kind="running", stage=pod.stage, batch=pod.batch))
         if before[1] is None and pod.ended is not None and pod.succeeded:
             self._on_signal(uid, Signal(kind="ended", stage=pod.stage, batch=pod.batch))
+
+
+def _backing_off(status: Json) -> set[int]:
+    """The batches of a pool that wait for their next attempt."""
+    checkpoints = (status.get("batches") or {}).get("checkpoints") or ()
+    return {entry["batch"] for entry in checkpoints if "notBefore" in entry}
 
 
 def _events(answer: Any) -> Iterator[Json]:

@@ -13,7 +13,8 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -27,6 +28,10 @@ Json = dict[str, Any]
 ROWS: Final = 10
 """Records in each batch."""
 HOLD: Final = "simulate.ingestrun.dev/hold"
+BATCHES: Final = "simulate.ingestrun.dev/batches"
+"""Annotation: how many batches a chain has, if not as many as the fleet says."""
+BATCH_SECONDS: Final = "simulate.ingestrun.dev/batch-seconds"
+"""Annotation: how long a batch takes, if not as long as the fleet's habits say."""
 SELECTOR: Final = "ingestrun.dev/stage=worker"
 FIRST_RETRY: Final = 0.1
 LAST_RETRY: Final = 2.0
@@ -57,7 +62,7 @@ def pool_spec(*, workers: int, batches: Json, **changes: Any) -> Json:
 def bound_claim(cluster: Cluster, namespace: str, name: str = "data") -> Iterator[None]:
     """A claim that is bound at once, so that pods which mount it can be placed on simulated nodes."""
     meta, capacity = {"name": f"{namespace}-{name}"}, {"storage": "1Gi"}
-    volume = {
+    volume: Any = {
         "metadata": meta,
         "spec": {
             "capacity": capacity,
@@ -67,7 +72,7 @@ def bound_claim(cluster: Cluster, namespace: str, name: str = "data") -> Iterato
             "persistentVolumeReclaimPolicy": "Retain",
         },
     }
-    claim = {
+    claim: Any = {
         "metadata": {"name": name},
         "spec": {
             "storageClassName": "",
@@ -89,11 +94,26 @@ class Commit:
     """A batch that a worker has published: what a sink would hold. Times are those of the wall clock."""
 
     run: str
+    uid: str
     batch: int
     attempt: int
     worker: int
     asked: float
     granted: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A claim or a permission that a worker was told of."""
+
+    what: str
+    """`claim` or `permission`."""
+    uid: str
+    batch: int
+    attempt: int
+    worker: int
+    at: float
+    """By the wall clock, when the answer was read."""
 
 
 @dataclass(kw_only=True)
@@ -110,7 +130,14 @@ class Habits:
     """It stands still for a while between permission and commit, and comes back as if nothing had happened."""
     repeat: float = 0.0
     """A request is sent twice, the first answer is thrown away."""
+    straggle: float = 0.0
+    """A copy of a request arrives later, among those that were sent after it."""
+    delay: float = 0.0
+    """A request arrives late."""
+    zombie: float = 0.0
+    """Its pod has failed for all that the cluster knows; it goes on, and comes back with its old claim."""
     freeze_seconds: float = 1.0
+    """Most seconds of a freeze, a delay, a copy's lateness; twice as many for a zombie."""
 
 
 @dataclass(kw_only=True)
@@ -121,9 +148,10 @@ class Ledger:
     claim_seconds: list[float] = field(default_factory=list)
     told_cancelled: dict[str, list[float]] = field(default_factory=dict)
     """Moments at which workers heard of the end of their run, by its name."""
-    claims: list[tuple[str, int, int, float]] = field(default_factory=list)
-    """Run, batch, attempt, and the moment at which the worker was told."""
+    told: list[Told] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    mishaps: Counter[str] = field(default_factory=Counter)
+    """How often each of the habits was had."""
 
 
 class _Ended(Exception):  # noqa: N818
@@ -137,13 +165,17 @@ class _Ended(Exception):  # noqa: N818
 class _Worker:
     """One worker process."""
 
-    def __init__(self, fleet: Fleet, environment: Mapping[str, str], session: aiohttp.ClientSession) -> None:
+    def __init__(self, fleet: Fleet, pod: Json, session: aiohttp.ClientSession) -> None:
         self._fleet = fleet
-        self._env = environment
+        self._env = {entry["name"]: entry.get("value", "") for entry in pod["spec"]["containers"][0]["env"]}
         self._session = session
-        self._run = environment["INGEST_RUN_NAME"]
-        self._number = int(environment["INGEST_WORKER"])
-        self._random = random.Random(f"{fleet.habits.seed}/{environment['INGEST_RUN_UID']}/{self._number}")
+        self._meta = pod["metadata"]
+        self._run, self._uid = self._env["INGEST_RUN_NAME"], self._env["INGEST_RUN_UID"]
+        self._number = int(self._env["INGEST_WORKER"])
+        self._random = random.Random(f"{fleet.habits.seed}/{self._uid}/{self._number}")
+        told = self._meta.get("annotations") or {}
+        self._batches = int(told.get(BATCHES, fleet.chain_batches))
+        self._seconds = float(told.get(BATCH_SECONDS, fleet.habits.batch_seconds))
 
     async def live(self) -> int:
         """Do the work; return the exit code."""
@@ -170,48 +202,73 @@ class _Worker:
     async def _work(self, claim: Json) -> Json | None:
         """Take one batch through; return the report, None if the batch was taken away."""
         habits, batch, attempt = self._fleet.habits, claim["batch"], claim["attempt"]
-        self._fleet.ledger.claims.append((self._run, batch, attempt, time.time()))
         held = {"batch": batch, "attempt": attempt}
-        if self._chance(habits.die / 2):
-            raise _Ended(137)
+        self._note("claim", held)
+        await self._mishap(habits.zombie / 2, habits.die / 4)
         if self._chance(habits.fail):
             return {**held, "outcome": "failed", "stage": "fetch", "message": "simulated failure", "permanent": False}
         fetched: Json = {"read": ROWS, "exhausted": True}
         if not claim.get("partition"):
             following = int(claim.get("cursor") or 0) + 1
-            total = int(self._env.get("SIMULATED_BATCHES", self._fleet.chain_batches))
-            fetched = {"read": ROWS, "nextCursor": str(following), "exhausted": following >= total}
-            await asyncio.sleep(habits.batch_seconds / 4)
+            fetched = {"read": ROWS, "nextCursor": str(following), "exhausted": following >= self._batches}
+            await asyncio.sleep(self._seconds / 4)
             answer = await self._ask("fetched", {"v": "v1", **held, "fetched": fetched})
             if not answer.get("accepted"):
-                return self._given_up(answer)
-        await asyncio.sleep(habits.batch_seconds)
+                self._give_up(answer)
+                return None
+        await asyncio.sleep(self._seconds)
+        await self._mishap(0, habits.die / 4)
         asked = time.time()
+        self._fleet.on_step(self._uid, "asked", batch)
         wish = {"v": "v1", **held, "fetched": fetched, "written": ROWS, "rejected": 0}
         answer = await self._ask("publish", wish)
         if not answer.get("granted"):
-            return self._given_up(answer)
+            self._give_up(answer)
+            return None
         granted = time.time()
+        self._note("permission", held)
         if self._chance(habits.freeze):
-            await asyncio.sleep(habits.freeze_seconds)
-        if self._chance(habits.die / 4):
-            raise _Ended(137)
+            self._fleet.ledger.mishaps["frozen"] += 1
+            await asyncio.sleep(self._random.uniform(0.2, 1) * habits.freeze_seconds)
+        await self._mishap(habits.zombie / 2, habits.die / 4)
         self._fleet.ledger.commits.append(
-            Commit(run=self._run, batch=batch, attempt=attempt, worker=self._number, asked=asked, granted=granted)
+            Commit(run=self._run, uid=self._uid, **held, worker=self._number, asked=asked, granted=granted)
         )
-        if self._chance(habits.die / 4):
-            raise _Ended(137)
+        self._fleet.on_step(self._uid, "committed", batch)
+        await self._mishap(0, habits.die / 4)
         return {**held, "outcome": "done", "fetched": fetched, "written": ROWS, "rejected": 0}
 
-    def _given_up(self, answer: Json) -> None:
+    def _note(self, what: str, held: Mapping[str, int]) -> None:
+        self._fleet.ledger.told.append(Told(what=what, uid=self._uid, **held, worker=self._number, at=time.time()))
+        self._fleet.on_step(self._uid, what, held["batch"])
+
+    async def _mishap(self, zombie: float, die: float) -> None:
+        """Die, or be cut off from the cluster for a while, and taken for dead, with these probabilities."""
+        habits = self._fleet.habits
+        if self._chance(die):
+            self._fleet.ledger.mishaps["died"] += 1
+            raise _Ended(137)
+        if self._chance(zombie):
+            self._fleet.ledger.mishaps["zombie"] += 1
+            await self._fleet.lose(self._meta["namespace"], self._meta["name"])
+            await asyncio.sleep(self._random.uniform(0.2, 2) * habits.freeze_seconds)
+
+    def _give_up(self, answer: Json) -> None:
         if "cancelled" in answer:
             self._hear_of_end(answer)
             raise _Ended(0)
 
     async def _ask(self, what: str, body: Json) -> Json:
         """Ask until there is an answer. A repeated request is idempotent, so one may go out twice."""
-        delay = FIRST_RETRY
-        again = self._chance(self._fleet.habits.repeat)
+        delay, habits, mishaps = FIRST_RETRY, self._fleet.habits, self._fleet.ledger.mishaps
+        again = self._chance(habits.repeat)
+        mishaps["repeated"] += again
+        if self._chance(habits.straggle):
+            mishaps["straggled"] += 1
+            self._fleet.send_later(self._random.random() * habits.freeze_seconds, lambda: self._post(what, body))
+        if self._chance(habits.delay):
+            mishaps["delayed"] += 1
+            await asyncio.sleep(self._random.random() * habits.freeze_seconds)
         while True:
             try:
                 status, answer, later = await self._post(what, body)
@@ -245,15 +302,31 @@ class _Worker:
 class Fleet:
     """All simulated workers of some namespaces, on a thread of their own. Use as a context manager."""
 
-    def __init__(self, cluster: Cluster, namespaces: list[str], habits: Habits, *, chain_batches: int = 3) -> None:
-        """`chain_batches`: how many batches a chain has."""
+    def __init__(
+        self,
+        cluster: Cluster,
+        namespaces: list[str],
+        habits: Habits,
+        *,
+        chain_batches: int = 3,
+        on_step: Callable[[str, str, int], None] = lambda *_: None,
+    ) -> None:
+        """`chain_batches`: how many batches a chain has.
+
+        `on_step` is called on the fleet's thread with a run's UID, what a worker has just done (`claim`, `asked`,
+        `permission`, `committed`) and the batch.
+        """
         self._cluster = cluster
+        self.on_step = on_step
         self._namespaces = namespaces
         self.habits = habits
         self.chain_batches = chain_batches
         self.ledger = Ledger()
         self._tasks: dict[str, asyncio.Task[int]] = {}
         self._over: set[str] = set()
+        self._lost: set[str] = set()
+        """Pods whose processes outlive them."""
+        self._copies: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._session: aiohttp.ClientSession | None = None
         self._stopped = threading.Event()
@@ -275,15 +348,32 @@ class Fleet:
         self._threads[0].join()
         self._patches.shutdown()
 
+    def send_later(self, seconds: float, request: Callable[[], Awaitable[object]]) -> None:
+        """Send a copy of a request, whose answer nobody hears."""
+
+        async def send() -> None:
+            await asyncio.sleep(seconds)
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                await request()
+
+        task = self._loop.create_task(send())
+        self._copies.add(task)
+        task.add_done_callback(self._copies.discard)
+
+    async def lose(self, namespace: str, name: str) -> None:
+        """A node is lost: the pod has failed, and the process knows nothing of it."""
+        self._lost.add(name)
+        await self._loop.run_in_executor(self._patches, self._let_go, namespace, name, 137)
+
     def _cancel_all(self) -> None:
-        for task in self._tasks.values():
+        for task in (*self._tasks.values(), *self._copies):
             task.cancel()
         self._loop.stop()
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
-        self._loop.run_until_complete(asyncio.gather(*self._tasks.values(), return_exceptions=True))
+        self._loop.run_until_complete(asyncio.gather(*self._tasks.values(), *self._copies, return_exceptions=True))
         if self._session is not None:
             self._loop.run_until_complete(self._session.close())
         self._loop.close()
@@ -291,12 +381,14 @@ class Fleet:
     def _watch(self, namespace: str) -> None:
         """Follow the pods of one namespace, from a list on, and begin anew when the watch ends."""
         core = self._cluster.core
+        api: Any = self._cluster.api
+        begin: Any = watch.Watch
         while not self._stopped.is_set():
             with contextlib.suppress(client.ApiException, OSError):
-                listed = core.list_namespaced_pod(namespace, label_selector=SELECTOR)
+                listed: Any = core.list_namespaced_pod(namespace, label_selector=SELECTOR)
                 for pod in listed.items:
-                    self._loop.call_soon_threadsafe(self._see, self._cluster.api.sanitize_for_serialization(pod))
-                stream = watch.Watch().stream(
+                    self._loop.call_soon_threadsafe(self._see, api.sanitize_for_serialization(pod))
+                stream = begin().stream(
                     core.list_namespaced_pod,
                     namespace,
                     label_selector=SELECTOR,
@@ -317,7 +409,7 @@ class Fleet:
         elif phase in ("Succeeded", "Failed") or "deletionTimestamp" in pod["metadata"]:
             self._over.add(name)
             task = self._tasks.get(name)
-            if task is not None:
+            if task is not None and name not in self._lost:
                 task.cancel()
 
     async def _process(self, pod: Json) -> int:
@@ -326,21 +418,20 @@ class Fleet:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=40)
             )
-        container = pod["spec"]["containers"][0]
-        environment = {entry["name"]: entry.get("value", "") for entry in container["env"]}
         name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
         try:
-            code = await _Worker(self, environment, self._session).live()
+            code = await _Worker(self, pod, self._session).live()
         finally:
             self._tasks.pop(name, None)
             self._over.add(name)
-        await self._loop.run_in_executor(self._patches, self._let_go, namespace, name, code)
+        if name not in self._lost:
+            await self._loop.run_in_executor(self._patches, self._let_go, namespace, name, code)
         return code
 
     def _let_go(self, namespace: str, name: str, code: int) -> None:
         """End the container: KWOK completes a pod that is not held any more."""
         prefix = "simulate.ingestrun.dev/"
-        annotations = {HOLD: None}
+        annotations: Json = {HOLD: None}
         if code:
             annotations |= {f"{prefix}fail-attempts": "1", f"{prefix}exit-code": str(code)}
         with contextlib.suppress(client.ApiException):  # the pod may be gone

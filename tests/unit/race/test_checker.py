@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.race import pool_rules
 from tests.race.checker import RULES, check, jobs_between, latency_ms, started_after, state_at_cancel
 from tests.race.generator import QUIET_SECONDS, Moment, Signal, waves
 from tests.race.history import AuditTail, Counters, Histories, JobCreate, Pod, RunHistory, Version
@@ -232,7 +233,7 @@ def test_every_rule_has_a_forged_history() -> None:
         run = history()
         change(run)
         found |= {look.__name__ for look in RULES if list(look(run))}
-    assert found == {look.__name__ for look in RULES}
+    assert found >= {look.__name__ for look in RULES if look not in pool_rules.RULES}  # of these: test_pool_rules.py
 
 
 def test_completion_that_came_first_is_right() -> None:

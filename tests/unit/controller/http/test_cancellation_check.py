@@ -351,9 +351,9 @@ async def test_without_a_certificate_nobody_is_told_of_a_check_and_with_one_of_i
     ca: list[str | None] = [None]
     check = CancellationCheck(cluster, key, url="https://x", clock=lambda: datetime.now(UTC), ca=lambda: ca[0])
     run = IngestRun.read(cluster.run(KEY))
-    assert check.check_for(run, 60) is None
+    assert check.check_for(run, a_job()) is None
     ca[0] = "the PEM"
-    told = check.check_for(run, 60)
+    told = check.check_for(run, a_job())
     assert told is not None
     assert told.ca == "the PEM"
 

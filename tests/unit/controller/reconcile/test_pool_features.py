@@ -207,8 +207,8 @@ async def test_runs_share_the_operators_limit_by_their_workers() -> None:
 
 
 async def test_one_run_a_key_in_a_pool_too() -> None:
-    concurrency = {"concurrency": {"key": "geo", "policy": "Replace"}}
-    world = world_of(batches={"partitions": {"count": 8}}, parallelism=2, **concurrency)
+    concurrency = {"key": "geo", "policy": "Replace"}
+    world = world_of(batches={"partitions": {"count": 8}}, parallelism=2, concurrency=concurrency)
     await until(world, lambda: len(holding(world)) == 2)
     world.now += timedelta(seconds=1)
     world.cluster.user_create_run(
