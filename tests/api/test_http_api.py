@@ -15,11 +15,16 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import schemathesis
 import yaml
+from hypothesis import HealthCheck, settings
 from kubernetes import client
+from schemathesis.checks import negative_data_rejection, positive_data_acceptance
+from schemathesis.core.parameters import ParameterLocation
 
 from ingestrun.controller.http import tls
 from ingestrun.controller.http.callers import ACCESS_SECONDS
@@ -30,6 +35,7 @@ from tests.api.operator_process import OperatorProcess, free_port
 from tests.api.test_fence import BASE, COMPONENT, component, installed, labelled_namespace, operators_account
 from tests.api.test_runs import in_phase, spec
 from tests.api.test_users import POLICIES, RBAC, ROLES
+from tests.fakes.api_document import DOCUMENT, check_answer
 
 Answer = tuple[int, Json]
 RUNS: Final = (names.GROUP, names.VERSION)
@@ -41,12 +47,17 @@ class Service:
 
     url: str
     ca: str
+    ca_file: Path
     namespace: str
     tokens: dict[str, str]
 
     @property
+    def here(self) -> str:
+        return f"/api/v1/namespaces/{self.namespace}"
+
+    @property
     def runs(self) -> str:
-        return f"/api/v1/namespaces/{self.namespace}/ingestruns"
+        return f"{self.here}/ingestruns"
 
     def ask(self, method: str, path: str, body: Any = None, *, who: str = "alice") -> Answer:
         """Ask as one of the ServiceAccounts; the server is verified by its CA."""
@@ -59,21 +70,16 @@ class Service:
         context = ssl.create_default_context(cadata=self.ca)
         handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
         try:
-            with urllib.request.build_opener(*handlers).open(request, timeout=60) as answer:
-                return answer.status, json.load(answer)
+            answer = urllib.request.build_opener(*handlers).open(request, timeout=60)
         except urllib.error.HTTPError as error:
-            return problem(error)
+            answer = error
+        with answer:
+            found: Json = json.load(answer)
+        check_answer(method, path, answer.status, answer.headers.get_content_type(), found)
+        return answer.status, found
 
     def user(self, who: str) -> str:
         return f"system:serviceaccount:{self.namespace}:{who}"
-
-
-def problem(error: urllib.error.HTTPError) -> Answer:
-    """The answer that an error is; each has the one form."""
-    assert error.headers["Content-Type"].startswith("application/problem+json")
-    found: Json = json.load(error)
-    assert found["status"] == error.code
-    return error.code, found
 
 
 def rules_of(kind: str) -> list[Json]:
@@ -134,13 +140,17 @@ def service(cluster: Cluster, crd: Json, tmp_path_factory: pytest.TempPathFactor
                 "INGESTRUN_API_URL": f"https://127.0.0.1:{port}",
                 "INGESTRUN_API_PORT": str(port),
                 "INGESTRUN_API_TLS": "own",
+                "INGESTRUN_API_RATE": "1000",  # one fuzzer asks as often as a thousand people
             },
         )
         process.start()
         try:
             data = core.read_namespaced_secret(tls.SECRET_NAME, namespace).data
             ca = base64.b64decode(data[tls.CA_CERTIFICATE]).decode()
-            yield Service(url=f"https://127.0.0.1:{port}", ca=ca, namespace=namespace, tokens=tokens)
+            (folder / "ca.crt").write_text(ca)
+            yield Service(
+                url=f"https://127.0.0.1:{port}", ca=ca, ca_file=folder / "ca.crt", namespace=namespace, tokens=tokens
+            )
         finally:
             process.stop()
             log = (folder / "operator.log").read_text()
@@ -201,8 +211,8 @@ def test_nobody_does_by_http_what_kubectl_refuses_them(cluster: Cluster, service
     one = f"{service.runs}/{run}"
     writes = {
         f"{one}/cancel": {},
-        f"{service.runs}/cancel": {"names": [run]},
-        f"{service.runs}/clean-up": {"staleSeconds": 1},
+        f"{service.here}/cancel": {"names": [run]},
+        f"{service.here}/clean-up": {"staleSeconds": 1},
     }
     for who, expected in (("", 401), ("forged", 401), ("nora", 403)):
         for path in (one, service.runs):
@@ -311,15 +321,15 @@ def test_many_by_label_with_those_below(cluster: Cluster, service: Service) -> N
         cluster.create_run(service.namespace, spec(suspend=True, **more), name=f"{label}-{name}", metadata=meta)
         _wait_for(in_phase(cluster, service.namespace, f"{label}-{name}", "Suspended"), 30, "Suspended")
     wish = {"labelSelector": f"team={label}", "cascade": True, "reason": "all of them"}
-    status, body = service.ask("POST", f"{service.runs}/cancel", {**wish, "dryRun": True}, who="carol")
+    status, body = service.ask("POST", f"{service.here}/cancel", {**wish, "dryRun": True}, who="carol")
     assert (status, body["message"]) == (200, "Would cancel 2 run(s)")
     assert cluster.run(service.namespace, f"{label}-a")["status"]["phase"] == "Suspended"
-    status, body = service.ask("POST", f"{service.runs}/cancel", wish, who="carol")
+    status, body = service.ask("POST", f"{service.here}/cancel", wish, who="carol")
     assert (status, body["message"], body["remaining"]) == (200, "Cancelled 3 run(s)", 0)
     cancelled = {result["name"]: result["cancelled_runs"] for result in body["results"]}
     assert cancelled == {f"{label}-a": [f"{label}-a", f"{label}-below"], f"{label}-b": [f"{label}-b"]}
     assert cluster.run(service.namespace, f"{label}-below")["status"]["cancellation"]["parent"] == f"{label}-a"
-    status, body = service.ask("POST", f"{service.runs}/cancel", {"names": [f"{label}-a", "gone"]}, who="carol")
+    status, body = service.ask("POST", f"{service.here}/cancel", {"names": [f"{label}-a", "gone"]}, who="carol")
     assert [result["status"] for result in body["results"]] == ["conflict", "not-found"]
 
 
@@ -331,9 +341,9 @@ def test_what_stands_still_is_cleaned_up(cluster: Cluster, service: Service, run
     time.sleep(6)  # what stands still for so long is what this is about
     cluster.create_run(service.namespace, spec({"hold": "true"}), name=f"{run}-new", metadata=label)
     wish = {"staleSeconds": 5, "labelSelector": f"clean={run}"}
-    status, body = service.ask("POST", f"{service.runs}/clean-up", {**wish, "dryRun": True})
+    status, body = service.ask("POST", f"{service.here}/clean-up", {**wish, "dryRun": True})
     assert (status, [(r["name"], r["status"]) for r in body["results"]]) == (200, [(run, "would-cancel")])
-    status, body = service.ask("POST", f"{service.runs}/clean-up", wish)
+    status, body = service.ask("POST", f"{service.here}/clean-up", wish)
     assert (status, [(r["name"], r["status"]) for r in body["results"]]) == (200, [(run, "cancelled")])
     record = cluster.run(service.namespace, run)["status"]["cancellation"]
     assert (record["reason"], record["requestedBy"]) == ("no progress for 5 s", service.user("alice"))
@@ -348,3 +358,51 @@ def test_people_ask_the_check_by_their_own_token(cluster: Cluster, service: Serv
     assert service.ask("POST", f"{service.runs}/{run}/cancel")[0] == 200
     status, body = service.ask("GET", f"{path}?wait=20", who="vera")
     assert (body["cancelled"], body["status"], body["event_type"]) == (True, "CANCELLED", "execution.cancelled")
+
+
+# ------------------------------------------------------------------------------------------------- from its document
+
+SCHEMA: Final = schemathesis.openapi.from_dict(DOCUMENT)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(cluster: Cluster, service: Service) -> str:
+    """A run for the fuzzer, Cancelled already, so that no wait for its cancel takes time."""
+    name = f"fuzzed-{uuid.uuid4().hex[:8]}"
+    cluster.create_run(service.namespace, spec(suspend=True), name=name)
+    _wait_for(in_phase(cluster, service.namespace, name, "Suspended"), 30, "Suspended")
+    assert service.ask("POST", f"{service.runs}/{name}/cancel")[0] == 200
+    return name
+
+
+@SCHEMA.parametrize()
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_whatever_is_sent_the_answer_is_one_that_the_document_has(
+    case: schemathesis.Case[Any], service: Service, fuzzed: str
+) -> None:
+    """Nothing that fits is refused as malformed, nothing that does not fit is taken, and nothing fails."""
+    path, negated = case.path_parameters or {}, negated_parts(case)
+    if ParameterLocation.PATH not in negated:
+        known = {"namespace": service.namespace, "name": fuzzed}
+        case.path_parameters.update({key: value for key, value in known.items() if key in path})
+    headers = {"Authorization": f"Bearer {service.tokens['alice']}"}
+    excluded = []
+    if {"labelSelector", "continue"} & sent(case):
+        # Which label selectors and tokens of a list there are, the API server alone knows.
+        excluded.append(positive_data_acceptance)
+    if ParameterLocation.HEADER in negated:
+        # The one header is the token, which is put right here; what other tokens do is `ignored_auth`'s.
+        excluded.append(negative_data_rejection)
+    case.call_and_validate(base_url=service.url, headers=headers, verify=str(service.ca_file), excluded_checks=excluded)
+
+
+def negated_parts(case: schemathesis.Case[Any]) -> set[ParameterLocation]:
+    """The parts of the request that do not fit the document, on purpose."""
+    parts = case.meta.components.items() if case.meta else ()
+    return {location for location, part in parts if part.mode is schemathesis.GenerationMode.NEGATIVE}
+
+
+def sent(case: schemathesis.Case[Any]) -> set[str]:
+    """The names of the query's and the body's fields."""
+    body = case.body if isinstance(case.body, dict) else {}
+    return {*(case.query or {}), *body}

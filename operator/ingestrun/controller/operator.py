@@ -18,8 +18,10 @@ from kubernetes.aio.client import Configuration
 from ingestrun.controller.http.callers import Callers
 from ingestrun.controller.http.cancellation_check import CancellationCheck
 from ingestrun.controller.http.health import Health
+from ingestrun.controller.http.openapi import OpenApiDocument
 from ingestrun.controller.http.people import PeopleApi
 from ingestrun.controller.http.pool import PoolInbox, PoolRoutes
+from ingestrun.controller.http.rate_limit import Rate
 from ingestrun.controller.http.server import ApiServer
 from ingestrun.controller.http.tls import GivenCertificate, OwnCertificate, ServerCertificate
 from ingestrun.controller.http.tokens import CheckKey
@@ -133,7 +135,8 @@ async def _serve_api(settings: Settings, access: Access, ending: contextlib.Asyn
     connection = await access.connect()
     ending.push_async_callback(connection.close)
     cluster = KubernetesCluster(connection, namespaces=settings.namespace_list or None)
-    callers = Callers(cluster)
+    rate = Rate(per_second=settings.api_rate, burst=5 * settings.api_rate)
+    callers = Callers(cluster, failures=Rate(per_second=rate.per_second / 40, burst=rate.burst // 3))
     key = CheckKey(cluster, namespace=settings.lease_namespace, alone=not access.in_cluster)
     certificate = _certificate(settings, access, cluster)
     check = CancellationCheck(
@@ -145,8 +148,8 @@ async def _serve_api(settings: Settings, access: Access, ending: contextlib.Asyn
         callers=callers,
     )
     pool = PoolRoutes(key, clock=connection.clock.now)
-    people = PeopleApi(cluster, callers, clock=connection.clock.now)
-    server = ApiServer(routes=[check, pool, people], certificate=certificate)
+    people = PeopleApi(cluster, callers, clock=connection.clock.now, rate=rate)
+    server = ApiServer(routes=[check, pool, people, OpenApiDocument()], certificate=certificate)
     ending.push_async_callback(server.close)
     await server.serve(settings.api_port)
     return ServedApi(check, pool)

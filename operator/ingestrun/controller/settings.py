@@ -51,6 +51,11 @@ class Settings(BaseSettings):
     api_tls_dir: Path = Path("/etc/ingestrun/tls")
     """With `api_tls: files` the folder with tls.crt, tls.key and, unless pods know the CA, ca.crt: a Secret as
     cert-manager fills it, mounted."""
+    api_rate: Annotated[int, Field(ge=1, le=10_000)] = 20
+    """Requests a second that one caller may make of the HTTP API for people; at once, five times as many.
+
+    Bad tokens of one address: a fortieth.
+    """
     log_format: LogFormat | None = None
     """Format of the log; unset: `json`, with --dev `console`."""
     log_level: LogLevel = "info"

@@ -49,10 +49,13 @@ class Caller:
 class Callers:
     """Reviews of callers, by the API server."""
 
-    def __init__(self, cluster: Cluster, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, cluster: Cluster, *, failures: Rate = FAILURES, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Ask `cluster`; `failures` bounds the bad tokens of one address."""
         self._cluster = cluster
         self._clock = clock
-        self._failures = RateLimiter(FAILURES, clock=clock)
+        self._failures = RateLimiter(failures, clock=clock)
         self._known: dict[bytes, tuple[float, Caller]] = {}
         self._granted: dict[str, dict[tuple[str, str, str], float]] = {}
 

@@ -26,6 +26,7 @@ from ingestrun.controller.http.canceller import (
     phase_of,
 )
 from ingestrun.controller.http.problems import Problem
+from ingestrun.controller.http.rate_limit import Rate
 from ingestrun.controller.http.requests import (
     MOST_RUNS,
     BulkCancelRequest,
@@ -48,8 +49,9 @@ from ingestrun.model.stillness import last_progress, may_be_stale
 
 logger = structlog.get_logger("ingestrun.http")
 
-NAMESPACE: Final = "/api/v1/namespaces/{namespace}/ingestruns"
-RUN: Final = NAMESPACE + "/{name}"
+NAMESPACE: Final = "/api/v1/namespaces/{namespace}"
+RUNS: Final = NAMESPACE + "/ingestruns"
+RUN: Final = RUNS + "/{name}"
 BY_UID: Final = "/api/v1/ingest-runs/{uid}"
 WAIT_SECONDS: Final = 10.0
 """Time for which a cancel waits for the operator."""
@@ -70,9 +72,11 @@ class PeopleApi(RouteTable):
         callers: Callers,
         *,
         clock: Callable[[], datetime],
+        rate: Rate = RouteTable.rate,
         wait_seconds: float = WAIT_SECONDS,
         uid_seconds: float = UID_SECONDS,
     ) -> None:
+        self.rate = rate
         self._cluster = cluster
         self._callers = callers
         self._canceller = RunCanceller(cluster)
@@ -83,7 +87,7 @@ class PeopleApi(RouteTable):
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the routes; `openapi.json` describes them."""
         get = {
-            NAMESPACE: self._list,
+            RUNS: self._list,
             RUN: self._get,
             BY_UID: self._get_by_uid,
         }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Self, TypeVar
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
 from ingestrun.controller.http.problems import Problem
@@ -21,7 +21,12 @@ _LABEL: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _NAME: Final = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _UID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-Selector = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+Selector = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[ -~]+$")]
+
+
+def _whole(value: object) -> object:
+    """Take 60.0 for 60: in JSON they are the same number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Request(BaseModel):
@@ -66,7 +71,7 @@ class BulkCancelRequest(CancelRequest):
 class CleanUpRequest(CancelRequest):
     """The body of a clean-up: cancel what has made no progress for so long."""
 
-    stale_seconds: Annotated[int, Field(ge=1, le=31_536_000)]
+    stale_seconds: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=31_536_000)]
     label_selector: Selector | None = None
     dry_run: bool = False
 
@@ -79,7 +84,7 @@ class ListQuery(Request):
     phase: Phase | None = None
     label_selector: Selector | None = None
     limit: Annotated[int, Field(ge=1, le=MOST_RUNS)] = 100
-    token: Annotated[str, Field(alias="continue", max_length=8192)] = ""
+    token: Annotated[str, Field(alias="continue", max_length=2048, pattern="^[A-Za-z0-9_=-]*$")] = ""
 
 
 M = TypeVar("M", bound=Request)

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import ClassVar, Final
+from typing import Final
 
 import structlog
 from aiohttp import web
@@ -33,9 +33,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class RouteTable:
     """A part of the API: its routes, and the limits under which they are answered. To be derived from."""
 
-    rate: ClassVar[Rate] = Rate(per_second=20, burst=100)
+    rate: Rate = Rate(per_second=20, burst=100)
     """Requests of one caller; what is beyond is answered with 429."""
-    seconds: ClassVar[float] = 30.0
+    seconds: float = 30.0
     """Time for one request, its body included; what takes longer is answered with 503."""
 
     def routes(self) -> Iterable[web.RouteDef]:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import structlog
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -123,7 +123,7 @@ class OwnCertificate(SharedSecret):
         if data == self._loaded:
             return
         _load(self.context, data[CERTIFICATE], data[KEY])
-        self.ca_pem = data[CA_CERTIFICATE].decode()
+        self.ca_pem = data[CA_CERTIFICATE].decode(errors="replace")
         self._loaded = data
         logger.info("serving with a certificate of the operator's own", until=_until(data[CERTIFICATE]))
 
@@ -247,7 +247,7 @@ class _Authority:
     @classmethod
     def read(cls, data: Data) -> _Authority:
         """Read the one in the Secret. Raises KubeError if it has none, or another than this operator makes."""
-        with suppress(KeyError, ValueError, TypeError):
+        with suppress(KeyError, ValueError, TypeError, UnsupportedAlgorithm):
             key = load_pem_private_key(data[CA_KEY], password=None)
             certificate = x509.load_pem_x509_certificate(data[CA_CERTIFICATE])
             if isinstance(key, ec.EllipticCurvePrivateKey):
@@ -340,7 +340,7 @@ def _in_time(certificate: x509.Certificate, now: datetime, part: float = RENEWED
 def _names_in(certificate: x509.Certificate) -> set[str]:
     try:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
+    except (x509.ExtensionNotFound, ValueError):
         return set()
     return {*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))}
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from tests.fakes.api_document import check_answer
 from tests.fakes.cluster import Call, FakeCluster
 from tests.fakes.world import KEY, manifest
 
@@ -28,7 +29,8 @@ from ingestrun.kube.errors import Conflict, Denied, Expired, Forbidden, KubeErro
 from ingestrun.kube.protocol import RunKey
 
 Answer = tuple[int, dict[str, Any]]
-RUNS = "/api/v1/namespaces/default/ingestruns"
+HERE = "/api/v1/namespaces/default"
+RUNS = f"{HERE}/ingestruns"
 RUN = f"{RUNS}/{KEY.name}"
 NOBODY = "11111111-1111-4111-8111-111111111111"
 ALL = {(verb, "default", "") for verb in ("get", "list", "patch")}
@@ -61,9 +63,7 @@ class Service:
             headers["Content-Type"] = "application/json"
         async with self.session.request(method, self.url + path, headers=headers, **given) as answer:
             found = json.loads(await answer.text())
-            if answer.status >= 400 and not path.endswith("check"):
-                assert answer.content_type == "application/problem+json"
-                assert found["status"] == answer.status
+            check_answer(method, path, answer.status, answer.content_type, found)
             return answer.status, found
 
     def operator_follows(self, *, namespace: str = "default") -> None:
@@ -296,12 +296,12 @@ async def test_nobody_does_what_the_reviews_refuse() -> None:
                 ("GET", RUNS, None),
                 ("GET", RUN, None),
                 ("POST", f"{RUN}/cancel", {}),
-                ("POST", f"{RUNS}/cancel", {"names": [KEY.name]}),
-                ("POST", f"{RUNS}/clean-up", {"staleSeconds": 60}),
+                ("POST", f"{HERE}/cancel", {"names": [KEY.name]}),
+                ("POST", f"{HERE}/clean-up", {"staleSeconds": 60}),
                 ("GET", f"{RUN}/cancellation-check", None),
             ):
                 assert (await service.ask(method, path, body, token=token))[0] == status, (token, path)
-        for path, body in ((f"{RUN}/cancel", {}), (f"{RUNS}/cancel", {"names": [KEY.name]})):
+        for path, body in ((f"{RUN}/cancel", {}), (f"{HERE}/cancel", {"names": [KEY.name]})):
             answered, problem = await service.ask("POST", path, body, token="vera")
             assert answered == 403
             assert 'User "vera" cannot patch resource "ingestruns" in API group "ingestrun.dev"' in problem["detail"]
@@ -314,7 +314,7 @@ async def test_the_right_to_update_is_enough_and_so_is_one_for_this_run() -> Non
         service.cluster.rights["vera"].add(("update", "default", KEY.name))
         assert (await service.ask("POST", f"{RUNS}/other/cancel", token="vera"))[0] == 403
         names = {"names": ["other", KEY.name]}
-        status, body = await service.ask("POST", f"{RUNS}/cancel", names, token="vera")
+        status, body = await service.ask("POST", f"{HERE}/cancel", names, token="vera")
         assert status == 200
         assert [result["status"] for result in body["results"]] == ["forbidden", "cancelled"]
 
@@ -388,7 +388,7 @@ async def test_each_run_of_many_has_a_result() -> None:
         service.operator_follows()
         service.cluster.fail_next("patch", "ingestruns", Unavailable("down"), match=lambda call: call.name == "b")
         status, body = await service.ask(
-            "POST", f"{RUNS}/cancel", {"names": ["a", "b", "done", "gone", "a"], "reason": "r"}
+            "POST", f"{HERE}/cancel", {"names": ["a", "b", "done", "gone", "a"], "reason": "r"}
         )
         assert status == 200
         found = {result["name"]: result["status"] for result in body["results"]}
@@ -403,17 +403,17 @@ async def test_by_labels_or_all_those_that_have_ended_are_left_out() -> None:
         service.cluster.user_patch_status(key("c"), {"phase": "Succeeded"})
         service.operator_follows()
         dry = {"labelSelector": "team=geo", "dryRun": True}
-        _, body = await service.ask("POST", f"{RUNS}/cancel", dry)
+        _, body = await service.ask("POST", f"{HERE}/cancel", dry)
         assert [(r["name"], r["status"]) for r in body["results"]] == [("a", "would-cancel")]
         assert body["message"] == "Would cancel 1 run(s)"
         assert service.cluster.calls("patch") == []
-        _, body = await service.ask("POST", f"{RUNS}/cancel", {"all": True})
+        _, body = await service.ask("POST", f"{HERE}/cancel", {"all": True})
         assert [(r["name"], r["status"]) for r in body["results"]] == [("a", "cancelled"), ("b", "cancelled")]
 
 
 async def test_a_bulk_cancel_is_bounded_and_says_what_is_left() -> None:
     async with serving(*(a_run(f"run-{n:03}") for n in range(MOST_RUNS + 3))) as service:
-        _, body = await service.ask("POST", f"{RUNS}/cancel", {"all": True, "dryRun": True})
+        _, body = await service.ask("POST", f"{HERE}/cancel", {"all": True, "dryRun": True})
         assert (len(body["results"]), body["remaining"]) == (MOST_RUNS, 3)
 
 
@@ -443,12 +443,12 @@ async def test_only_what_stands_still_is_cleaned_up() -> None:
         service.cluster.user_patch_spec(key("suspended"), {"suspend": True})
         service.cluster.user_patch_spec(key("asked"), {"cancel": True})
         service.operator_follows()
-        _, body = await service.ask("POST", f"{RUNS}/clean-up", {"staleSeconds": 600, "dryRun": True})
+        _, body = await service.ask("POST", f"{HERE}/clean-up", {"staleSeconds": 600, "dryRun": True})
         assert {r["name"]: r["status"] for r in body["results"]} == dict.fromkeys(
             ("pending", "running"), "would-cancel"
         )
         assert service.cluster.calls("patch", "ingestruns") == []
-        _, body = await service.ask("POST", f"{RUNS}/clean-up", {"staleSeconds": 600})
+        _, body = await service.ask("POST", f"{HERE}/clean-up", {"staleSeconds": 600})
         assert {r["name"]: r["status"] for r in body["results"]} == dict.fromkeys(("pending", "running"), "cancelled")
         record = service.cluster.run(key("running"))["status"]["cancellation"]
         assert (record["reason"], record["requestedBy"]) == ("no progress for 600 s", "alice")
@@ -465,7 +465,7 @@ async def test_a_run_that_makes_progress_meanwhile_is_left_alone() -> None:
                 service.cluster.user_patch_status(KEY, {"phase": "Running", "lastProgressTime": at(service, 5)})
 
         service.cluster.on_call = goes_on
-        _, body = await service.ask("POST", f"{RUNS}/clean-up", {"staleSeconds": 600})
+        _, body = await service.ask("POST", f"{HERE}/clean-up", {"staleSeconds": 600})
         (result,) = body["results"]
         assert (result["status"], result["message"]) == ("skipped", "left alone: it made progress 5 s ago")
         assert service.cluster.run(KEY)["spec"].get("cancel") is None
@@ -480,7 +480,7 @@ async def test_a_stage_that_began_a_moment_ago_is_progress_and_a_retry_is_none()
             job = {"kind": "Job", "metadata": {"name": name, "namespace": "default", "labels": labels, "uid": name}}
             service.cluster._store("Job", {**job, "status": {"startTime": at(service, 30)}}, "ADDED")
         service.operator_follows()
-        _, body = await service.ask("POST", f"{RUNS}/clean-up", {"staleSeconds": 600})
+        _, body = await service.ask("POST", f"{HERE}/clean-up", {"staleSeconds": 600})
         assert {r["name"]: r["status"] for r in body["results"]} == {"begins": "skipped", "retries": "cancelled"}
 
 
@@ -500,11 +500,11 @@ async def test_a_stage_that_began_a_moment_ago_is_progress_and_a_retry_is_none()
         ("POST", f"{RUN}/cancel", {"reason": "x" * 513}, 422, "reason"),
         ("POST", f"{RUN}/cancel?force=1", {}, 422, "force"),
         ("POST", f"{RUN}/cancel", b'{"reason": "' + b"x" * 70_000 + b'"}', 413, "too large"),
-        ("POST", f"{RUNS}/cancel", {}, 422, "one of names, labelSelector and all"),
-        ("POST", f"{RUNS}/cancel", {"all": True, "names": ["a"]}, 422, "one of names, labelSelector and all"),
-        ("POST", f"{RUNS}/cancel", {"names": ["../a"]}, 422, "name of no run"),
-        ("POST", f"{RUNS}/clean-up", {}, 422, "staleSeconds"),
-        ("POST", f"{RUNS}/clean-up", {"staleSeconds": 0}, 422, "staleSeconds"),
+        ("POST", f"{HERE}/cancel", {}, 422, "one of names, labelSelector and all"),
+        ("POST", f"{HERE}/cancel", {"all": True, "names": ["a"]}, 422, "one of names, labelSelector and all"),
+        ("POST", f"{HERE}/cancel", {"names": ["../a"]}, 422, "name of no run"),
+        ("POST", f"{HERE}/clean-up", {}, 422, "staleSeconds"),
+        ("POST", f"{HERE}/clean-up", {"staleSeconds": 0}, 422, "staleSeconds"),
         ("GET", f"{RUNS}?phase=Paused", None, 422, "phase"),
         ("GET", f"{RUNS}?limit=0", None, 422, "limit"),
         ("GET", f"{RUNS}?labels=a", None, 422, "labels"),

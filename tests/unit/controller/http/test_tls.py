@@ -18,7 +18,7 @@ from cryptography import x509
 from tests.fakes.cluster import Call, FakeCluster
 
 from ingestrun.controller import main
-from ingestrun.controller.http import tls
+from ingestrun.controller.http import shared_secret, tls
 from ingestrun.controller.http.server import ApiServer, RouteTable
 from ingestrun.controller.http.tls import CA_CERTIFICATE, CERTIFICATE, KEY, GivenCertificate, OwnCertificate, names_for
 from ingestrun.kube.errors import Conflict, Forbidden, KubeError
@@ -255,6 +255,18 @@ def renewed(cluster: FakeCluster) -> dict[str, str]:
     authority = tls._Authority.read({k: stored(cluster, k) for k in (CA_CERTIFICATE, tls.CA_KEY)})
     content = authority.content(names_for(URL), datetime.now(UTC))
     return {field: base64.b64encode(value).decode() for field, value in content.items()}
+
+
+async def test_what_another_replica_has_stored_is_served_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_secret, "REFRESH_SECONDS", 0.05)
+    cluster = a_cluster()
+    replica = Replica(cluster)
+    async with serving(replica.own) as port:
+        cluster.user_apply_secret(tls.SECRET_NAME, **renewed(cluster))
+        began = time.monotonic()
+        while (await Client.connect(port, replica.own.ca_pem)).serial != served(cluster).serial_number:
+            assert time.monotonic() - began < 10
+            await asyncio.sleep(0.02)
 
 
 async def test_a_client_with_another_ca_or_another_name_does_not_connect() -> None:
