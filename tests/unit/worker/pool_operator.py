@@ -182,6 +182,8 @@ class PoolOperator:
     def _claim(self, worker: str, request: ClaimRequest) -> ClaimAnswer:
         for report in request.reports:
             self._take_report(worker, report)
+        if worker in self.leaving and request.leaving is None:
+            self._refuse(422, f"{worker} claims after it has said that it leaves")
         until = time.monotonic() + request.wait_seconds
         while True:
             if self.cancelled is not None:
@@ -190,8 +192,8 @@ class PoolOperator:
                 self.leaving[worker] = request.leaving
                 self._give_back(worker)
                 return ClaimAnswer(exit="goodbye")
-            if worker in self.leaving:
-                self._refuse(422, f"{worker} claims after it has said that it leaves")
+            if worker in self.leaving:  # this request was held back, and nobody waits for its answer any more
+                return ClaimAnswer(exit="goodbye")
             held = next((number for number, batch in self.batches.items() if batch.holder == worker), None)
             if held is None:
                 held = next((n for n, batch in sorted(self.batches.items()) if self._free(batch)), None)

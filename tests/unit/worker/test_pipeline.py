@@ -254,6 +254,9 @@ def test_an_attempt_that_dies_at_a_step_of_its_commit(
         in_one(bench, mixed, Course(arm))
     assert next(calls) > 0
     monkeypatch.undo()
+    # No batch is ever seen without its quarantine.
+    assert (bench.workspace / "rejects-1").exists() or not (bench.workspace / FILE).exists()
+    assert (bench.workspace / "rejects-1").exists() == (step == "link")
     with suppress(FileNotFoundError):
         (bench.workspace / "rejects-1").rename(bench.workspace / "of-the-first-attempt")
     result = in_one(bench, mixed, attempt=1)

@@ -269,23 +269,31 @@ def test_an_operator_that_goes_away_and_comes_back(pool: Pool) -> None:
     assert len(events(log, "worker starts")) == 1
 
 
+def first_lines(process: subprocess.Popen[str], number: int) -> list[dict[str, Any]]:
+    """The log's first lines, as soon as they are there."""
+    assert process.stdout is not None
+    return [json.loads(process.stdout.readline()) for _ in range(number)]
+
+
 def test_an_operator_that_was_not_there_at_the_start(pool: Pool) -> None:
     pool.served.stop()
     process = pool.start()
-    time.sleep(0.7)
+    first = first_lines(process, 2)
+    assert [line["event"] for line in first] == ["worker starts", "the operator gives no answer, asking again"]
     pool.served.start()
     code, log = end_of(process)
     assert code == 0
-    assert len(events(log, "the operator gives no answer, asking again")) == 1
+    assert events(log, "the operator gives no answer, asking again") == []
     pool.assert_complete()
 
 
 def test_without_a_long_poll_the_check_is_asked_once_a_second(pool: Pool) -> None:
     pool.operator.long_poll = False
     pool.before_page = lambda _offset: time.sleep(0.25)
+    began = time.monotonic()
     assert pool.run()[0] == 0
     pool.assert_complete()
-    assert 1 <= pool.operator.checks <= 4
+    assert 1 <= pool.operator.checks <= 2 + time.monotonic() - began
 
 
 # --- kills
@@ -522,7 +530,7 @@ def test_a_cancel_reaches_a_worker_that_waits_for_work(pools: Callable[..., Pool
     process = pool.start()
     _wait_for(lambda: pool.operator.kinds() == ["claim"])
     pool.operator.cancel()
-    assert end_of(process, 10)[0] == 0
+    assert end_of(process, 30)[0] == 0
 
 
 # --- SIGTERM
@@ -540,7 +548,7 @@ def test_sigterm_while_a_page_is_read(pool: Pool) -> None:
     process = pool.start()
     assert reached.wait(30)
     process.terminate()
-    code, _ = end_of(process, 20)
+    code, _ = end_of(process, 30)
     hang.set()
     assert code == 143
     assert [report.outcome for report in pool.operator.reports()] == ["done", "stopped"]
@@ -557,7 +565,7 @@ def test_sigterm_while_there_is_no_answer_about_the_permission(pool: Pool) -> No
     process = pool.start()
     _wait_for(lambda: pool.operator.kinds().count("publish") >= 3)
     process.terminate()
-    assert end_of(process, 20)[0] == 143
+    assert end_of(process, 30)[0] == 143
     assert [report.outcome for report in pool.operator.reports()] == ["stopped"]
     pool.assert_nothing_published()
 
@@ -584,7 +592,7 @@ def test_sigterm_without_an_operator_ends_soon(pool: Pool) -> None:
     process = pool.start()
     assert reached.wait(30)
     process.terminate()
-    assert end_of(process, 10)[0] == 143
+    assert end_of(process, 30)[0] == 143
     pool.assert_nothing_published()
 
 
@@ -594,7 +602,7 @@ def test_sigterm_while_waiting_for_work(pools: Callable[..., Pool]) -> None:
     process = pool.start()
     _wait_for(lambda: pool.operator.kinds() == ["claim"])
     process.terminate()
-    assert end_of(process, 10)[0] == 143
+    assert end_of(process, 30)[0] == 143
     assert pool.operator.leaving == {"worker-0-0": "stopped by SIGTERM"}
 
 
@@ -606,7 +614,7 @@ def test_sigterm_while_waiting_for_more_work(pools: Callable[..., Pool]) -> None
     process = pool.start(partitions=2, config_0=json.dumps(source))
     _wait_for(lambda: pool.operator.batches[0].done)
     process.terminate()
-    assert end_of(process, 10)[0] == 143
+    assert end_of(process, 30)[0] == 143
     assert pool.operator.violations == []
     assert pool.operator.leaving == {"worker-0-0": "stopped by SIGTERM"}
 
@@ -670,7 +678,7 @@ def test_too_many_rejected_rows_are_kept_and_nothing_is_published(pool: Pool) ->
 
 def test_a_stage_that_takes_longer_than_its_deadline(pool: Pool) -> None:
     """The batch fails, and the worker goes on."""
-    pool.stages[0]["deadlineSeconds"] = 1
+    pool.stages[0]["deadlineSeconds"] = 3
     hang = threading.Event()
     slow = iter([True])
 
@@ -684,17 +692,17 @@ def test_a_stage_that_takes_longer_than_its_deadline(pool: Pool) -> None:
     assert code == 0
     (failed,) = pool.operator.reports("failed")
     assert (failed.batch, failed.stage, failed.reason) == (1, "fetch", "DeadlineExceeded")
-    assert failed.message == "took longer than its deadline of 1 s"
+    assert failed.message == "took longer than its deadline of 3 s"
     assert len(events(log, "worker starts")) == 1
     pool.assert_complete()
 
 
 def test_the_time_that_the_operator_needs_counts_for_no_deadline(pool: Pool) -> None:
     for stage in pool.stages:
-        stage["deadlineSeconds"] = 1
+        stage["deadlineSeconds"] = 3
     late = iter([True])
     pool.operator.way = lambda ask: (
-        Way(before=lambda: time.sleep(1.5)) if ask.kind == "publish" and next(late, False) else Way()
+        Way(before=lambda: time.sleep(4)) if ask.kind == "publish" and next(late, False) else Way()
     )
     assert pool.run()[0] == 0
     assert pool.operator.reports("failed") == []
@@ -717,13 +725,13 @@ main()
 
 
 def test_a_stage_that_can_not_be_interrupted_ends_the_worker(pool: Pool) -> None:
-    pool.stages[1]["deadlineSeconds"] = 1
+    pool.stages[1]["deadlineSeconds"] = 2
     code, log = pool.run(0, 0, "-c", DEAF)
     assert code == 1
     (failed,) = pool.operator.reports()
     assert (failed.outcome, failed.stage, failed.reason) == ("failed", "hook check", "DeadlineExceeded")
     assert pool.operator.leaving == {"worker-0-0": "hook check hangs"}
-    assert "took longer than its deadline of 1 s" in pool.message()
+    assert "took longer than its deadline of 2 s" in pool.message()
     assert events(log, "stage hangs, the worker ends")[0]["hook"] == "check"
     assert pool.ids() == []
     assert pool.run(0, 1)[0] == 0
@@ -816,9 +824,9 @@ def test_another_server_gets_no_token(pool: Pool, tmp_path: Path) -> None:
     pool.served = Served(pool.operator, context)
     for authorities in (other.read_text(), ""):
         process = pool.start(pool_ca=authorities)
-        first = [json.loads(process.stdout.readline()) for _ in range(2)] if process.stdout else []
+        first = first_lines(process, 2)
         process.terminate()
-        assert end_of(process, 20)[0] == 143
+        assert end_of(process, 30)[0] == 143
         assert "CERTIFICATE_VERIFY_FAILED" in events(first, "the operator gives no answer, asking again")[0]["why"]
     assert pool.operator.asks == []
 
