@@ -47,6 +47,13 @@ class _Holder:
     """Its last word about the attempt."""
     fetched: Fetched | None
     """The result of the fetch of the attempt, which goes on."""
+    permitted: bool
+    """It has permission to publish."""
+
+    @property
+    def may_have_published(self) -> bool:
+        """Tell whether it may have published the batch. One that reports another end than `done` has not."""
+        return self.permitted and (self.report is None or self.report.outcome is ReportOutcome.DONE)
 
 
 def pool_batch_states(
@@ -94,23 +101,32 @@ def release(status: IngestRunStatus, states: Sequence[BatchState]) -> IngestRunS
 
 
 def _holders(run: IngestRun, workers: Sequence[Attempt], requests: Sequence[WorkerRequest]) -> Mapping[int, _Holder]:
-    jobs = {attempt.job.batch: attempt for attempt in workers}
+    jobs, permitted = (
+        {attempt.job.batch: attempt for attempt in workers},
+        run.status.batches.publishing or IndexRanges(),
+    )
     by_worker: dict[int, list[WorkerRequest]] = {}
     for request in requests:
         by_worker.setdefault(request.worker, []).append(request)
     return {
-        entry.batch: _holder(entry, jobs.get(entry.worker), by_worker.get(entry.worker, ()))
+        entry.batch: _holder(
+            entry, jobs.get(entry.worker), by_worker.get(entry.worker, ()), permitted=entry.batch in permitted
+        )
         for entry in run.status.workers or ()
         if entry.batch is not None
     }
 
 
-def _holder(entry: WorkerStatus, job: Attempt | None, requests: Sequence[WorkerRequest]) -> _Holder:
+def _holder(entry: WorkerStatus, job: Attempt | None, requests: Sequence[WorkerRequest], *, permitted: bool) -> _Holder:
     held = (entry.batch or 0, entry.batch_attempt or 0)
     reports = [report for request in requests for report in request.reports if (report.batch, report.attempt) == held]
     fetched = [found for request in requests if (found := request.fetched_of(*held)) is not None]
     return _Holder(
-        entry=entry, job=job, report=reports[-1] if reports else None, fetched=fetched[-1] if fetched else None
+        entry=entry,
+        job=job,
+        report=reports[-1] if reports else None,
+        fetched=fetched[-1] if fetched else None,
+        permitted=permitted,
     )
 
 
@@ -238,6 +254,7 @@ def _after_failure(
         disruptions=used.disruptions or None,
         memory_limit=limit,
         not_before=context.now + decision.delay if decision.delay else None,
+        may_have_landed=kept.may_have_landed or holder.may_have_published or None,
     )
     following = _waiting(replace(context, checkpoint=checkpoint), index)
     return replace(
