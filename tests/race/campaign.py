@@ -38,6 +38,8 @@ WAVE_SECONDS: Final = 600
 SWEEP_SECONDS: Final = 65
 """An ended run is listed live once more a minute after its end; the last wave is watched until after that."""
 
+POOL: Final = "Pool"
+JOB_PER_STAGE: Final = "JobPerStage"
 HABITS: Final = Habits(die=0.08, fail=0.06, freeze=0.2, repeat=0.1, straggle=0.1, delay=0.1, zombie=0.06)
 """What the workers of the pools do to the promises; see `Habits`."""
 
@@ -73,7 +75,8 @@ class Tally:
     moments: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     policies: Counter[str] = field(default_factory=Counter)
-    latencies: list[float] = field(default_factory=list)
+    latencies: dict[str, list[float]] = field(default_factory=lambda: {POOL: [], JOB_PER_STAGE: []})
+    """By the way in which batches are run."""
     audit_lines: int = 0
     relists: int = 0
     violations: list[Violation] = field(default_factory=list)
@@ -101,14 +104,10 @@ class Tally:
             self.not_published += len(indexes(last.get("notPublished", "")))
         latency = latency_ms(run)
         if latency is not None:
-            self.latencies.append(latency)
+            self.latencies[POOL if run.pooled else JOB_PER_STAGE].append(latency)
 
     def lines(self) -> list[str]:
         """The summary."""
-        ordered = sorted(self.latencies)
-
-        def at(share: float) -> str:
-            return f"{ordered[min(len(ordered) - 1, int(share * len(ordered)))]:.0f}" if ordered else "-"
 
         def table(title: str, counts: Counter[str]) -> list[str]:
             return [title, *(f"  {number:>6}  {what}" for what, number in counts.most_common())]
@@ -129,13 +128,20 @@ class Tally:
             f"pools: claims told {self.told['claim']}, permissions told {self.told['permission']}, batches committed "
             f"{self.commits - self.repeated_commits}, again by a retry after a worker's death {self.repeated_commits}",
             f"workers' mishaps: {', '.join(f'{n} {what}' for what, n in sorted(self.mishaps.items()))}",
-            f"cancel answered to Cancelled stored, operator kills included: p50 {at(0.5)} ms, p90 {at(0.9)} ms, "
-            f"p99 {at(0.99)} ms, max {at(1)} ms",
+            "cancel answered to Cancelled stored, operator kills included:",
+            *(f"  {mode}: {_percentiles(seconds)}" for mode, seconds in self.latencies.items() if seconds),
             *table("where they were when they became Cancelled:", self.states),
             *table("when the cancel was sent:", self.moments),
             f"audit entries judged {self.audit_lines}; watches that were begun by a list {self.relists}",
             f"violations {len(self.violations)}",
         ]
+
+
+def _percentiles(milliseconds: list[float]) -> str:
+    ordered = sorted(milliseconds)
+    marks = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    places = {mark: min(len(ordered) - 1, int(share * len(ordered))) for mark, share in marks.items()}
+    return ", ".join(f"{mark} {ordered[place]:.0f} ms" for mark, place in places.items())
 
 
 class Campaign:
@@ -279,7 +285,7 @@ class Campaign:
             tally.violations += found
             tally.jobs_after += sum(1 for violation in found if violation.rule == "job-after-end")
             tally.add(run)
-            tally.modes[f"{'pool' if plan.pooled else 'JobPerStage'} {plan.mode}"] += 1
+            tally.modes[f"{POOL if plan.pooled else JOB_PER_STAGE} {plan.mode}"] += 1
             tally.moments[plan.cancel.moment.value] += 1
             tally.policies[plan.cancel.policy or "unset"] += 1
             tally.repeated += bool(plan.cancel.repeats)

@@ -66,6 +66,8 @@ class Checkpoint(KubeModel):
     """The memory limit of its next attempt in bytes, if it is not the spec's."""
     not_before: Time | None = None
     """In a pool: the end of the backoff before its next attempt."""
+    may_have_landed: bool | None = None
+    """In a pool: True if a worker had permission to publish it, and has ended without a word about it."""
 
 
 class BatchesStatus(KubeModel):

@@ -49,6 +49,13 @@ class _Holder:
     """The result of the fetch of the attempt, which goes on."""
     orphaned: bool
     """True if its pod has not ended, although its Job is gone: it may still publish what it has permission for."""
+    permitted: bool
+    """It has permission to publish."""
+
+    @property
+    def may_have_published(self) -> bool:
+        """Tell whether it may have published the batch. One that reports another end than `done` has not."""
+        return self.permitted and (self.report is None or self.report.outcome is ReportOutcome.DONE)
 
 
 def pool_batch_states(
@@ -107,18 +114,25 @@ def _holders(
     run: IngestRun, workers: Sequence[Attempt], requests: Sequence[WorkerRequest], orphaned: Collection[int]
 ) -> Mapping[int, _Holder]:
     jobs = {attempt.job.batch: attempt for attempt in workers}
+    permitted = run.status.batches.publishing or IndexRanges()
     by_worker: dict[int, list[WorkerRequest]] = {}
     for request in requests:
         by_worker.setdefault(request.worker, []).append(request)
     return {
-        entry.batch: _holder(entry, jobs.get(entry.worker), by_worker.get(entry.worker, ()), orphaned)
+        entry.batch: _holder(
+            entry,
+            jobs.get(entry.worker),
+            by_worker.get(entry.worker, ()),
+            orphaned=entry.worker in orphaned,
+            permitted=entry.batch in permitted,
+        )
         for entry in run.status.workers or ()
         if entry.batch is not None
     }
 
 
 def _holder(
-    entry: WorkerStatus, job: Attempt | None, requests: Sequence[WorkerRequest], orphaned: Collection[int]
+    entry: WorkerStatus, job: Attempt | None, requests: Sequence[WorkerRequest], *, orphaned: bool, permitted: bool
 ) -> _Holder:
     held = (entry.batch or 0, entry.batch_attempt or 0)
     reports = [report for request in requests for report in request.reports if (report.batch, report.attempt) == held]
@@ -128,7 +142,8 @@ def _holder(
         job=job,
         report=reports[-1] if reports else None,
         fetched=fetched[-1] if fetched else None,
-        orphaned=entry.worker in orphaned,
+        orphaned=orphaned,
+        permitted=permitted,
     )
 
 
@@ -258,6 +273,7 @@ def _after_failure(
         disruptions=used.disruptions or None,
         memory_limit=limit,
         not_before=context.now + decision.delay if decision.delay else None,
+        may_have_landed=kept.may_have_landed or holder.may_have_published or None,
     )
     following = _waiting(replace(context, checkpoint=checkpoint), index)
     return replace(

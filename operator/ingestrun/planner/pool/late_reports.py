@@ -52,10 +52,12 @@ def _with_report(status: IngestRunStatus, worker: int, report: Report) -> Ingest
 
 
 def unreported(status: IngestRunStatus) -> IndexRanges:
-    """Return the batches that had permission to publish, and of which no worker has told what became of them."""
+    """Return the batches of which an attempt had permission to publish, and of which nobody knows whether it has."""
     held = IndexRanges(entry.batch for entry in status.workers or () if entry.batch is not None)
     publishing = status.batches.publishing or IndexRanges()
-    return publishing - (publishing - held)
+    earlier = IndexRanges(checkpoint.batch for checkpoint in status.batches.checkpoints if checkpoint.may_have_landed)
+    told = status.after_end.published if status.after_end is not None else IndexRanges()
+    return (publishing - (publishing - held) | earlier) - told
 
 
 def answers_after_end(phase: Phase | None, requests: Iterable[WorkerRequest]) -> Mapping[WorkerRequest, Answer]:
