@@ -208,6 +208,17 @@ def test_an_operator_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatc
     )
 
 
+def test_a_user_who_may_not_watch_is_told_that_the_cancel_is_stored() -> None:
+    class Unwatched(FakeApi):
+        def runs(self, *_: Any, **__: Any) -> Any:
+            raise ServerError({"reason": "Forbidden", "message": "cannot list"}, 403)
+
+    code, out, err = call(cancel, Unwatched(run_body(), operator=False), "flights", "--json")
+    assert (code, err) == (ExitCode.OK, "Error from server (Forbidden): cannot list\n")
+    assert (json.loads(out)["status"], json.loads(out)["cancelled_runs"]) == ("requested", [])
+    assert call(cancel, Unwatched(run_body(), operator=False), "flights", "--wait")[0] is ExitCode.FORBIDDEN
+
+
 def test_waiting_for_the_drain_tells_what_became_of_the_batches() -> None:
     body = run_body(
         phase="Cancelled",

@@ -17,6 +17,7 @@ from ingestrun.cli.output import Output, table
 from ingestrun.cli.progress import PaceMeter, average_pace, change_line, share_done, status_text, time_left
 from ingestrun.cli.resuming import next_name
 from ingestrun.cli.runs import Run
+from ingestrun.cli.session import Session
 
 BATCHES = {"published": "0-9", "failed": "10", "claimed": "0-12", "active": 2}
 RUNNING = run_body(
@@ -516,3 +517,18 @@ def test_completions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert complete(["cancel", "--reason", ""]) == [":4"]
     assert complete(["nonsense", ""]) == [":4"]
     assert asked == [["cancel"], ["resume"]]
+
+
+def test_completed_names_are_those_that_make_sense_and_are_not_there_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = FakeApi(RUNNING, run_body("flights-2"), CANCELLED)
+    given: list[Any] = []
+
+    def connect(session: Session) -> FakeApi:
+        given.append((session.options.namespace, session.options.context))
+        return api
+
+    monkeypatch.setattr(Session, "api", property(connect))
+    words = ["cancel", "--namespace=geo", "flights-2", "--context", "kind", "f"]
+    assert completion.completions(words) == ["flights", ":4"]
+    assert completion.completions(["resume", ""]) == ["geo", ":4"]
+    assert given[0] == ("geo", "kind")

@@ -65,8 +65,9 @@ def credential(**status: str) -> dict[str, Any]:
 
 def test_the_first_file_of_several_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = stored(tmp_path / "a", document("one", current="two"))
-    second = stored(tmp_path / "b", {**document("two"), "current-context": "one"})
-    monkeypatch.setenv("KUBECONFIG", os.pathsep.join([str(tmp_path / "missing"), str(first), str(second)]))
+    second = stored(tmp_path / "b", document("two", current="one"))
+    third = stored(tmp_path / "c", document("two", user={"token": "of the third"}))
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join([str(tmp_path / "missing"), str(first), str(second), str(third)]))
     access = load_access()
     assert (access.config.cluster["server"], access.config.user["token"]) == ("https://two:6443", "token of two")
     assert access.namespace == "two-runs"

@@ -24,6 +24,10 @@ def pod(batch: int, stage: str, step: int, attempt: int = 0, phase: str = "Runni
     return {"metadata": meta, "status": {"phase": phase}}
 
 
+def _is_pending(pod: Json) -> bool:
+    return bool(pod["status"]["phase"] == "Pending")
+
+
 class LogApi(FakeApi):
     """With pods, each of which has said its name."""
 
@@ -37,7 +41,7 @@ class LogApi(FakeApi):
 
     def log(self, namespace: str, pod: str, **params: str) -> Iterator[bytes]:
         self.asked.append(params)
-        if "lost" in pod:
+        if "lost" in pod or any(it["metadata"]["name"] == pod and _is_pending(it) for it in self.pod_list):
             raise ServerError({"reason": "BadRequest", "message": f"{pod} is waiting to start"}, 400)
         yield b"this is " + pod.encode()
         yield b"\x1b[2Jand more"

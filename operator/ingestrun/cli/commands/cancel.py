@@ -276,8 +276,25 @@ class Canceller:
     def wait(self, targets: Iterable[Target]) -> None:
         """Wait until the operator has applied the cancels, and as long as --wait asks for."""
         sent = [target for target in targets if target.outcome is None]
-        if not sent:
+        try:
+            late = self._late(sent) if sent else set()
+        except CliError as error:
+            # The cancels are stored, whatever this user may see of them: without the right to watch, say.
+            self._session.output.complain(str(error))
+            code = error.code if self._options.wait else ExitCode.OK
+            for target in sent:
+                target.outcome = replace(self._outcome(target), code=code)
             return
+        for target in sent:
+            if self._options.wait and late & {target.key, *target.family}:
+                target.outcome = replace(
+                    self._outcome(target),
+                    code=ExitCode.TIMED_OUT,
+                    complaint=f"error: timed out waiting for the condition on ingestruns/{target.key.name}",
+                )
+
+    def _late(self, sent: list[Target]) -> set[RunKey]:
+        """Wait, read the runs as they are then, and return those that are not as far as they should be."""
         options = self._options
         patience = options.timeout.total_seconds() if options.wait else SETTLE_SECONDS
         deadline = time.monotonic() + patience
@@ -290,12 +307,7 @@ class Canceller:
             late |= follower.until(keys | below, lambda run: run.drained, deadline=deadline)
         for target in sent:
             target.after = follower.runs.get(target.key, target.after)
-            if options.wait and late & {target.key, *target.family}:
-                target.outcome = replace(
-                    self._outcome(target),
-                    code=ExitCode.TIMED_OUT,
-                    complaint=f"error: timed out waiting for the condition on ingestruns/{target.key.name}",
-                )
+        return late
 
     def _follow(self, sent: list[Target]) -> Follower:
         by_name = f"metadata.name={sent[0].key.name}" if len(sent) == 1 else None
