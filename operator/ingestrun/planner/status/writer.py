@@ -6,7 +6,7 @@ maximum can exceed the object's budget; then the least needed parts are cut (`fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -77,13 +77,22 @@ def status_patch(run: IngestRun, status: IngestRunStatus) -> dict[str, Any]:
     if before == after:
         return {}
     if not run.unreadable:
-        return after
-    patch = {key: value for key, value in after.items() if before.get(key) != value}
+        return _with_removals(before, after)
+    patch = {key: value for key, value in _with_removals(before, after).items() if before.get(key) != value}
     if "conditions" in patch:
         stored = {condition["type"]: condition for condition in run.stored_status.get("conditions") or ()}
         for condition in patch["conditions"]:
             stored[condition["type"]] = {**stored.get(condition["type"], {}), **condition}
         patch["conditions"] = list(stored.values())
+    return patch
+
+
+def _with_removals(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `after` as a merge patch of `before`: what is not there any more is null in it."""
+    patch: dict[str, Any] = {key: None for key in before if key not in after}
+    for key, value in after.items():
+        stored = before.get(key)
+        patch[key] = _with_removals(stored, value) if isinstance(stored, dict) and isinstance(value, dict) else value
     return patch
 
 
