@@ -131,7 +131,9 @@ class FilesReader:
         now = listed_file(file.name, self._fs.info(self._root + file.name))
         if now != file:
             size = (
-                f"it had {file.size} bytes, and has now {now.size}" if now.size != file.size else "with as many bytes"
+                f"it had {pluralize(file.size, 'byte')}, and has now {now.size}"
+                if now.size != file.size
+                else "with as many bytes"
             )
             raise SourceChangedError(
                 f"{file.name} has changed since the run began ({size}): "

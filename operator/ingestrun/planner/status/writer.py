@@ -79,8 +79,8 @@ def status_patch(run: IngestRun, status: IngestRunStatus) -> dict[str, Any]:
     if before == after:
         return {}
     if not run.unreadable:
-        return _with_nulls(before, after)
-    patch = {key: value for key, value in after.items() if before.get(key) != value}
+        return _with_removals(before, after)
+    patch = {key: value for key, value in _with_removals(before, after).items() if before.get(key) != value}
     if "conditions" in patch:
         stored = {condition["type"]: condition for condition in run.stored_status.get("conditions") or ()}
         for condition in patch["conditions"]:
@@ -89,15 +89,12 @@ def status_patch(run: IngestRun, status: IngestRunStatus) -> dict[str, Any]:
     return patch
 
 
-def _with_nulls(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the new value as a merge patch: what is not in it any more is null, because a patch leaves the rest."""
-    patch = dict(after)
-    for key, old in before.items():
-        new = after.get(key)
-        if new is None:
-            patch[key] = None
-        elif isinstance(old, dict) and isinstance(new, dict):
-            patch[key] = _with_nulls(old, new)
+def _with_removals(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `after` as a merge patch of `before`: what is not there any more is null in it."""
+    patch: dict[str, Any] = {key: None for key in before if key not in after}
+    for key, value in after.items():
+        stored = before.get(key)
+        patch[key] = _with_removals(stored, value) if isinstance(stored, dict) and isinstance(value, dict) else value
     return patch
 
 
