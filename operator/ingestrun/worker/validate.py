@@ -70,7 +70,7 @@ class ValidateLink:
     def _verify_account(self, written: int) -> None:
         total = self._source.rows
         if self.read != total or self.read != written + self.rejected:
-            raise AssertionError(f"{total} rows came in, {self.read} read, {written} kept, {self.rejected} rejected")
+            raise AssertionError(f"rows in: {total}, read: {self.read}, kept: {written}, rejected: {self.rejected}")
         most = self._rules.max_rejected
         if most is not None and self.rejected > most:
             self._quarantine.keep()
