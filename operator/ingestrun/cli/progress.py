@@ -175,12 +175,11 @@ def _failure(failure: Mapping[str, Any], now: datetime) -> list[str]:
 def change_line(run: Run, now: datetime) -> str:
     """Return the run's progress in one line, for an output that is no terminal."""
     share = share_done(run)
-    batches, rows = "batch" if run.progress == "1" else "batches", run.records("published")
     parts = [
         f"{run.status.get('lastProgressTime') or run.meta['creationTimestamp']}",
         f"{run.phase}",
-        f"{run.progress} {batches}{f' ({share:.0%})' if share is not None else ''}",
-        f"{count(rows)} {'row' if rows == 1 else 'rows'}",
+        f"batches {run.progress}{f' ({share:.0%})' if share is not None else ''}",
+        f"rows {count(run.records('published'))}",
         run.reason,
     ]
     return "   ".join(part for part in parts if part)
