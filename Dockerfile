@@ -13,7 +13,7 @@ RUN ["python3", "/install.py", "prepare"]
 FROM builder AS operator-packages
 COPY requirements/operator.lock /lock
 COPY build/wheels/operator /wheels
-RUN ["python3", "/install.py", "packages", "--check", "kopf,kubernetes.aio.client,pydantic_settings,structlog"]
+RUN ["python3", "/install.py", "packages", "--check", "cryptography.x509,kopf,kubernetes.aio.client,pydantic_settings,structlog"]
 
 FROM operator-packages AS operator-app
 COPY build/wheels/ingestrun /own

@@ -62,7 +62,7 @@ test-e2e: $(VENV)/.installed ## Tests of the deployed operator and the real imag
 	@eval "$$($(DEVCLUSTER) env)" && set -a && . build/images.env && set +a && $(BIN)/pytest tests/e2e
 
 test-docs: $(VENV)/.installed ## What README and docs show, applied and run, and the output compared
-	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest tests/docs
+	@eval "$$($(DEVCLUSTER) env)" && set -a && . build/images.env && set +a && $(BIN)/pytest tests/docs
 
 clean: ## Remove what was built here; the caches and the cluster stay
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)

@@ -75,9 +75,8 @@ def test_pool(
         operator.stop()
         tail.close()
     calls = after - before
-    say(
-        f"\n{runs} runs of {workers} workers, {total} batches of {BATCH_SECONDS} s; load average {os.getloadavg()[0]:.1f}"
-    )
+    load = os.getloadavg()[0]
+    say(f"\n{runs} runs of {workers} workers, {total} batches of {BATCH_SECONDS} s; load average {load:.1f}")
     say(
         f"pool: {busy / seconds:.0f} batches/s; operator {used / busy:.4f} s CPU per batch, {memory} MiB; "
         f"calls per batch: {writes(calls) / busy:.3f} writes, {reads(calls) / busy:.3f} reads; "

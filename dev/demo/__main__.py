@@ -16,7 +16,9 @@ from dev.demo.status import ENDED, ROWS, Status
 
 NAMESPACE = "ingest-demo"
 SYSTEM = "ingestrun-system"
-RUN, CANCELLED_RUN = "flights", "flights-cancelled"
+RUN = "flights"
+CANCELLED_RUNS = {"flights-cancelled": "in a pool of workers", "flights-cancelled-jobs": "with a Job for each stage"}
+"""The runs that are cancelled half-way, and how each runs its batches."""
 BATCHES = 7
 CANCEL_AT = 3
 """The number of published batches at which the second run is cancelled."""
@@ -48,16 +50,16 @@ def story(console: Console) -> bool:
     ingest(console)
     begin_check(console, RUN)
     findings = [show_check(console, RUN)]
-    cancelled = cancel_half_way(console)
-    findings.append(show_check(console, CANCELLED_RUN))
-    findings.append(judge(console, cancelled))
+    for name in CANCELLED_RUNS:
+        cancelled = cancel_half_way(console, name)
+        findings += [show_check(console, name), judge(console, cancelled)]
     console.section("What to try next")
     if console.cluster != "current":
         console.say('  eval "$(python3 dev/cluster env)"        # kubectl for this cluster, in your shell')
     suspend = '{"spec":{"suspend":true}}'
     console.say(
         f"  kubectl -n {NAMESPACE} get ir -o wide   # `ir` is short for ingestruns\n"
-        f"  kubectl -n {NAMESPACE} describe ir {CANCELLED_RUN}\n"
+        f"  kubectl -n {NAMESPACE} describe ir {next(iter(CANCELLED_RUNS))}\n"
         f"  kubectl -n {NAMESPACE} delete ir --all; kubectl apply -f dev/demo/runs/{RUN}.yaml\n"
         f"  kubectl -n {NAMESPACE} patch ir {RUN} --type merge -p '{suspend}'   # true: a pause; null: go on\n"
         "  make test                               # lint, types, unit, api and e2e tests\n"
@@ -104,7 +106,7 @@ def clean(console: Console) -> None:
         return
     console.say("An earlier demo's runs and dataset are removed first.")
     in_demo = ["kubectl", "-n", NAMESPACE, "delete", "--ignore-not-found", "--wait=true", "--timeout=120s"]
-    console.try_capture([*in_demo, "ingestruns", RUN, CANCELLED_RUN])
+    console.try_capture([*in_demo, "ingestruns", RUN, *CANCELLED_RUNS])
     console.capture([*in_demo, "jobs", "--all", "--cascade=foreground"])
     console.capture([*in_demo, "pvc", "ingest-data"])
     # One call for all of them, because `delete events --all` makes one call for each, at five a second.
@@ -127,37 +129,34 @@ def ingest(console: Console) -> None:
         raise DemoError(f"the run is {status.phase}, not Succeeded: {status.message}")
     took = time.monotonic() - began
     console.run(["kubectl", "-n", NAMESPACE, "get", "ingestruns"])
-    console.say(f"{ROWS:,} rows in {took:.0f} s: {BATCHES} batches, {BATCHES * 3} Jobs.")
+    workers = console.object("-n", NAMESPACE, "ingestrun", RUN)["status"]["execution"]["started"]
+    console.say(f"{ROWS:,} rows in {took:.0f} s: {BATCHES} batches, by {workers} workers.")
 
 
-def cancel_half_way(console: Console) -> dict[str, Any]:
-    """Cancel the second run half-way, wait until it has drained, and return it."""
-    console.section("The same again, and a cancel half-way")
-    console.run(["kubectl", "apply", "-f", f"dev/demo/runs/{CANCELLED_RUN}.yaml"])
-    status = follow(console, CANCELLED_RUN, until_published=CANCEL_AT)
+def cancel_half_way(console: Console, name: str) -> dict[str, Any]:
+    """Cancel a run half-way, wait until it has drained, and return it."""
+    console.section(f"The same again {CANCELLED_RUNS[name]}, and a cancel half-way")
+    console.run(["kubectl", "apply", "-f", f"dev/demo/runs/{name}.yaml"])
+    status = follow(console, name, until_published=CANCEL_AT)
     if status.phase != "Running":
         raise DemoError(f"the run is {status.phase} before it could be cancelled: {status.message}")
     patch = json.dumps(CANCEL_PATCH, separators=(",", ":"))
-    target = ["-n", NAMESPACE, "patch", "ingestrun", CANCELLED_RUN, "--type", "merge", "-p"]
+    target = ["-n", NAMESPACE, "patch", "ingestrun", name, "--type", "merge", "-p"]
     began = time.monotonic()
     console.run(["kubectl", *target, patch])
-    wait_quietly(console, "--for=jsonpath={.status.phase}=Cancelled", "30s")
+    wait_quietly(console, name, "--for=jsonpath={.status.phase}=Cancelled", "30s")
     console.say(f"Cancelled {time.monotonic() - began:.1f} s after the command was typed:")
     console.run(["kubectl", "-n", NAMESPACE, "get", "ingestruns"])
     console.say("\nSoft: pods that had started may finish. Drained says that the last one has:")
-    console.run(
-        ["kubectl", "-n", NAMESPACE, "wait", f"ingestrun/{CANCELLED_RUN}", "--for=condition=Drained", "--timeout=120s"]
-    )
-    run = console.object("-n", NAMESPACE, "ingestrun", CANCELLED_RUN)
-    begin_check(console, CANCELLED_RUN, "--part", str(Status(run["status"]).files))
+    console.run(["kubectl", "-n", NAMESPACE, "wait", f"ingestrun/{name}", "--for=condition=Drained", "--timeout=120s"])
+    run = console.object("-n", NAMESPACE, "ingestrun", name)
+    begin_check(console, name, "--part", str(Status(run["status"]).files))
     console.say("\n.status.cancellation is the cancel's own record:")
-    console.run(
-        ["kubectl", "-n", NAMESPACE, "get", "ingestrun", CANCELLED_RUN, "-o", "jsonpath-as-json={.status.cancellation}"]
-    )
-    await_events(console)
+    console.run(["kubectl", "-n", NAMESPACE, "get", "ingestrun", name, "-o", "jsonpath-as-json={.status.cancellation}"])
+    await_events(console, name)
     console.say("\nThe run's events:")
     columns = "custom-columns=TIME:.eventTime,TYPE:.type,REASON:.reason,MESSAGE:.message"
-    about = f"involvedObject.name={CANCELLED_RUN}"
+    about = f"involvedObject.name={name}"
     console.run(
         [
             "kubectl",
@@ -172,17 +171,29 @@ def cancel_half_way(console: Console) -> dict[str, Any]:
             columns,
         ]
     )
-    console.say(f'\nThe operator\'s log, "{SKIPPING}":')
+    show_skipped(console, run)
+    return run
+
+
+def show_skipped(console: Console, run: dict[str, Any]) -> None:
+    """Show what was skipped because of the cancel: by the operator and, in a pool, by the workers.
+
+    Raises:
+        DemoError: nothing was.
+    """
+    name, uid = run["metadata"]["name"], run["metadata"]["uid"]
+    console.say(f'\n"{SKIPPING}", in the logs of the operator and of the run\'s pods:')
     console.say(f"$ kubectl -n {SYSTEM} logs deployment/ingestrun-operator | grep '{SKIPPING}'")
+    console.say(f"$ kubectl -n {NAMESPACE} logs -l ingestrun.dev/run={name} --tail=-1 | grep '{SKIPPING}'")
     log = console.capture(["kubectl", "-n", SYSTEM, "logs", "deployment/ingestrun-operator"])
-    uid = run["metadata"]["uid"]
+    selector = ["-l", f"ingestrun.dev/run={name}", "--tail=-1"]
+    log += console.try_capture(["kubectl", "-n", NAMESPACE, "logs", *selector])
     lines = [line for line in log.splitlines() if SKIPPING in line and uid in line]
     console.say("\n".join(lines[:5]))
     if len(lines) > 5:
         console.say(f"... {len(lines)} such lines in all")
     if not lines:
-        raise DemoError(f"the operator's log has no line {SKIPPING!r} for this run")
-    return run
+        raise DemoError(f"no log has a line {SKIPPING!r} for this run")
 
 
 def follow(console: Console, name: str, until_published: int | None = None) -> Status:
@@ -275,7 +286,7 @@ def check_job(name: str, dataset: str, arguments: Sequence[str], *, image: str |
 
 def judge(console: Console, run: dict[str, Any]) -> bool:
     """Check by the API server's audit log that no Job was created after Cancelled."""
-    console.section("No Job was created after Cancelled: what the API server's audit log says")
+    console.section("Nothing was started after Cancelled: what the API server's audit log says")
     log = console.environment.get("INGESTRUN_AUDIT_LOG", "")
     if console.cluster == "current" or not Path(log).exists():
         console.say("There is no audit log of this cluster to show.")
@@ -283,15 +294,16 @@ def judge(console: Console, run: dict[str, Any]) -> bool:
     with Path(log).open() as lines:
         trail = read_trail(lines, run["metadata"]["uid"])
     console.say(timeline(trail))
-    late = trail.created_after
+    late, granted = trail.created_after, trail.granted_after
     created = trail.created
-    return all(
-        [
-            console.verdict(trail.cancelled is not None, "the write of Cancelled is in the log"),
-            console.verdict(bool(created), f"{len(created)} Jobs were created for the run"),
-            console.verdict(not late, f"{len(late)} of them after Cancelled"),
-        ]
-    )
+    findings = [
+        console.verdict(trail.cancelled is not None, "the write of Cancelled is in the log"),
+        console.verdict(bool(created), f"{len(created)} Jobs were created for the run"),
+        console.verdict(not late, f"{len(late)} of them after Cancelled"),
+        console.verdict(bool(trail.grants), f"{len(trail.grants)} writes gave batches, or permission to publish"),
+        console.verdict(not granted, f"{len(granted)} of them after Cancelled"),
+    ]
+    return all(findings)
 
 
 def diagnose(console: Console) -> None:
@@ -309,19 +321,17 @@ def diagnose(console: Console) -> None:
         console.say("\n".join(console.try_capture(command).splitlines()[-40:]))
 
 
-def wait_quietly(console: Console, condition: str, timeout: str) -> None:
-    """Wait for a condition of the cancelled run without showing kubectl's output."""
-    console.capture(
-        ["kubectl", "-n", NAMESPACE, "wait", f"ingestrun/{CANCELLED_RUN}", condition, f"--timeout={timeout}"]
-    )
+def wait_quietly(console: Console, name: str, condition: str, timeout: str) -> None:
+    """Wait for a condition of a run without showing kubectl's output."""
+    console.capture(["kubectl", "-n", NAMESPACE, "wait", f"ingestrun/{name}", condition, f"--timeout={timeout}"])
 
 
-def await_events(console: Console) -> None:
-    """Wait for the Event about skipped batches, which the operator posts last."""
+def await_events(console: Console, name: str) -> None:
+    """Wait for the Event about the end of the drain, which the operator posts among the last."""
     given_up = time.monotonic() + 15
-    about = f"involvedObject.name={CANCELLED_RUN},reason=BatchSkipped"
+    about = f"involvedObject.name={name},reason=Drained"
     while time.monotonic() < given_up:
-        if "BatchSkipped" in console.capture(["kubectl", "-n", NAMESPACE, "get", "events", "--field-selector", about]):
+        if "Drained" in console.capture(["kubectl", "-n", NAMESPACE, "get", "events", "--field-selector", about]):
             return
         time.sleep(0.2)
 

@@ -10,7 +10,7 @@ The demo and the tests read the log by this module; tests/race, whose watches sh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -44,6 +44,15 @@ class Trail:
     """The first write after which the stored run was Cancelled."""
     jobs: list[Call] = field(default_factory=list)
     """The creates of Jobs that carry the run's UID."""
+    grants: list[Call] = field(default_factory=list)
+    """The writes that gave the workers of a pool batches, or permission to publish."""
+
+    @property
+    def granted_after(self) -> list[Call]:
+        """The grants that were answered after Cancelled was stored; there must be none."""
+        if self.cancelled is None:
+            return []
+        return [grant for grant in self.grants if grant.answered > self.cancelled.answered]
 
     @property
     def created_after(self) -> list[Call]:
@@ -84,6 +93,7 @@ def read_trail(lines: Iterable[str], run_uid: str) -> Trail:
                 writes.append(entry)
             if uid == run_uid and trail.requested is None and (stored.get("spec") or {}).get("cancel"):
                 trail.requested = _call(entry, f"{entry['verb']} ingestrun: spec.cancel")
+    trail.grants = [_call(entry, what) for entry, what in grants(writes)]
     at = first_cancelled(writes)
     if at is not None:
         trail.cancelled = _call(writes[at], f"{writes[at]['verb']} ingestrun: status.phase=Cancelled")
@@ -111,6 +121,26 @@ def first_cancelled(writes: Sequence[Entry]) -> int | None:
             )
             return next(same, number)
     return unanswered[0] if unanswered else None
+
+
+def grants(writes: Iterable[Entry]) -> Iterator[tuple[Entry, str]]:
+    """Yield those of a run's writes, in the order of their answers, that gave batches or permissions, and what."""
+    before: Mapping[str, Any] = {}
+    for entry in writes:
+        stored = _stored_object(entry)
+        if not stored:
+            continue
+        batches = (stored.get("status") or {}).get("batches") or {}
+        for field_name, what in (("claimed", "claimed"), ("publishing", "may publish")):
+            more = _indexes(batches.get(field_name, "")) - _indexes(before.get(field_name, ""))
+            if more:
+                yield entry, f"patch ingestrun: {what}: batch {', '.join(map(str, sorted(more)))}"
+        before = batches
+
+
+def _indexes(ranges: str) -> set[int]:
+    pairs = [part.partition("-") for part in ranges.split(",") if part]
+    return {index for first, _, last in pairs for index in range(int(first), int(last or first) + 1)}
 
 
 def stored_creates(creates: Sequence[Entry]) -> list[Entry]:
@@ -149,12 +179,17 @@ def _call(entry: Entry, what: str) -> Call:
     return Call(_answered(entry), _user(entry), what, code_of(entry))
 
 
-def timeline(trail: Trail, jobs: int = 6) -> str:
-    """Format the trail's end: the last Jobs, the request and Cancelled, with times relative to Cancelled."""
+def timeline(trail: Trail, starts: int = 6) -> str:
+    """Format the trail's end: the last starts, the request and Cancelled, with times relative to Cancelled.
+
+    The starts are Jobs or, in a pool, what was granted to its workers.
+    """
     if trail.cancelled is None:
         return "the audit log has no write of status.phase=Cancelled for this run\n"
+    pooled = any("may publish" in grant.what for grant in trail.grants)
     calls = sorted(
-        [*trail.jobs[-jobs:], *filter(None, [trail.requested, trail.cancelled])], key=lambda call: call.answered
+        [*(trail.grants if pooled else trail.jobs)[-starts:], *filter(None, [trail.requested, trail.cancelled])],
+        key=lambda call: call.answered,
     )
     lines = []
     for call in calls:

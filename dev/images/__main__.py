@@ -15,6 +15,7 @@ from dev.cluster.host import Engine, UserError, check, find_engine, run
 from dev.cluster.parts import Cache, content_hash, locked
 from dev.cluster.progress import Progress
 from dev.images import base
+from dev.images.krew import make_archive
 from dev.images.lock import make_locks
 from dev.images.wheels import REQUIREMENTS, ROOT, Wheelhouse, own_sources, tool_python
 
@@ -63,6 +64,7 @@ def main() -> int:
     commands.add_parser("push", help="push the images to the registry that the prefix names")
     lock = commands.add_parser("lock", help="make the lock files anew from pyproject.toml and requirements/*.in")
     lock.add_argument("--upgrade", action="store_true", help="take the newest versions, not those already locked")
+    commands.add_parser("krew", help="make the archive and the manifest of the kubectl plugin in build/krew")
     given = parser.parse_args()
     progress = Progress()
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -72,6 +74,8 @@ def main() -> int:
             make_locks(cache, upgrade=given.upgrade)
         elif given.command == "build":
             build_all(cache, progress, given.base, given.prefix)
+        elif given.command == "krew":
+            make_archive(cache)
         elif given.command == "load":
             load(progress)
         else:

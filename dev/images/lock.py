@@ -29,8 +29,8 @@ def make_locks(cache: Cache, *, upgrade: bool) -> None:
         check(run(command, cwd=ROOT), f"{out} cannot be made: see to the package index, and to pyproject.toml.")
 
     compile_to("requirements/build.lock", "requirements/build.in")
-    compile_to(dev, "pyproject.toml", "--extra", "operator", "--extra", "worker", "--extra", "dev")
-    for name in ("operator", "worker"):
+    compile_to(dev, "pyproject.toml", "--extra", "operator", "--extra", "worker", "--extra", "cli", "--extra", "dev")
+    for name in ("operator", "worker", "cli"):
         compile_to(f"requirements/{name}.lock", "pyproject.toml", "--extra", name, "--constraint", dev)
     for name in ("demo", "demo-data"):
         compile_to(f"requirements/{name}.lock", f"requirements/{name}.in", "--no-deps", "--constraint", dev)

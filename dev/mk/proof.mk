@@ -1,7 +1,7 @@
 # Cancellation on the real API server: the races, and what a cancel costs. docs/proof.md has results.
 export RUNS SEED WAVE MODE LEASE_EVERY ROUNDS BATCHES TAIL PARALLELISM BENCH_RUNS BENCH_PODS
 
-.PHONY: test-cancel-races test-race bench-cancel bench-cancel-many bench-scale bench-long-run bench-throughput bench-pool bench-idle calls
+.PHONY: test-cancel-races test-race bench-cancel bench-cancel-many bench-scale bench-long-run bench-throughput bench-pool bench-idle bench-cli calls
 
 test-cancel-races: $(VENV)/.installed ## Cancels at random moments, the operator killed meanwhile, judged by the audit log: RUNS=2000 SEED=1 MODE=both|pool|jobs
 	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q tests/race/test_cancel_races.py
@@ -32,3 +32,6 @@ bench-pool: $(VENV)/.installed ## Batches/s, CPU, writes and latency of claims, 
 
 bench-idle: $(VENV)/.installed ## Memory with 5,000 suspended runs, and the CPU time of a restart: RUNS=5000
 	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/pytest -q dev/bench/idle.py
+
+bench-cli: $(VENV)/.installed ## From the start of kubectl ingestrun to its answer, at most 0.4 s: ROUNDS=20
+	@eval "$$($(DEVCLUSTER) env)" && $(BIN)/python -m dev.bench.cli_start

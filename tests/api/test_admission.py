@@ -808,6 +808,7 @@ def test_columns(cluster: Cluster, namespace: str) -> None:
         "geo",
         {
             "phase": "Succeeded",
+            "duration": "17m",
             "cursor": "page-4",
             "batches": {"progress": "12/34", "active": 2},
             "records": {"published": 1200, "rejected": 3},
@@ -828,16 +829,17 @@ def test_columns(cluster: Cluster, namespace: str) -> None:
     cells = dict(zip((column["name"] for column in columns), table["rows"][0]["cells"], strict=True))
 
     assert [column["name"] for column in columns if not column["priority"]] == [
-        "Name", "Phase", "Reason", "Batches", "Records", "Age",
+        "Name", "Phase", "Progress", "Published", "Rejected", "Reason", "Duration", "Age",
     ]  # fmt: skip
     del cells["Age"]
     assert cells == {
         "Name": "geo",
         "Phase": "Succeeded",
-        "Reason": "SucceededReason",
-        "Batches": "12/34",
-        "Records": 1200,
+        "Progress": "12/34",
+        "Published": 1200,
         "Rejected": 3,
+        "Reason": "SucceededReason",
+        "Duration": "17m",
         "Active": 2,
         "Cursor": "page-4",
         "Message": "no room",

@@ -1,10 +1,14 @@
-"""The cancellation check of a real operator process in front of a real API server, asked with a real Job's token."""
+"""The cancellation check of a real operator process in front of a real API server, asked with a real Job's token.
+
+By TLS, as deployed, with the certificate that the operator makes; verified by the CA that the Job names.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -20,6 +24,7 @@ from typing import Protocol
 import pytest
 from kubernetes import client
 
+from ingestrun.controller.http import tls
 from ingestrun.controller.http.tokens import SECRET_FIELD, SECRET_NAME
 from tests.api.conftest import Cluster, Json, WaitFor
 from tests.api.operator_process import ROOT, OperatorProcess, api_settings, free_port
@@ -39,12 +44,13 @@ class Start(Protocol):
 def start(cluster: Cluster, crd: Json, namespace: str, wait_for: WaitFor, tmp_path: Path) -> Iterator[Start]:
     """Starts replicas that answer the check, the first leads; gives the base URL of each.
 
-    The Secret of their key, and their lease, are in the test's namespace.
+    The Secrets of their key and of their certificate, and their lease, are in the test's namespace.
     """
     assert crd
-    cluster.core.create_namespaced_secret(
-        namespace, client.V1Secret(metadata=client.V1ObjectMeta(name=SECRET_NAME), type="Opaque")
-    )
+    for name in (SECRET_NAME, tls.SECRET_NAME):
+        cluster.core.create_namespaced_secret(
+            namespace, client.V1Secret(metadata=client.V1ObjectMeta(name=name), type="Opaque")
+        )
     processes: list[OperatorProcess] = []
 
     def make(*, leads: bool = True) -> str:
@@ -54,11 +60,16 @@ def start(cluster: Cluster, crd: Json, namespace: str, wait_for: WaitFor, tmp_pa
             context=cluster.context,
             namespace=namespace,
             log=tmp_path / f"operator-{len(processes)}.log",
-            settings={"INGESTRUN_LEASE_NAMESPACE": namespace, **api_settings(port)},
+            settings={
+                "INGESTRUN_LEASE_NAMESPACE": namespace,
+                **api_settings(port),
+                "INGESTRUN_API_URL": f"https://127.0.0.1:{port}",
+                "INGESTRUN_API_TLS": "own",
+            },
         )
         processes.append(process)
         process.start(elect=True, leads=leads)
-        url = f"http://127.0.0.1:{port}"
+        url = f"https://127.0.0.1:{port}"
         wait_for(lambda: ask(url + "/", "")[0] == 404, 30, "the replica to answer")
         return url
 
@@ -79,16 +90,24 @@ def held_run(cluster: Cluster, namespace: str, name: str, wait_for: WaitFor) -> 
     return wait_for(env, 30, f"the first Job of {name}")
 
 
-def ask(url: str, token: str, timeout: float = 10) -> tuple[int, Json]:
+def stored_ca(cluster: Cluster, namespace: str) -> str:
+    data = cluster.core.read_namespaced_secret(tls.SECRET_NAME, namespace).data or {}
+    return base64.b64decode(data[tls.CA_CERTIFICATE]).decode()
+
+
+def ask(url: str, token: str, timeout: float = 10, ca: str = "") -> tuple[int, Json]:
+    """Ask; the server is verified if a CA is given."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    context = ssl.create_default_context(cadata=ca) if ca else ssl._create_unverified_context()
+    handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    opener = urllib.request.build_opener(*handlers)
     try:
         with opener.open(request, timeout=timeout) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         text = error.read()
         return error.code, json.loads(text) if text.startswith(b"{") else {}
-    except urllib.error.URLError as error:
+    except (urllib.error.URLError, ConnectionError) as error:
         return 0, {"error": str(error)}
 
 
@@ -106,8 +125,11 @@ def test_a_pod_asks_about_its_own_run_and_hears_of_the_cancel(
     url, token = geo["INGEST_CANCELLATION_URL"], geo["INGEST_CANCELLATION_TOKEN"]
     assert url.endswith(f"/api/v1/namespaces/{namespace}/ingestruns/geo/cancellation-check")
 
-    status, body = ask(url, token)
+    ca = geo["INGEST_CANCELLATION_CA"]
+    assert ca == stored_ca(cluster, namespace)
+    status, body = ask(url, token, ca=ca)
     assert (status, body["id"], body["name"]) == (200, geo["INGEST_RUN_UID"], "geo")
+    assert ask(url.replace("https:", "http:"), token)[0] == 0, "there is no plain HTTP beside it"
     assert (body["phase"], body["cancelled"], body["completed"], body["failed"]) == ("Running", False, False, False)
     assert ask(url, other["INGEST_CANCELLATION_TOKEN"])[0] == 403
     assert ask(other["INGEST_CANCELLATION_URL"], token)[0] == 403
@@ -156,7 +178,7 @@ def test_a_standby_answers_too_and_a_new_key_ends_the_old_tokens(
     env = held_run(cluster, namespace, "geo", wait_for)
     path = env["INGEST_CANCELLATION_URL"].removeprefix(first).removeprefix(second)
     for replica in (first, second):
-        assert ask(replica + path, env["INGEST_CANCELLATION_TOKEN"])[0] == 200
+        assert ask(replica + path, env["INGEST_CANCELLATION_TOKEN"], ca=env["INGEST_CANCELLATION_CA"])[0] == 200
     key = stored_key(cluster, namespace)
     assert len(key) == 32
 

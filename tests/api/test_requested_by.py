@@ -296,13 +296,20 @@ def test_cancel_again_after_a_revert_stamps_only_while_it_asks_for_something(
     assert (stamped(run), marked(run)) == ("bob", None), "and the fence is not armed again, for ever"
 
 
-def test_operator_sets_and_removes_the_label_but_no_name(cluster: Cluster, namespace: str, alice: Cluster) -> None:
+def test_operator_sets_and_removes_the_label_and_names_others_with_a_cancel_alone(
+    cluster: Cluster, namespace: str, alice: Cluster
+) -> None:
+    """With a cancel: its HTTP API has authenticated whom it names."""
     operator = as_user(cluster, OPERATOR_USER)
     alice.create_run(namespace, spec(), name="run")
     assert marked(operator.patch_run(namespace, "run", MARKED)) == "true"
     assert marked(operator.patch_run(namespace, "run", UNMARKED)) is None
     assert stamped(operator.patch_run(namespace, "run", FORGED)) is None
-    assert stamped(operator.patch_run(namespace, "run", {"spec": {"cancel": True}, **FORGED})) == OPERATOR_USER
+    assert stamped(operator.patch_run(namespace, "run", {"spec": {"cancel": True}, **FORGED})) == "alice"
+    other = {"metadata": {"annotations": {ANNOTATION: "bob"}}}
+    assert stamped(operator.patch_run(namespace, "run", {"spec": {"cancel": True}, **other})) == "alice"
+    alice.create_run(namespace, spec(), name="other")
+    assert stamped(operator.patch_run(namespace, "other", {"spec": {"cancel": True}})) == OPERATOR_USER
 
 
 def test_refused_cancel_leaves_no_mark(cluster: Cluster, namespace: str, alice: Cluster) -> None:
@@ -352,6 +359,15 @@ def test_without_the_stamp_another_name_is_refused(older: str, bob: Cluster) -> 
     refused(lambda: apply_run(bob, older, "run", {"spec": spec(cancel=True), **FORGED}), sentence)
     refused(lambda: bob.patch_run(older, "run", own), sentence)
     assert stamped(bob.patch_run(older, "run", {"spec": {"cancel": True}, **own})) == "bob"
+
+
+def test_without_the_stamp_the_operator_names_others_with_a_cancel_alone(
+    cluster: Cluster, older: str, alice: Cluster
+) -> None:
+    operator = as_user(cluster, OPERATOR_USER)
+    alice.create_run(older, spec(), name="run")
+    refused(lambda: operator.patch_run(older, "run", FORGED), "by the request that sets spec.cancel")
+    assert stamped(operator.patch_run(older, "run", {"spec": {"cancel": True}, **FORGED})) == "alice"
 
 
 def test_without_the_stamp_the_field_manager_is_named_and_said_to_be_one(

@@ -107,7 +107,7 @@ def test_cursor_chain(cluster: Cluster, namespace: str, operator: OperatorProces
     assert list(run["metadata"].get("annotations", {})) == []
     table = cluster.table(namespace)
     row = dict(zip([c["name"] for c in table["columnDefinitions"]], table["rows"][0]["cells"], strict=True))
-    assert (row["Phase"], row["Reason"], row["Records"]) == ("Succeeded", "Completed", 40)
+    assert (row["Phase"], row["Reason"], row["Published"]) == ("Succeeded", "Completed", 40)
 
 
 def test_partitions_with_retries(

@@ -3,8 +3,9 @@
 `<!-- docs-test: ... -->` above a block is for the test alone, readers don't see it:
 
 - `not run, REASON`: the block is left out; the reason is listed by the test.
-- `dry run`: its `kubectl apply` and `create` change nothing.
-- `first` and commands, in lines of their own: what has to be there for the block, run before it.
+- `dry run`: its `kubectl apply`, `create` and `patch` change nothing.
+- `first` and commands, in lines of their own: what has to be there for the block, run before it. `shell.sh` beside this
+  file has what such scripts share.
 """
 
 from __future__ import annotations

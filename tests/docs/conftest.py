@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,11 @@ from tests.e2e.conftest import kubectl, operator
 __all__ = ["kubectl", "operator"]
 
 KUBECTL: Final = """#!/bin/sh
-case "$DOCS_DRY_RUN $1" in "yes apply" | "yes create") exec {kubectl} "$@" --dry-run=server ;; esac
+case "$DOCS_DRY_RUN $1" in "yes apply" | "yes create" | "yes patch") exec {kubectl} "$@" --dry-run=server ;; esac
 exec {kubectl} "$@"
+"""
+PLUGIN: Final = """#!/bin/sh
+PYTHONPATH={root}/operator exec {python} -m ingestrun.cli "$@"
 """
 
 
@@ -46,6 +50,7 @@ class Shell:
             "KUBECONFIG": str(self.folder / "kubeconfig"),
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "DOCS_DRY_RUN": "yes" if dry_run else "no",
+            "BASH_ENV": str(ROOT / "tests" / "docs" / "shell.sh"),
         }
         return subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
@@ -77,8 +82,13 @@ def shell_for(
         (folder / "kubeconfig").touch(mode=0o600)
         (folder / "kubeconfig").write_text(yaml.safe_dump(config))
         (folder / "bin").mkdir()
-        (folder / "bin" / "kubectl").write_text(KUBECTL.format(kubectl=shutil.which("kubectl")))
-        (folder / "bin" / "kubectl").chmod(0o755)
+        programs = {
+            "kubectl": KUBECTL.format(kubectl=shutil.which("kubectl")),
+            "kubectl-ingestrun": PLUGIN.format(root=ROOT, python=sys.executable),
+        }
+        for name, script in programs.items():
+            (folder / "bin" / name).write_text(script)
+            (folder / "bin" / name).chmod(0o755)
         wait_for(lambda: _gone(kubectl, namespace), seconds=180, what=f"an earlier {namespace} to go")
         kubectl("create", "namespace", namespace)
         made.append(namespace)

@@ -12,11 +12,12 @@ ROWS: Final = 336_776
 
 
 def flights(namespace: str, name: str, **changes: Any) -> Json:
-    """The demo's run, in the tests' namespace, publishing to a folder of its own."""
+    """The demo's run, in the tests' namespace, publishing to a folder of its own; with a Job for each stage."""
     body: Json = yaml.safe_load((ROOT / "dev/demo/runs/flights.yaml").read_text())
     body["metadata"] = {"name": name, "namespace": namespace}
     body["spec"]["source"]["http"]["url"] = f"http://flights.{namespace}/flights"
     body["spec"]["sink"]["parquet"]["path"] = name
+    body["spec"]["execution"] = {"mode": "JobPerStage"}
     body["spec"].update(changes)
     return body
 

@@ -46,8 +46,9 @@ def test_every_row_arrives_once_though_the_operator_is_killed_twice(kubectl: Kub
     said = check_dataset(kubectl, namespace, "killed")
     assert f"{ROWS:,} rows of {ROWS:,}" in said
     columns = kubectl("-n", namespace, "get", "ir", "killed").splitlines()
-    assert columns[0].split() == ["NAME", "PHASE", "REASON", "BATCHES", "RECORDS", "AGE"]
-    assert columns[1].split()[:3] == ["killed", "Succeeded", "Completed"]
+    assert columns[0].split() == ["NAME", "PHASE", "PROGRESS", "PUBLISHED", "REJECTED", "REASON", "DURATION", "AGE"]
+    assert columns[1].split()[:2] == ["killed", "Succeeded"]
+    assert columns[1].split()[3:6] == [str(ROWS), "0", "Completed"]
 
 
 def test_cancel_half_way_starts_nothing_more(kubectl: Kubectl, namespace: str) -> None:

@@ -120,6 +120,10 @@ class FakeCluster(Cluster):
         """Act as the ValidatingAdmissionPolicy does: no Job for a run that is Cancelled and carries the label."""
         self.image_ids: dict[str, str] = {}
         """Image -> the `imageID` that the kubelet tells of a container that starts with it."""
+        self.users: dict[str, Json] = {}
+        """Token -> the user of a TokenReview: `username`, `groups`."""
+        self.rights: dict[str, set[tuple[str, str, str]]] = {}
+        """User name -> what it may do with runs: verb, namespace, and the name of one run or nothing."""
         self.pods_linger = False
         """A running pod whose Job is deleted stays, terminating, until `end_pod`. Off: it goes at once."""
         self.mutate_pod: Callable[[Json], None] | None = None
@@ -152,6 +156,19 @@ class FakeCluster(Cluster):
 
     async def list_runs_in(self, *, namespace: str) -> Sequence[Object]:
         return await self._call("list", "ingestruns", namespace, "", None, lambda: self._select("IngestRun", namespace))
+
+    async def list_run_page(
+        self, *, namespace: str, limit: int, selector: str = "", fields: str = "", token: str = ""
+    ) -> Object:
+        """The token is the name of the last run that was shown."""
+
+        def commit() -> Object:
+            runs = sorted(self._select("IngestRun", namespace, selector), key=lambda run: str(run["metadata"]["name"]))
+            runs = [run for run in runs if run["metadata"]["name"] > token and selectors.phase_fits(run, fields)]
+            more = {"continue": runs[limit - 1]["metadata"]["name"]} if len(runs) > limit else {}
+            return {"items": runs[:limit], "metadata": more}
+
+        return await self._call("list", "ingestruns", namespace, "", None, commit)
 
     async def list_runs_of(self, *, namespace: str, concurrency_key: str) -> Sequence[Object]:
         def commit() -> Sequence[Object]:
@@ -306,13 +323,32 @@ class FakeCluster(Cluster):
 
         return await self._call("update", "secrets", namespace, name, body, commit)
 
-    async def patch_run(self, key: RunKey, *, patch: Object) -> Object:
+    async def patch_run(self, key: RunKey, *, patch: Object, resource_version: str | None = None) -> Object:
         body: Json = shapes.copied(dict(patch))
         assert body.keys() <= {"metadata", "spec"}, "status has its own call"
         assert body.get("metadata", {}).keys() <= {"labels", "annotations"}, body
-        return await self._call(
-            "patch", "ingestruns", key.namespace, key.name, body, lambda: self._change_run(key, body)
-        )
+
+        def commit() -> Object:
+            found = self._find("IngestRun", key.namespace, key.name)["metadata"]["resourceVersion"]
+            if resource_version not in (None, found):
+                raise Conflict(f'Operation cannot be fulfilled on ingestruns.ingestrun.dev "{key.name}": modified')
+            return self._change_run(key, body)
+
+        return await self._call("patch", "ingestruns", key.namespace, key.name, body, commit)
+
+    async def review_token(self, token: str) -> Object:
+        def commit() -> Object:
+            user = self.users.get(token)
+            return {"authenticated": True, "user": user} if user else {"error": "invalid bearer token"}
+
+        return await self._call("create", "tokenreviews", "", "", None, commit)
+
+    async def review_access(self, *, user: Object, verb: str, namespace: str, name: str = "") -> bool:
+        def commit() -> bool:
+            given = self.rights.get(user["username"], set())
+            return bool({(verb, namespace, ""), (verb, namespace, name)} & given)
+
+        return await self._call("create", "subjectaccessreviews", namespace, name, {"verb": verb}, commit)
 
     async def delete_run(self, key: RunKey, *, uid: str, resource_version: str) -> None:
         assert uid, "delete_run needs the UID"

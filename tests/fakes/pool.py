@@ -165,7 +165,9 @@ class PoolWorld(World):
             answer.set_result(answers_after_end(None, [request])[request])
             return
         self.store.memories.recall(uid).requests[request] = answer
-        self.asked[KEY] = "worker"
+        key = self.store.key_of(uid)
+        if key is not None:
+            self.asked[key] = "worker"
 
     def _take(self, worker: SimulatedWorker, asked: Request, answer: Answer) -> None:
         if isinstance(answer, Replaced):
@@ -209,12 +211,12 @@ class PoolWorld(World):
             worker.drop()
             worker.reports = (Report.model_validate(report),)
         elif act is not None:
-            how = {
+            how: dict[str, dict[str, Any]] = {
                 "die": {"exit_code": 1},
                 "oom": {"exit_code": 137, "reason": "OOMKilled"},
                 "evict": {"exit_code": 137, "pod_reason": "NodeLost"},
-            }[act]
-            self.end(worker, **how)
+            }
+            self.end(worker, **how[act])
 
     def _commit(self, worker: SimulatedWorker) -> None:
         claim, fetched = worker.claim, worker.fetched
@@ -267,15 +269,17 @@ class PoolWorld(World):
 
     def grants_after_end(self) -> list[Object]:
         """What must never be: stored statuses of an ended run that have more claims or permissions than before."""
-        found, before = [], None
+        found: list[Object] = []
+        latest: dict[str, Object] = {}
         for change in self.cluster.changes:
             if change.kind != "IngestRun":
                 continue
-            status = change.obj.get("status") or {}
-            if before is not None and status.get("phase") in ("Cancelled", "Failed", "Succeeded"):
+            uid, status = change.obj["metadata"]["uid"], change.obj.get("status") or {}
+            before = latest.get(uid, {})
+            if status.get("phase") in ("Cancelled", "Failed", "Succeeded"):
                 for kind in ("claimed", "publishing"):
                     now, then = (each.get("batches", {}).get(kind, "") for each in (status, before))
                     if now not in ("", then):
                         found.append(change.obj)
-            before = status
+            latest[uid] = status
         return found

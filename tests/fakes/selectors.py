@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 Labels = Mapping[str, str]
 
@@ -46,3 +47,15 @@ def _term(match: re.Match[str]) -> Callable[[Labels], bool]:
     key = match["exists"]
     absent = bool(match["absent"])
     return lambda labels: (key in labels) != absent
+
+
+def phase_fits(run: Mapping[str, Any], fields: str) -> bool:
+    """Whether a run fits a field selector on `status.phase`; raises ValueError for any other."""
+    phase = run.get("status", {}).get("phase", "")
+    for term in filter(None, fields.split(",")):
+        match = re.fullmatch(r"status\.phase(=|!=)(\w*)", term)
+        if match is None:
+            raise ValueError(f"field label not supported: {term}")
+        if (phase == match[2]) != (match[1] == "="):
+            return False
+    return True

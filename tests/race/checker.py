@@ -195,7 +195,13 @@ def the_record_is_right(run: RunHistory) -> Iterator[Finding]:
     expected = {
         "Succeeded": {"Succeeded": "True", "Finished": "True", "Reconciling": "False"},
         "Failed": {"Succeeded": "False", "Finished": "True", "Stalled": "True"},
-        "Cancelled": {"Succeeded": "False", "Finished": "True", "Cancelled": "True", "Reconciling": "True"},
+        "Cancelled": {
+            "Succeeded": "False",
+            "Finished": "True",
+            "Cancelled": "True",
+            "Reconciling": "False",
+            "Stalled": "True",
+        },
     }[end.phase or ""]
     for kind, status in expected.items():
         if end.condition(kind)[0] != status:

@@ -14,7 +14,7 @@ from dev.demo.__main__ import check_job
 from pydantic import ValidationError
 
 from ingestrun import __version__
-from ingestrun.controller.http import tokens
+from ingestrun.controller.http import tls, tokens
 from ingestrun.controller.settings import Settings
 from ingestrun.controller.watch.handlers import registry
 from ingestrun.kube.client import KubernetesCluster
@@ -29,8 +29,9 @@ NAME, NAMESPACE = "ingestrun-operator", "ingestrun-system"
 GROUPS = {"ingestruns": "ingestrun.dev", "jobs": "batch", "pods": ""}
 """Of the resources that kopf watches."""
 CHECK_KEY = "ingestrun-operator-check-key"
+TLS = "ingestrun-operator-tls"
 OWN_SECRET = {("", "secrets", "get"), ("", "secrets", "update")}
-"""In the operator's own namespace, of that one name."""
+"""In the operator's own namespace, of these two names."""
 
 Right = tuple[str, str, str]
 """An API group, a resource, a verb."""
@@ -40,6 +41,9 @@ KEY = RunKey(namespace="n", name="r")
 CALLS: dict[str, Callable[[Cluster], Coroutine[Any, Any, object]]] = {
     "get_run": lambda c: c.get_run(KEY),
     "list_runs": lambda c: c.list_runs(dict),
+    "list_run_page": lambda c: c.list_run_page(namespace="n", limit=1),
+    "review_token": lambda c: c.review_token("t"),
+    "review_access": lambda c: c.review_access(user={}, verb="get", namespace="n"),
     "list_runs_in": lambda c: c.list_runs_in(namespace="n"),
     "list_runs_of": lambda c: c.list_runs_of(namespace="n", concurrency_key="k"),
     "write_status": lambda c: c.write_status(KEY, resource_version="1", status={}),
@@ -135,14 +139,14 @@ async def test_the_cluster_role_is_what_the_calls_need_and_no_more() -> None:
     assert rights(one(BASE, "ClusterRole")) == await used_rights() - OWN_SECRET
 
 
-def test_the_lease_and_one_secret_are_the_only_rights_in_its_own_namespace() -> None:
+def test_the_lease_and_two_secrets_are_the_only_rights_in_its_own_namespace() -> None:
     role = one(BASE, "Role")
     assert role["metadata"]["namespace"] == NAMESPACE
     leases = {("coordination.k8s.io", "leases", verb) for verb in ("create", "get", "update")}
     assert rights(role) == leases | OWN_SECRET
     for rule in role["rules"]:
-        assert rule["verbs"] == ["create"] or rule["resourceNames"] in ([NAME], [CHECK_KEY])
-        assert ("secrets" in rule["resources"]) == (rule.get("resourceNames") == [CHECK_KEY])
+        assert rule["verbs"] == ["create"] or rule["resourceNames"] in ([NAME], [CHECK_KEY, TLS])
+        assert ("secrets" in rule["resources"]) == (rule.get("resourceNames") == [CHECK_KEY, TLS])
 
 
 def test_no_role_has_a_wildcard_other_secrets_or_pods_to_create() -> None:
@@ -242,17 +246,18 @@ def test_the_cancellation_check_is_found_where_the_pods_are_told() -> None:
     ports = {entry["name"]: entry["containerPort"] for entry in container["ports"]}
     assert ports[port["targetPort"]] == Settings.model_fields["api_port"].default
     env = {entry["name"]: entry.get("value") for entry in container["env"]}
-    assert env["INGESTRUN_API_URL"] == f"http://{NAME}.$(INGESTRUN_LEASE_NAMESPACE).svc:{port['port']}"
+    assert env["INGESTRUN_API_URL"] == f"https://{NAME}.$(INGESTRUN_LEASE_NAMESPACE).svc:{port['port']}"
     names = [entry["name"] for entry in container["env"]]
     assert names.index("INGESTRUN_LEASE_NAMESPACE") < names.index("INGESTRUN_API_URL"), "expanded from those before"
 
 
-def test_the_checks_key_comes_without_data() -> None:
+@pytest.mark.parametrize("name", [tokens.SECRET_NAME, tls.SECRET_NAME])
+def test_the_secrets_come_without_data(name: str) -> None:
     """With data every installation would have the same key; and applying the manifests again would put it back."""
-    secret = one(BASE, "Secret", tokens.SECRET_NAME)
+    secret = one(BASE, "Secret", name)
     assert secret["metadata"]["namespace"] == NAMESPACE
     assert not {"data", "stringData", "immutable"} & secret.keys()
-    assert tokens.SECRET_NAME == CHECK_KEY
+    assert name in (CHECK_KEY, TLS)
 
 
 def test_every_manifest_is_part_of_its_kustomization() -> None:

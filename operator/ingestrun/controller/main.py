@@ -49,10 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         settings = Settings()
+        settings = Settings(api_tls=settings.api_tls or ("off" if options.dev else "own"))
     except ValidationError as error:
         for problem in error.errors(include_url=False, include_input=False):
             where = "_".join(str(part) for part in problem["loc"])
-            print(f"ingestrun-operator: INGESTRUN_{where.upper()}: {problem['msg']}", file=sys.stderr)  # noqa: T201
+            named = f"INGESTRUN_{where.upper()}: " if where else ""
+            print(f"ingestrun-operator: {named}{problem['msg']}", file=sys.stderr)  # noqa: T201
         return 2
     logs.configure(fmt=settings.log_format or ("console" if options.dev else "json"), level=settings.log_level)
     in_cluster = not (options.dev or options.kubeconfig or options.context) and SERVICE_ACCOUNT.exists()

@@ -15,10 +15,15 @@ import kopf
 import structlog
 from kubernetes.aio.client import Configuration
 
+from ingestrun.controller.http.callers import Callers
 from ingestrun.controller.http.cancellation_check import CancellationCheck
 from ingestrun.controller.http.health import Health
+from ingestrun.controller.http.openapi import OpenApiDocument
+from ingestrun.controller.http.people import PeopleApi
 from ingestrun.controller.http.pool import PoolInbox, PoolRoutes
+from ingestrun.controller.http.rate_limit import Rate
 from ingestrun.controller.http.server import ApiServer
+from ingestrun.controller.http.tls import GivenCertificate, OwnCertificate, ServerCertificate
 from ingestrun.controller.http.tokens import CheckKey
 from ingestrun.controller.logs import context_of_pass
 from ingestrun.controller.reconcile.reconciler import Reconciler
@@ -129,14 +134,40 @@ async def _serve_api(settings: Settings, access: Access, ending: contextlib.Asyn
         return None
     connection = await access.connect()
     ending.push_async_callback(connection.close)
-    cluster = KubernetesCluster(connection)
+    cluster = KubernetesCluster(connection, namespaces=settings.namespace_list or None)
+    rate = Rate(per_second=settings.api_rate, burst=5 * settings.api_rate)
+    callers = Callers(cluster, failures=Rate(per_second=rate.per_second / 40, burst=rate.burst // 3))
     key = CheckKey(cluster, namespace=settings.lease_namespace, alone=not access.in_cluster)
-    check = CancellationCheck(cluster, key, url=settings.api_url, clock=connection.clock.now)
+    certificate = _certificate(settings, access, cluster)
+    check = CancellationCheck(
+        cluster,
+        key,
+        url=settings.api_url,
+        clock=connection.clock.now,
+        ca=lambda: certificate.ca_pem if certificate else "",
+        callers=callers,
+    )
     pool = PoolRoutes(key, clock=connection.clock.now)
-    server = ApiServer(routes=[check, pool])
+    people = PeopleApi(cluster, callers, clock=connection.clock.now, rate=rate)
+    server = ApiServer(routes=[check, pool, people, OpenApiDocument()], certificate=certificate)
     ending.push_async_callback(server.close)
     await server.serve(settings.api_port)
     return ServedApi(check, pool)
+
+
+def _certificate(settings: Settings, access: Access, cluster: KubernetesCluster) -> ServerCertificate | None:
+    """Return what the API is served with; None: plain HTTP."""
+    if settings.api_tls == "off":
+        return None
+    if settings.api_tls == "files":
+        return GivenCertificate(settings.api_tls_dir)
+    return OwnCertificate(
+        cluster,
+        namespace=settings.lease_namespace,
+        url=settings.api_url,
+        clock=cluster.connection.clock.now,
+        alone=not access.in_cluster,
+    )
 
 
 async def _operate(

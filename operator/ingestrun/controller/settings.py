@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ingestrun import __version__
 from ingestrun.planner.jobs.manifest import POD_USER
 from ingestrun.planner.run.fair_sharing import JobLimits
 
+Tls = Literal["own", "files", "off"]
 LogFormat = Literal["json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -34,9 +36,26 @@ class Settings(BaseSettings):
     health_port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """Port of /healthz and /readyz; 0: none."""
     api_url: Annotated[str, Field(pattern=r"^(https?://[^/?#@\s]+(/[^?#@\s]*)?)?$")] = ""
-    """URL of the cancellation check for pods: http://ingestrun-operator.ingestrun-system.svc:8090; empty: no check."""
+    """URL of the HTTP API for pods: https://ingestrun-operator.ingestrun-system.svc:8090; empty: the API is not served.
+
+    With `api_tls: own` the certificate is for its host.
+    """
     api_port: Annotated[int, Field(ge=0, le=65535)] = 8090
-    """Port of the cancellation check, if `api_url` is set; 0: none."""
+    """Port of the HTTP API, if `api_url` is set; 0: none."""
+    api_tls: Tls | None = None
+    """TLS of the HTTP API; unset: `own`, with --dev `off`.
+
+    `own`: by certificates that the operator makes and rotates. `files`: by those in `api_tls_dir`. `off`: plain HTTP,
+    which shows tokens to whoever sees the network.
+    """
+    api_tls_dir: Path = Path("/etc/ingestrun/tls")
+    """With `api_tls: files` the folder with tls.crt, tls.key and, unless pods know the CA, ca.crt: a Secret as
+    cert-manager fills it, mounted."""
+    api_rate: Annotated[int, Field(ge=1, le=10_000)] = 20
+    """Requests a second that one caller may make of the HTTP API for people; at once, five times as many.
+
+    Bad tokens of one address: a fortieth.
+    """
     log_format: LogFormat | None = None
     """Format of the log; unset: `json`, with --dev `console`."""
     log_level: LogLevel = "info"
@@ -53,6 +72,13 @@ class Settings(BaseSettings):
     """
     resync_seconds: Annotated[int, Field(ge=1, le=86_400)] = 300
     """Interval at which all runs are listed, to find changes that the watches have missed."""
+
+    @model_validator(mode="after")
+    def _url_speaks_tls(self) -> Self:
+        """Refuse a URL by which no pod could reach the server."""
+        if self.api_tls in ("own", "files") and self.api_url.startswith("http://"):
+            raise ValueError("INGESTRUN_API_URL is http://, and the server speaks TLS: make it https://")
+        return self
 
     @property
     def caps(self) -> JobLimits:

@@ -16,6 +16,8 @@ RUNS_API: Final = f"/apis/{GROUP}/{VERSION}"
 JOBS_API: Final = "/apis/batch/v1"
 EVENTS_API: Final = "/apis/events.k8s.io/v1"
 CORE_API: Final = "/api/v1"
+TOKEN_REVIEWS: Final = "/apis/authentication.k8s.io/v1/tokenreviews"  # noqa: S105  (a path)
+ACCESS_REVIEWS: Final = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
 
 MERGE_PATCH: Final = "application/merge-patch+json"
 START_EVENTS: Final = {
@@ -77,6 +79,13 @@ class KubernetesCluster(Cluster):
 
     async def list_runs(self, read: Callable[[Object], T]) -> Sequence[T]:
         return await self._list_watched(RUNS_API, PLURAL, read)
+
+    async def list_run_page(
+        self, *, namespace: str, limit: int, selector: str = "", fields: str = "", token: str = ""
+    ) -> Object:
+        given = {"limit": str(limit), "labelSelector": selector, "fieldSelector": fields, "continue": token}
+        query = [(name, value) for name, value in given.items() if value]
+        return await self.connection.request("GET", _path(RUNS_API, namespace, PLURAL), query=query)
 
     async def list_runs_in(self, *, namespace: str) -> Sequence[Object]:
         return await self._list(_path(RUNS_API, namespace, PLURAL))
@@ -144,8 +153,27 @@ class KubernetesCluster(Cluster):
         path = _path(CORE_API, meta["namespace"], "secrets", meta["name"])
         return await self.connection.request("PUT", path, body=secret)
 
-    async def patch_run(self, key: RunKey, *, patch: Object) -> Object:
+    async def patch_run(self, key: RunKey, *, patch: Object, resource_version: str | None = None) -> Object:
+        if resource_version is not None:
+            patch = {**patch, "metadata": {**patch.get("metadata", {}), "resourceVersion": resource_version}}
         return await self.connection.request("PATCH", _run_path(key), body=patch, content_type=MERGE_PATCH)
+
+    async def review_token(self, token: str) -> Object:
+        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}}
+        return _status(await self.connection.request("POST", TOKEN_REVIEWS, body=body))
+
+    async def review_access(self, *, user: Object, verb: str, namespace: str, name: str = "") -> bool:
+        attributes = {"verb": verb, "group": GROUP, "resource": PLURAL, "namespace": namespace, "name": name}
+        spec = {
+            "user": user.get("username"),
+            "uid": user.get("uid"),
+            "groups": user.get("groups"),
+            "extra": user.get("extra"),
+            "resourceAttributes": attributes,
+        }
+        body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
+        status = _status(await self.connection.request("POST", ACCESS_REVIEWS, body=body))
+        return status.get("allowed") is True and not status.get("denied")
 
     async def delete_run(self, key: RunKey, *, uid: str, resource_version: str) -> None:
         options = _delete_options(uid=uid, resource_version=resource_version)
@@ -229,6 +257,12 @@ def _delete_options(
     if grace_seconds is not None:
         options["gracePeriodSeconds"] = grace_seconds
     return options
+
+
+def _status(review: Object) -> Object:
+    """Return the answer to a review."""
+    status = review.get("status")
+    return status if isinstance(status, dict) else {}
 
 
 def _run_path(key: RunKey) -> str:

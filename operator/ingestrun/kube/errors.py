@@ -58,7 +58,7 @@ class Unavailable(KubeError):
 
 
 class Expired(Unavailable):
-    """410 to a list: its continue token is too old, so the list has to start again. Stays inside this package."""
+    """410 to a list: its continue token is too old, so the list has to start again."""
 
 
 class WebhookUnavailable(Unavailable):

@@ -39,6 +39,14 @@ class Cluster(Protocol):
     async def list_runs_of(self, *, namespace: str, concurrency_key: str) -> Sequence[Object]:
         """List the namespace's runs of that `spec.concurrency.key`, without the Succeeded ones."""
 
+    async def list_run_page(
+        self, *, namespace: str, limit: int, selector: str = "", fields: str = "", token: str = ""
+    ) -> Object:
+        """Return a page of the namespace's runs as the server's list: `items`, and `metadata.continue` if more follow.
+
+        Raises Expired when the token is too old, Invalid when a selector or the token is malformed.
+        """
+
     async def list_runs_in(self, *, namespace: str) -> Sequence[Object]:
         """List all runs of the namespace, in pages."""
 
@@ -84,11 +92,12 @@ class Cluster(Protocol):
     async def delete_jobs(self, *, namespace: str, selector: str) -> None:
         """Delete all Jobs that match the label selector, and their pods, by one call."""
 
-    async def patch_run(self, key: RunKey, *, patch: Object) -> Object:
+    async def patch_run(self, key: RunKey, *, patch: Object, resource_version: str | None = None) -> Object:
         """Merge `patch` into the run's metadata or spec; return the run as stored.
 
-        There is no precondition, so only for changes that are right whatever else has changed. Raises NotFound,
-        Invalid (the CRD's rules refuse it, as after the run's end), Unknown.
+        With `resource_version` if it has not changed since. Without, there is no precondition, so only for changes that
+        are right whatever else has changed. Raises NotFound, Conflict when it has changed, Invalid (the CRD's rules
+        refuse it, as after the run's end), Denied (an admission policy does), Unknown.
         """
 
     async def delete_run(self, key: RunKey, *, uid: str, resource_version: str) -> None:
@@ -123,10 +132,22 @@ class Cluster(Protocol):
         """Post an events.k8s.io/v1 Event."""
 
     async def get_secret(self, *, namespace: str, name: str) -> Object:
-        """Read a Secret. RBAC grants only that of the cancellation check's key. Raises NotFound, Forbidden."""
+        """Read a Secret. RBAC grants the operator's own alone: the check's key, the certificate.
+
+        Raises NotFound, Forbidden.
+        """
 
     async def replace_secret(self, secret: Object) -> Object:
         """Store a Secret over the one that was read, if that has not changed since; return it as stored.
 
         Raises Conflict when it has changed, NotFound when it is gone, Unknown when the answer was lost.
+        """
+
+    async def review_token(self, token: str) -> Object:
+        """Ask whose token it is, by a TokenReview; return its status: `authenticated`, and then the `user`."""
+
+    async def review_access(self, *, user: Object, verb: str, namespace: str, name: str = "") -> bool:
+        """Ask whether a user of a TokenReview may do that with runs of the namespace, by a SubjectAccessReview.
+
+        Without `name`: with all of them.
         """

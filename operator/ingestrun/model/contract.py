@@ -72,6 +72,8 @@ ENV_CANCELLATION_URL: Final = "INGEST_CANCELLATION_URL"
 """The URL that answers whether this run is cancelled (GET, JSON). Unset if the operator offers no check."""
 ENV_CANCELLATION_TOKEN: Final = "INGEST_CANCELLATION_TOKEN"  # noqa: S105  (the variable's name)
 """The bearer token for that URL. It is valid for its run alone, for 30 days and the stage's deadline."""
+ENV_CANCELLATION_CA: Final = "INGEST_CANCELLATION_CA"
+"""The CA, in PEM, by which the server of that URL is verified. Unset: one that the image knows, or plain HTTP."""
 
 CONFIG_MAX_BYTES: Final = MAX_VARIABLE_BYTES - len(f"{ENV_CONFIG}=\0")
 """Most bytes of a configuration: it is one variable."""

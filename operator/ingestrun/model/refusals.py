@@ -10,6 +10,16 @@ from typing import Final
 
 _NOT_CALLED: Final = re.compile(r"failed calling webhook|failed to call webhook")
 """The API server's words for each way in which a call fails: no Service, no endpoint, refused, time-out, x509, 5xx."""
+_SERVER_FAILED: Final = re.compile(
+    r"^Internal error occurred"
+    r"|^etcdserver: "
+    r'|^(?:Post|Get|Put|Patch) "https?://'
+    r"|^Timeout: |^the server (?:is currently unable|was unable|has received too many)"
+    r"|has prevented the request from succeeding"
+    r"|^stream error|^http2: |unexpected EOF$|context deadline exceeded$|^client rate limiter"
+)
+"""Beginnings and ends of what is no refusal: the server has failed, or could not be reached, or was too slow."""
+_STREAM: Final = re.compile(r"stream ID \d+; ")
 _DENIED: Final = re.compile(r"admission webhook \".*denied the request", re.S)
 
 
@@ -21,3 +31,13 @@ def webhook_not_called(message: str) -> bool:
 def quota_exceeded(message: str) -> bool:
     """Tell whether a ResourceQuota has no room for the object."""
     return "exceeded quota" in message
+
+
+def server_failed(message: str) -> bool:
+    """Tell whether the API server, or the way to it, has failed, so that it says nothing about the object."""
+    return _SERVER_FAILED.search(message) is not None
+
+
+def without_stream(message: str) -> str:
+    """Return the sentence without the number of an HTTP/2 stream, which is another each time."""
+    return _STREAM.sub("", message)

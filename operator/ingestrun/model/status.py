@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 from ingestrun.model.base import KubeModel
+from ingestrun.model.phase import Phase as Phase
+from ingestrun.model.phase import is_final as is_final
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.resume import LandedRecords, UnpublishedBatch
 from ingestrun.model.spec import CancellationPolicy, ExecutionMode
-
-
-class Phase(StrEnum):
-    """The phase of a run. The planner derives it anew in each pass; it is stored for people and tools that read it."""
-
-    PENDING = "Pending"
-    RUNNING = "Running"
-    SUSPENDED = "Suspended"
-    SUCCEEDED = "Succeeded"
-    FAILED = "Failed"
-    CANCELLED = "Cancelled"
-
-    @property
-    def ended(self) -> bool:
-        """Tell whether the phase is final."""
-        return self in _ENDED
-
-
-_ENDED: Final = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED})
-
-
-def is_final(phase: object) -> bool:
-    """Tell whether a stored phase is final. One that this version does not know is not, as far as it knows."""
-    return isinstance(phase, str) and phase in _ENDED
 
 
 def _ranges(value: object) -> object:
@@ -287,6 +264,8 @@ class IngestRunStatus(KubeModel):
     retries: list[RetryCount] = []
     start_time: Time | None = None
     completion_time: Time | None = None
+    duration: str | None = None
+    """The time from the start to the end, because a column of `kubectl get` can't compute it."""
     last_progress_time: Time | None = None
     cancellation: CancellationStatus | None = None
     after_end: AfterEndStatus | None = None

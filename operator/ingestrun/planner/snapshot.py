@@ -47,6 +47,8 @@ class Snapshot:
     capacity: Capacity | None = None
     """Room that the operator's limits and the namespace's quota leave for this run; None: no limit."""
 
+    overdue: Collection[int] = ()
+    """The workers that have held one attempt at a batch for longer than all of its stages may take together."""
     requests: Sequence[WorkerRequest] = ()
     """The requests of the pool's workers that wait for an answer, in the order in which they came."""
 
@@ -59,6 +61,15 @@ class Snapshot:
     def workers(self) -> list[Attempt]:
         """Return the Jobs of the pool's workers; `batch` is the worker's number."""
         return [attempt for attempt in self.attempts if attempt.worker]
+
+    @cached_property
+    def orphaned_workers(self) -> frozenset[int]:
+        """Return the workers whose pod has not ended although their Job is gone, as far as a live list shows."""
+        known = {attempt.batch for attempt in self.workers}
+        pods = self.live.pods if self.live is not None else ()
+        return frozenset(
+            pod.worker for pod in pods if pod.worker is not None and pod.worker not in known and not pod.ended
+        )
 
     @cached_property
     def started(self) -> list[Attempt]:
@@ -74,7 +85,9 @@ class Snapshot:
     def batches(self) -> list[BatchState]:
         """Return the state of each batch that is in flight by the stored status."""
         if self.run.spec.pooled:
-            return pool_batch_states(self.run, self.workers, self.requests, now=self.now)
+            return pool_batch_states(
+                self.run, self.workers, self.requests, orphaned=self.orphaned_workers, now=self.now
+            )
         return batch_states(self.run, self.stages, now=self.now)
 
     @cached_property

@@ -11,7 +11,8 @@ The rules, so that all batches of a dataset can be read together:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter, methodcaller
 from typing import Any, Final, NoReturn
 
 import pyarrow as pa
@@ -42,17 +43,24 @@ def table_from_records(records: Sequence[dict[str, Any]]) -> pa.Table:
     Raises:
         PermanentError: a string is no Unicode text (half of a surrogate pair).
     """
-    names: dict[str, None] = {}
+    names: dict[str, None] = dict.fromkeys(records[0]) if records else {}
+    uniform = True
     for record in records:
         if record.keys() != names.keys():
             names.update(dict.fromkeys(record))
-    arrays = [_column(name, [record.get(name) for record in records]) for name in names]
+            uniform = False
+    arrays = [_column(name, list(map(_getter(name, uniform=uniform), records))) for name in names]
     if not arrays:
         return _table_without_columns(len(records))
     try:
         return pa.Table.from_arrays(arrays, names=list(names))
     except UnicodeEncodeError as error:
         raise PermanentError(f"a column's name is no Unicode text: {error.reason}") from None
+
+
+def _getter(name: str, *, uniform: bool) -> Callable[[dict[str, Any]], Any]:
+    # The first is three times as fast, and most sources send all names with every record.
+    return itemgetter(name) if uniform else methodcaller("get", name)
 
 
 def _table_without_columns(rows: int) -> pa.Table:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from ingestrun.model import contract
 from ingestrun.model.contract import Stage
+from ingestrun.model.pool import ENV_POOL_URL
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION
 from ingestrun.worker.errors import PermanentError
 
@@ -41,7 +42,8 @@ class Context:
     input: Path | None
     output: Path | None
     rejects: Path | None
-    workspace: Path
+    workspace: Path | None
+    """The volume that all stages share. A pool may have none; a container of its own always has one."""
     authorization: str | None
 
     def require(self, name: str, value: Path | None) -> Path:
@@ -96,7 +98,7 @@ def read_context(env: Mapping[str, str]) -> Context:
         input=_path(env, contract.ENV_INPUT),
         output=_path(env, contract.ENV_OUTPUT),
         rejects=_path(env, contract.ENV_REJECTS),
-        workspace=Path(env.get(contract.ENV_WORKSPACE) or contract.WORKSPACE_MOUNT),
+        workspace=_workspace(env),
         # A Secret that was made with `echo` ends in a newline.
         authorization=env.get(ENV_HTTP_AUTHORIZATION, "").strip() or None,
     )
@@ -135,6 +137,11 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
     if not re.fullmatch(r"[0-9]+", text) or len(text) > _MAX_DIGITS:
         raise PermanentError(f"{name} is {text[:40]!r}, not a number")
     return int(text)
+
+
+def _workspace(env: Mapping[str, str]) -> Path | None:
+    path = env.get(contract.ENV_WORKSPACE) or (None if env.get(ENV_POOL_URL) else contract.WORKSPACE_MOUNT)
+    return Path(path) if path else None
 
 
 def _path(env: Mapping[str, str], name: str) -> Path | None:

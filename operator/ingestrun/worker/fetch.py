@@ -1,4 +1,4 @@
-"""The fetch stage: reads one batch of the source into the output directory."""
+"""The fetch stage: reads one batch of the source."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from ingestrun.model import contract
 from ingestrun.model.contract import Outcome, StageResult
 from ingestrun.model.text import pluralize
 from ingestrun.model.worker import Source
+from ingestrun.worker.collector import RowCollector
 from ingestrun.worker.context import Context, parse_config
 from ingestrun.worker.errors import PermanentError
 from ingestrun.worker.partition_list import read_partition
 from ingestrun.worker.shutdown import Stop
-from ingestrun.worker.stage_io import OutputWriter, open_output
+from ingestrun.worker.stage_io import DATA_FILE, atomic_directory
 
 
 class BatchReader(Protocol):
@@ -22,7 +23,7 @@ class BatchReader(Protocol):
     source_digest: str | None
     """The digest of the list that all fetches of the run read from; None if there is none."""
 
-    def read(self, limit: int | None, output: OutputWriter) -> str | None:
+    def read(self, limit: int | None, output: RowCollector) -> str | None:
         """Read at most `limit` records into the output.
 
         Returns:
@@ -33,24 +34,33 @@ class BatchReader(Protocol):
         """Return what the next batch's reader has to know beside the cursor."""
 
 
-def fetch(context: Context, stop: Stop) -> StageResult:
-    """Read one batch, or one whole partition.
+class FetchLink:
+    """The first link of the pipeline: reads one batch, or one whole partition, into a collector."""
 
-    Raises:
-        WorkerError: the source or the workspace failed; nothing was handed on.
-    """
-    source = parse_config(Source, context.config, "the source")
-    directory = context.require(contract.ENV_OUTPUT, context.output)
-    limit = None if context.partitions else context.limit
-    stop.set_progress(0, limit)
-    stop.raise_if_stopped()
-    list_digest = None
-    if context.partition_file is not None:
-        partition, list_digest = read_partition(context, context.partition_file)
-        context = replace(context, cursor=partition)
-    reader = _open_reader(source, context, stop)
-    with open_output(directory, stop, limit) as output:
-        cursor = reader.read(limit, output)
+    def __init__(self, context: Context, stop: Stop) -> None:
+        """Open the source; no record is read yet.
+
+        Raises:
+            WorkerError: the configuration, the cursor or the partition is not usable.
+        """
+        source = parse_config(Source, context.config, "the source")
+        self.limit = None if context.partitions else context.limit
+        stop.set_progress(0, self.limit)
+        stop.raise_if_stopped()
+        self._list_digest = None
+        if context.partition_file is not None:
+            partition, self._list_digest = read_partition(context, context.partition_file)
+            context = replace(context, cursor=partition)
+        self._reader = _open_reader(source, context, stop)
+
+    def read(self, output: RowCollector) -> StageResult:
+        """Read the batch.
+
+        Raises:
+            WorkerError: the source failed.
+        """
+        limit = self.limit
+        cursor = self._reader.read(limit, output)
         if limit is not None and output.rows > limit:
             raise AssertionError(f"{pluralize(output.rows, 'record')} read, {limit} allowed")
         if cursor is not None and len(cursor) > contract.CURSOR_MAX_CHARS:
@@ -58,16 +68,37 @@ def fetch(context: Context, stop: Stop) -> StageResult:
                 f"the cursor to go on from has {len(cursor)} characters, at most {contract.CURSOR_MAX_CHARS} "
                 "can be kept: use partitions, or another pagination"
             )
-    return StageResult(
-        v=contract.VERSION,
-        outcome=Outcome.DONE,
-        read=output.rows,
-        written=output.rows,
-        next_cursor=cursor,
-        exhausted=cursor is None,
-        source_digest=list_digest or reader.source_digest,
-        state=reader.state() if cursor is not None else None,
-    )
+        return StageResult(
+            v=contract.VERSION,
+            outcome=Outcome.DONE,
+            read=output.rows,
+            written=output.rows,
+            next_cursor=cursor,
+            exhausted=cursor is None,
+            source_digest=self._list_digest or self._reader.source_digest,
+            state=self._reader.state() if cursor is not None else None,
+        )
+
+
+def fetch(context: Context, stop: Stop) -> StageResult:
+    """Read one batch, or one whole partition, into the output directory.
+
+    Raises:
+        WorkerError: the source or the workspace failed; nothing was handed on.
+    """
+    directory = context.require(contract.ENV_OUTPUT, context.output)
+    link = FetchLink(context, stop)
+    with atomic_directory(directory) as temporary:
+        output = RowCollector(lambda: temporary, stop, link.limit)
+        try:
+            result = link.read(output)
+            output.finish()
+            output.write_to(temporary / DATA_FILE)
+            stop.commit_point()
+        except BaseException:
+            output.abort()
+            raise
+    return result
 
 
 def _open_reader(source: Source, context: Context, stop: Stop) -> BatchReader:

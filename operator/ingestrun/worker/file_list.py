@@ -51,24 +51,24 @@ def fixed_list(
 ) -> tuple[list[ListedFile], str]:
     """Return the run's list of the files of a pattern, and its digest; if there is none yet, make it by `find`.
 
-    Of fetches that begin at once, the first to be ready makes it.
+    Of fetches that begin at once, the first to be ready makes it. Without a workspace each fetch makes it, and the
+    digest shows whether it is still the same.
 
     Raises:
         PermanentError: the key or the list can't be read.
         SourceChangedError: the list is not that of the run, or is gone, and other files are there now.
     """
     uid, _ = parse_key(context.key)
-    name = f"files-{hashlib.sha256(pattern.encode()).hexdigest()[:8]}.jsonl"
-    path = context.workspace / RUNS_DIRECTORY / uid / name
-    shown = path.relative_to(context.workspace)
-    lost = not path.exists()
-    if lost:
+    shown = Path(RUNS_DIRECTORY, uid, f"files-{hashlib.sha256(pattern.encode()).hexdigest()[:8]}.jsonl")
+    path = context.workspace / shown if context.workspace is not None else None
+    lost = path is None or not path.exists()
+    if path is not None and not lost:
+        content = path.read_bytes()
+    else:
         content = "".join(json.dumps(astuple(file)) + "\n" for file in find()).encode()
-        if context.source_digest in (None, _digest(content)):
+        if path is not None and context.source_digest in (None, _digest(content)):
             _keep(path, content)
             content = path.read_bytes()
-    else:
-        content = path.read_bytes()
     digest = _digest(content)
     if context.source_digest not in (None, digest):
         what = (

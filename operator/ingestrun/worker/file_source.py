@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from ingestrun.model.text import pluralize
 from ingestrun.model.worker import FileFormat, FilesSource
+from ingestrun.worker.collector import RowCollector
 from ingestrun.worker.context import PARTITION_PLACEHOLDER, Context
 from ingestrun.worker.errors import PermanentError, SourceChangedError
 from ingestrun.worker.file_formats import FileOffset, reader_for
 from ingestrun.worker.file_list import ListedFile, fixed_list, listed_file
-from ingestrun.worker.stage_io import OutputWriter
 
 _FORMAT_BY_SUFFIX: Final = {
     ".csv": FileFormat.CSV,
@@ -77,7 +77,7 @@ class FilesReader:
         elif context.partitions is not None and not own_glob:
             self._files = self._files[_partition_index(context.cursor, context.partitions) :: context.partitions]
 
-    def read(self, limit: int | None, output: OutputWriter) -> str | None:
+    def read(self, limit: int | None, output: RowCollector) -> str | None:
         """Read a batch, as `fetch.BatchReader`.
 
         Raises:
@@ -104,7 +104,7 @@ class FilesReader:
         """Return nothing, as `fetch.BatchReader`: the cursor says it all."""
 
     def _read_file(
-        self, file: ListedFile, start: FileOffset, limit: int | None, output: OutputWriter
+        self, file: ListedFile, start: FileOffset, limit: int | None, output: RowCollector
     ) -> tuple[bool, FileOffset]:
         read = reader_for(_format(self._source, file.name))
         try:
@@ -131,7 +131,9 @@ class FilesReader:
         now = listed_file(file.name, self._fs.info(self._root + file.name))
         if now != file:
             size = (
-                f"it had {file.size} bytes, and has now {now.size}" if now.size != file.size else "with as many bytes"
+                f"it had {pluralize(file.size, 'byte')}, and has now {now.size}"
+                if now.size != file.size
+                else "with as many bytes"
             )
             raise SourceChangedError(
                 f"{file.name} has changed since the run began ({size}): "
@@ -176,8 +178,13 @@ class FilesReader:
         return index, FileOffset(position.offset, position.row, position.line)
 
 
-def _open_fs(path: str, workspace: Path) -> tuple[Any, str]:
-    url = path if "://" in path or path.startswith("/") else str(workspace / path)
+def _open_fs(path: str, workspace: Path | None) -> tuple[Any, str]:
+    if "://" in path or path.startswith("/"):
+        url = path
+    elif workspace is not None:
+        url = str(workspace / path)
+    else:
+        raise PermanentError(f"{path!r} is in the workspace, and the run has none: use a URI, or give the run one")
     try:
         fs, pattern = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 import httpx
+import pyarrow as pa
 
 from ingestrun.model.text import pluralize
 from ingestrun.model.worker import ENV_HTTP_AUTHORIZATION, HttpSource
+from ingestrun.worker.collector import RowCollector
 from ingestrun.worker.columns import parse_json, table_from_records
 from ingestrun.worker.context import PARTITION_PLACEHOLDER, Context
 from ingestrun.worker.errors import PermanentError, RetryableError, WorkerError
 from ingestrun.worker.page_history import PageHistory, table_digest
 from ingestrun.worker.pagination import Page, Position, is_absent, pager_for, same_origin, value_at
 from ingestrun.worker.shutdown import Stop
-from ingestrun.worker.stage_io import OutputWriter
 
 _OK: Final = 200
 _RETRYABLE_STATUS: Final = frozenset({408, 425, 429})
@@ -58,7 +61,7 @@ class HttpReader:
         self._client = PageClient(source, url, context.authorization, stop)
         self._history = PageHistory(context.state, repeats_allowed=source.allow_repeated_pages)
 
-    def read(self, limit: int | None, output: OutputWriter) -> str | None:
+    def read(self, limit: int | None, output: RowCollector) -> str | None:
         """Read a batch, as `fetch.BatchReader`.
 
         Raises:
@@ -73,9 +76,10 @@ class HttpReader:
                 fresh = page.records[position.taken :]
                 kept = fresh if remaining is None else fresh[:remaining]
                 try:
-                    self._remember(position, page)
+                    table = table_from_records(kept)
+                    self._remember(position, page, table)
                     following = self._pager.next_position(position, page, len(kept))
-                    output.add(table_from_records(kept))
+                    output.add(table)
                 except WorkerError as error:
                     raise type(error)(f"{error} ({without_secrets(self._base)})") from None
                 if following is None:
@@ -88,11 +92,12 @@ class HttpReader:
         """Return the history of the pages so far, as `fetch.BatchReader`."""
         return self._history.state()
 
-    def _remember(self, position: Position, page: Page) -> None:
+    def _remember(self, position: Position, page: Page, kept: pa.Table) -> None:
         if position.taken:
             return  # the batch before has seen this page
         rows = len(page.records)
-        digest = table_digest(table_from_records(page.records)) if rows else ""
+        whole = kept if kept.num_rows == rows else table_from_records(page.records)
+        digest = table_digest(whole) if rows else ""
         self._history.add(self._pager.describe(position), position.place(), rows, digest)
 
 
@@ -115,6 +120,7 @@ class PageClient:
         self._stop = stop
         self._authorization = authorization
         self._client = httpx.Client(
+            verify=_tls_context(),
             timeout=source.timeout_seconds,
             follow_redirects=True,
             max_redirects=_MAX_REDIRECTS,
@@ -201,6 +207,12 @@ class PageClient:
         if status in _RETRYABLE_STATUS or status >= _SERVER_ERROR:
             return RetryableError(text), retry_after(response.headers.get("retry-after"))
         raise PermanentError(text + _HINTS.get(status, ""))
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    """Make the context of all clients, once, because to read the certificates takes longer than many a page."""
+    return httpx.create_ssl_context()
 
 
 def retry_after(value: str | None, now: datetime | None = None) -> float | None:

@@ -32,8 +32,15 @@ def run(env: Mapping[str, str], stop: Stop) -> int:
     """Run the stage, write its result, and return the exit code: 0, 65 if permanent, 143 on SIGTERM, else 1.
 
     The stage of a cancelled run ends with 0 too, so that its Job completes; the outcome in the result is `cancelled`.
+    With the address of a pool in the environment, the container is a worker of it, and runs batch after batch.
     """
     from ingestrun.model import contract
+    from ingestrun.model.pool import ENV_POOL_URL
+
+    if env.get(ENV_POOL_URL):
+        from ingestrun.worker.pool.worker import run_worker
+
+        return run_worker(env, stop)
     from ingestrun.worker.errors import PermanentError, to_worker_error
     from ingestrun.worker.logs import log_event
     from ingestrun.worker.result import cancelled_result, failed_result, write_result

@@ -31,7 +31,10 @@ def read_partition(context: Context, path: Path) -> tuple[str, str]:
     """
     if not context.cursor.isdecimal():
         raise PermanentError(f"{ENV_CURSOR} is {context.cursor[:40]!r}, not the number of a line")
-    shown = str(path.relative_to(context.workspace)) if path.is_relative_to(context.workspace) else str(path)
+    workspace = context.workspace
+    shown = str(path)
+    if workspace is not None and path.is_relative_to(workspace):
+        shown = str(path.relative_to(workspace))
     digest = hashlib.sha256()
     try:
         value = read_line(path, shown, int(context.cursor), context.partitions, digest.update)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -18,6 +19,7 @@ from ingestrun.model.text import pluralize
 from ingestrun.model.worker import Sink
 from ingestrun.worker.context import Context, parse_config, parse_key
 from ingestrun.worker.errors import PermanentError, RetryableError
+from ingestrun.worker.rows import Rows
 from ingestrun.worker.shutdown import Stop
 from ingestrun.worker.stage_io import InputReader, ParquetFileWriter, link_once
 
@@ -28,41 +30,107 @@ TEMPORARY_DIRECTORY: Final = "_tmp"
 _MAX_MANIFEST_CHARS: Final = 256
 
 
-def publish(context: Context, stop: Stop) -> StageResult:
-    """Publish the batch, unless an earlier attempt has published it.
+class ParquetLink:
+    """The last link of the pipeline: one file of the dataset, written and audited, then committed in one step.
 
     A batch without rows publishes no file, because some readers refuse a file without rows.
+    """
+
+    def __init__(self, context: Context) -> None:
+        """Find the file's place.
+
+        Raises:
+            PermanentError: the sink or the key is not usable.
+        """
+        sink = parse_config(Sink, context.config, "the sink").parquet
+        workspace = context.require(contract.ENV_WORKSPACE, context.workspace)
+        self._key = context.key
+        self._target = _dataset_directory(workspace, sink.path) / _file_name(context.key)
+        self._manifest = self._target.relative_to(workspace).as_posix()
+        if len(self._manifest) > _MAX_MANIFEST_CHARS:
+            raise PermanentError(f"the sink's path is too long: {len(self._manifest)} characters with the file's name")
+
+    @property
+    def published(self) -> bool:
+        """True if an attempt has published the batch."""
+        return self._target.exists()
+
+    @contextmanager
+    def prepare(self, source: Rows, stop: Stop) -> Iterator[PendingFile]:
+        """Write the rows and audit them, unless an attempt has published the batch; `PendingFile.commit` publishes.
+
+        Raises:
+            WorkerError: the rows or the workspace failed; nothing is published.
+        """
+        with ExitStack() as stack:
+            temporary = None
+            if source.rows != 0 and not self.published:
+                temporary = stack.enter_context(_temporary_file(self._target))
+                _write(source, temporary, self._key, stop)
+                if source.rows:
+                    _audit(temporary, source.rows, self._key)
+                else:
+                    temporary = None
+            elif source.rows is None:
+                for _ in source.tables():
+                    stop.raise_if_stopped()
+            rows = source.rows or 0
+            stop.set_progress(rows, rows)
+            yield PendingFile(self._target, temporary, rows, self._key, self._manifest)
+
+
+@dataclass(frozen=True)
+class PendingFile:
+    """A batch that is ready to be published; `temporary` is None if there is nothing to do but to verify."""
+
+    target: Path
+    temporary: Path | None
+    rows: int
+    key: str
+    manifest: str
+
+    @property
+    def published(self) -> bool:
+        """True if an earlier attempt has published the batch."""
+        return self.temporary is None and self.rows > 0
+
+    def commit(self) -> StageResult:
+        """Publish.
+
+        Raises:
+            PermanentError: other rows are published under this key.
+            OSError: the workspace failed.
+        """
+        if self.temporary is not None:
+            # Where an earlier attempt that still ran has published, the file is verified below.
+            link_once(self.temporary, self.target)
+        if self.rows or self.target.exists():
+            _verify_published(self.target, self.rows, self.key)
+        _remove_temporary_files(self.target)
+        return StageResult(
+            v=contract.VERSION,
+            outcome=Outcome.DONE,
+            read=self.rows,
+            written=self.rows,
+            manifest=self.manifest if self.rows else None,
+        )
+
+
+def publish(context: Context, stop: Stop) -> StageResult:
+    """Publish the batch from the input directory, unless an earlier attempt has published it.
 
     Raises:
         PermanentError: the sink or the key is not usable, or other rows are published under this key.
         WorkerError: the input or the workspace failed; then nothing is published.
     """
-    sink = parse_config(Sink, context.config, "the sink").parquet
-    target = _dataset_directory(context.workspace, sink.path) / _file_name(context.key)
-    manifest = target.relative_to(context.workspace).as_posix()
-    if not target.exists():  # else the batch is published, also if its run is cancelled by now
+    link = ParquetLink(context)
+    if not link.published:  # else the batch is published, also if its run is cancelled by now
         stop.raise_if_stopped()
     source = InputReader(context.require(contract.ENV_INPUT, context.input))
-    if len(manifest) > _MAX_MANIFEST_CHARS:
-        raise PermanentError(f"the sink's path is too long: {len(manifest)} characters with the file's name")
-    if not target.exists() and source.rows:
-        with _temporary_file(target) as temporary:
-            _write(source, temporary, context.key, stop)
-            _audit(temporary, source.rows, context.key)
-            stop.set_progress(source.rows, source.rows)
+    with link.prepare(source, stop) as pending:
+        if pending.temporary is not None:
             stop.commit_point()
-            # Where an earlier attempt that still ran has published, the file is verified below.
-            link_once(temporary, target)
-    if source.rows or target.exists():
-        _verify_published(target, source.rows, context.key)
-    _remove_temporary_files(target)
-    return StageResult(
-        v=contract.VERSION,
-        outcome=Outcome.DONE,
-        read=source.rows,
-        written=source.rows,
-        manifest=manifest if source.rows else None,
-    )
+        return pending.commit()
 
 
 def _dataset_directory(workspace: Path, path: str) -> Path:
@@ -101,14 +169,17 @@ def _temporary_file(target: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _write(source: InputReader, path: Path, key: str, stop: Stop) -> None:
-    with ParquetFileWriter(path, source.schema, {FOOTER_KEY: key, FOOTER_ROWS: str(source.rows)}) as out:
+def _write(source: Rows, path: Path, key: str, stop: Stop) -> None:
+    with ParquetFileWriter(path, source.schema) as out:
         rows = 0
         for table in source.tables():
             stop.set_progress(rows, source.rows)
             stop.raise_if_stopped()
             out.write(table)
             rows += table.num_rows
+        if rows != source.rows:
+            raise AssertionError(f"{source.rows} rows were to come in, {rows} came")
+        out.add_metadata({FOOTER_KEY: key, FOOTER_ROWS: str(rows)})
 
 
 def _audit(path: Path, rows: int, key: str) -> None:

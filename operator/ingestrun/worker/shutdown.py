@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import signal
+import threading
 from time import sleep
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from ingestrun.model.text import pluralize
 
-if TYPE_CHECKING:
-    from ingestrun.worker.cancellation import CancellationClient
-
 WAIT_SLICE: Final = 2.0
 """Seconds that a wait sleeps between two checks: a source may ask for a minute, and the run be cancelled meanwhile."""
+_INTERRUPT: Final = signal.SIGUSR1
 EXIT_STOPPED: Final = 128 + signal.SIGTERM
 
 
@@ -32,17 +31,30 @@ class Cancelled(BaseException):
         self.rows = rows
 
 
+class CancellationCheck(Protocol):
+    """Knows, or asks, whether the run is cancelled."""
+
+    def stop_reason(self, *, ask_now: bool = False) -> str | None:
+        """Return why the stage has to stop, or None; with `ask_now` the answer is to be fresh."""
+
+
 class Stop:
     """Decides whether the stage has to stop: it holds the state of SIGTERM, and asks whether the run is cancelled.
 
     The signal handler raises, so that neither a slow server nor a wait delays the end of the worker. Python swallows
     an exception that is raised in a destructor or a callback, so `raise_if_stopped` is called between steps as well.
+
+    In a pool a cancel, and what else ends a batch before its time, comes from another thread: it interrupts the main
+    thread by a signal in the same way, but only while a batch is at work.
     """
 
     def __init__(self) -> None:
         self._sigterm_received = False
         self._ignoring_signals = False
-        self._cancellation: CancellationClient | None = None
+        self._interruptible = False
+        self._batch = 0
+        self._interruptions: dict[int, BaseException] = {}
+        self._cancellation: CancellationCheck | None = None
         self._rows_read = 0
         self._rows_total: int | None = None
 
@@ -50,12 +62,51 @@ class Stop:
         """Handle SIGTERM from now on; call it in the main thread."""
         signal.signal(signal.SIGTERM, self._on_signal)
 
+    def install_interrupt(self) -> None:
+        """Handle the signal of `interrupt` from now on; call it in the main thread."""
+        signal.signal(_INTERRUPT, self._on_interrupt)
+
+    @property
+    def sigterm_received(self) -> bool:
+        """True from the SIGTERM on, also if it was ignored when it came."""
+        return self._sigterm_received
+
+    def begin_batch(self) -> int:
+        """Let a batch be interrupted from now on; return the number by which `interrupt` knows it."""
+        self._batch += 1
+        self._interruptions.clear()
+        self._ignoring_signals = False
+        self.set_progress(0, None)
+        self._interruptible = True
+        return self._batch
+
+    def end_interruptions(self) -> None:
+        """Let nothing but SIGTERM interrupt from now on."""
+        self._interruptible = False
+
+    def end_batch(self) -> None:
+        """Heed SIGTERM again. One that was ignored is heeded at the next check."""
+        self._interruptible, self._ignoring_signals = False, False
+
+    def interrupt(self, batch: int | None = None, error: BaseException | None = None) -> None:
+        """End that batch by this error, if it is still at work, or any by a cancel of the run; for other threads."""
+        if batch is not None and error is not None:
+            self._interruptions.setdefault(batch, error)
+        signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
+
+    def _on_interrupt(self, _signum: int, _frame: FrameType | None) -> None:
+        if self._interruptible and not self._ignoring_signals:
+            # Once, because the handlers of the first must not be interrupted by a second.
+            self._interruptible = False
+            self.raise_if_stopped()
+            self._interruptible = True
+
     def _on_signal(self, _signum: int, _frame: FrameType | None) -> None:
         first, self._sigterm_received = not self._sigterm_received, True
         if first and not self._ignoring_signals:
             raise Stopped
 
-    def set_cancellation_client(self, client: CancellationClient | None) -> None:
+    def set_cancellation_client(self, client: CancellationCheck | None) -> None:
         """Ask this client whether the run is cancelled, at each check from now on."""
         self._cancellation = client
 
@@ -71,9 +122,12 @@ class Stop:
         Raises:
             Stopped: SIGTERM came.
             Cancelled: the run is cancelled or deleted.
+            BaseException: the error of `interrupt`.
         """
         if self._sigterm_received:
             raise Stopped
+        if self._batch in self._interruptions:
+            raise self._interruptions[self._batch]
         reason = self._cancellation.stop_reason(ask_now=ask_now) if self._cancellation is not None else None
         if self._sigterm_received:
             raise Stopped

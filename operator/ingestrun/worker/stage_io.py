@@ -1,4 +1,4 @@
-"""Hand-over of rows between stages: a directory of Parquet files, which appears as a whole or not at all."""
+"""Hand-over of rows between containers: a directory of Parquet files, which appears as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from typing import BinaryIO, Final, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ingestrun.worker.columns import InexactCastError, cast_to_schema, common_schema, with_text_column
+from ingestrun.worker.columns import InexactCastError, cast_to_schema, common_schema
 from ingestrun.worker.errors import PermanentError, RetryableError
-from ingestrun.worker.shutdown import Stop
 
 DATA_FILE: Final = "data.parquet"
 ROW_GROUP_ROWS: Final = 65_536
 """Most rows that are held in memory at a time; also the size of a row group."""
-_BUFFER_BYTES: Final = 64 * 2**20
 _NO_HARD_LINKS: Final = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -76,13 +74,15 @@ def atomic_directory(final: Path) -> Iterator[Path]:
 class ParquetFileWriter:
     """Writes a Parquet file whose schema is known from the start; `close` syncs it to disk."""
 
-    def __init__(self, path: Path, schema: pa.Schema, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.schema = schema
         # A file of Python's own, because Arrow's can't be synced.
         self._file: BinaryIO = path.open("wb")
         self._writer = pq.ParquetWriter(self._file, schema, compression="zstd")
-        if metadata:
-            self._writer.add_key_value_metadata(dict(metadata))
+
+    def add_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Add to what the footer says."""
+        self._writer.add_key_value_metadata(dict(metadata))
 
     def write(self, table: pa.Table) -> None:
         """Append one row group."""
@@ -109,120 +109,6 @@ class ParquetFileWriter:
                 part.close()
             except (OSError, ValueError, pa.ArrowException):
                 continue
-
-
-class OutputWriter:
-    """Writes a stage's `data.parquet` from tables whose common schema emerges on the way.
-
-    Small tables are gathered into row groups. When a later table does not fit the schema so far, a new part is begun;
-    at the end the parts are written again under the schema that fits all.
-    """
-
-    def __init__(self, directory: Path, stop: Stop, limit: int | None = None) -> None:
-        self.rows = 0
-        self._limit = limit
-        self._directory = directory
-        self._stop = stop
-        self._schema = pa.schema([])
-        self._buffer: list[pa.Table] = []
-        self._buffer_rows = 0
-        self._buffer_bytes = 0
-        self._part: ParquetFileWriter | None = None
-        self._part_paths: list[Path] = []
-
-    def add(self, table: pa.Table) -> None:
-        """Add rows.
-
-        Raises:
-            PermanentError: the types of a column have no common one.
-        """
-        self.rows += table.num_rows
-        self._stop.set_progress(self.rows, self._limit)
-        self._stop.raise_if_stopped()
-        self._buffer.append(table)
-        self._buffer_rows += table.num_rows
-        self._buffer_bytes += table.nbytes
-        if self._buffer_rows >= ROW_GROUP_ROWS or self._buffer_bytes >= _BUFFER_BYTES:
-            self._flush()
-
-    def finish(self) -> Path:
-        """Write what is buffered and complete `data.parquet`, also if there are no rows."""
-        self._flush()
-        if self._part is None:
-            self._open_part()
-        self._close_part()
-        target = self._directory / DATA_FILE
-        if len(self._part_paths) == 1:
-            self._part_paths[0].rename(target)
-            return target
-        self._merge_parts(target)
-        for path in self._part_paths:
-            path.unlink()
-        return target
-
-    def abort(self) -> None:
-        """Close the open file after an error."""
-        if self._part is not None:
-            self._part.__exit__(Exception)
-
-    def _flush(self) -> None:
-        if not self._buffer:
-            return
-        schema = common_schema([self._schema, *(table.schema for table in self._buffer)])
-        while True:
-            try:
-                table = pa.concat_tables([cast_to_schema(buffered, schema) for buffered in self._buffer])
-                break
-            except InexactCastError as error:
-                schema = with_text_column(schema, error.column)
-        part = self._part
-        if part is None or not schema.equals(self._schema):
-            self._close_part()
-            self._schema = schema
-            part = self._open_part()
-        part.write(table)
-        self._buffer, self._buffer_rows, self._buffer_bytes = [], 0, 0
-
-    def _open_part(self) -> ParquetFileWriter:
-        path = self._directory / f"_part-{len(self._part_paths):05d}"
-        self._part = ParquetFileWriter(path, self._schema)
-        self._part_paths.append(path)
-        return self._part
-
-    def _close_part(self) -> None:
-        if self._part is not None:
-            self._part.close()
-            self._part = None
-
-    def _merge_parts(self, target: Path) -> None:
-        schema = self._schema
-        while True:
-            try:
-                with ParquetFileWriter(target, schema) as merged:
-                    for path in self._part_paths:
-                        for table in _read_tables(path):
-                            self._stop.raise_if_stopped()
-                            merged.write(cast_to_schema(table, schema))
-                return
-            except InexactCastError as error:
-                schema = with_text_column(schema, error.column)
-
-
-@contextmanager
-def open_output(final: Path, stop: Stop, limit: int | None = None) -> Iterator[OutputWriter]:
-    """Yield the writer of a stage's output directory, which appears when the block ends without an exception.
-
-    `limit` is the most rows that there can be, if that is known.
-    """
-    with atomic_directory(final) as directory:
-        output = OutputWriter(directory, stop, limit)
-        try:
-            yield output
-            output.finish()
-            stop.commit_point()
-        except BaseException:
-            output.abort()
-            raise
 
 
 class InputReader:
@@ -261,7 +147,7 @@ class InputReader:
         """
         for path in self._paths:
             try:
-                for table in _read_tables(path):
+                for table in read_tables(path):
                     yield cast_to_schema(table, self.schema)
             except InexactCastError as error:
                 raise PermanentError(
@@ -279,7 +165,14 @@ def _read_metadata(path: Path) -> pq.FileMetaData:
         raise PermanentError(f"{path} is no Parquet file, or not a whole one") from None
 
 
-def _read_tables(path: Path) -> Iterator[pa.Table]:
+def read_tables(path: Path) -> Iterator[pa.Table]:
+    """Yield the rows of a Parquet file, at most `ROW_GROUP_ROWS` at a time."""
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=ROW_GROUP_ROWS):
             yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
+
+
+def slices(table: pa.Table) -> Iterator[pa.Table]:
+    """Yield the rows of a table, at most `ROW_GROUP_ROWS` at a time, without a copy."""
+    for start in range(0, table.num_rows, ROW_GROUP_ROWS):
+        yield table.slice(start, ROW_GROUP_ROWS)

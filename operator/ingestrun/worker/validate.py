@@ -2,78 +2,84 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ingestrun.model import contract
-from ingestrun.model.contract import Outcome, StageResult
 from ingestrun.model.text import pluralize
 from ingestrun.model.worker import ColumnRule, ColumnType, Validate
 from ingestrun.worker import casting
-from ingestrun.worker.context import Context
 from ingestrun.worker.errors import PermanentError
+from ingestrun.worker.quarantine import Quarantine
+from ingestrun.worker.rows import Rows
 from ingestrun.worker.shutdown import Stop
-from ingestrun.worker.stage_io import DATA_FILE, InputReader, ParquetFileWriter, atomic_directory
 
 REASON_COLUMN: Final = "_reason"
 BATCH_COLUMN: Final = "_batch"
 _SEPARATOR: Final = "; "
 
 
-def validate(rules: Validate, context: Context, stop: Stop) -> StageResult:
-    """Split the rows of the stage before into those that keep all rules and those that break one.
+class ValidateLink:
+    """The link that divides the rows that come in into those that keep all rules and those that break one."""
 
-    Raises:
-        PermanentError: a required column is missing from the data, or more rows than `maxRejected` were rejected; then
-            the quarantine is kept, and the output is not.
-        WorkerError: the input or the workspace failed.
-    """
-    stop.raise_if_stopped()
-    source = InputReader(context.require(contract.ENV_INPUT, context.input))
-    output = context.require(contract.ENV_OUTPUT, context.output)
-    rejects = context.require(contract.ENV_REJECTS, context.rejects)
-    checker = RuleChecker(rules, source.schema, empty=not source.rows)
-    read = written = rejected = 0
-    # The files are closed first, then the quarantine gets its name, then the output, which so never appears without it.
-    with atomic_directory(output) as directory, ExitStack() as quarantine:
-        with ExitStack() as files:
-            valid_file = files.enter_context(ParquetFileWriter(directory / DATA_FILE, checker.schema))
-            invalid_file: ParquetFileWriter | None = None
-            for table in source.tables():
-                stop.set_progress(read, source.rows)
-                stop.raise_if_stopped()
-                valid, invalid = checker.split(table)
-                valid_file.write(valid)
-                if invalid.num_rows:
-                    if invalid_file is None:
-                        path = quarantine.enter_context(atomic_directory(rejects)) / DATA_FILE
-                        invalid_file = files.enter_context(ParquetFileWriter(path, checker.quarantine_schema))
-                    batch = pa.array([context.batch] * invalid.num_rows, pa.int64())
-                    invalid_file.write(invalid.append_column(BATCH_COLUMN, batch))
-                read, written, rejected = read + table.num_rows, written + valid.num_rows, rejected + invalid.num_rows
-        stop.set_progress(read, source.rows)
-        if read != source.rows or read != written + rejected:
-            raise AssertionError(
-                f"{pluralize(source.rows, 'row')} came in, {read} read, {written} kept, {rejected} rejected"
-            )
-        if rules.max_rejected is not None and rejected > rules.max_rejected:
-            quarantine.close()
+    def __init__(self, rules: Validate, source: Rows, quarantine: Quarantine, batch: int, stop: Stop) -> None:
+        """Check the rules against the schema; no row is read yet.
+
+        Raises:
+            PermanentError: a required column is missing from the data, or a column has a name of the quarantine's.
+        """
+        self._rules = rules
+        self._source = source
+        self._quarantine = quarantine
+        self._batch = batch
+        self._stop = stop
+        # Of rows that another hook hands on, it is not known yet whether there are any.
+        self._checker = RuleChecker(rules, source.schema, empty=not source.rows)
+        self.schema = self._checker.schema
+        self.rows: int | None = None
+        self.read = 0
+        self.rejected = 0
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yield the rows that keep all rules; the others are in the quarantine then.
+
+        Raises:
+            PermanentError: more rows than `maxRejected` were rejected; then the quarantine is kept.
+            WorkerError: the input or the workspace failed.
+        """
+        written = 0
+        for table in self._source.tables():
+            self._stop.set_progress(self.read, self._source.rows)
+            self._stop.raise_if_stopped()
+            if table.num_rows:
+                self._checker.require_columns()
+            valid, invalid = self._checker.split(table)
+            if invalid.num_rows:
+                batch = pa.array([self._batch] * invalid.num_rows, pa.int64())
+                self._quarantine.add(invalid.append_column(BATCH_COLUMN, batch))
+            self.read += table.num_rows
+            self.rejected += invalid.num_rows
+            written += valid.num_rows
+            yield valid
+        self._stop.set_progress(self.read, self._source.rows)
+        self._verify_account(written)
+        self.rows = written
+
+    def _verify_account(self, written: int) -> None:
+        total = self._source.rows
+        if self.read != total or self.read != written + self.rejected:
+            raise AssertionError(f"{total} rows came in, {self.read} read, {written} kept, {self.rejected} rejected")
+        most = self._rules.max_rejected
+        if most is not None and self.rejected > most:
+            self._quarantine.keep()
             raise PermanentError(
-                f"{rejected} of {pluralize(read, 'row')} broke the rules, maxRejected is {rules.max_rejected}; "
-                f"they are kept in {rejects}, each with its reason",
-                read=read,
-                rejected=rejected,
+                f"{self.rejected} of {pluralize(self.read, 'row')} broke the rules, maxRejected is {most}; "
+                f"they are kept in {self._quarantine.directory}, each with its reason",
+                read=self.read,
+                rejected=self.rejected,
             )
-        stop.commit_point()
-        if not rejected:
-            # An earlier pod of this attempt may have left some, if it found another input.
-            shutil.rmtree(rejects, ignore_errors=True)
-    return StageResult(v=contract.VERSION, outcome=Outcome.DONE, read=read, written=written, rejected=rejected)
 
 
 class RuleChecker:
@@ -87,12 +93,8 @@ class RuleChecker:
         """
         self._input = schema
         self._rules = rules.columns
-        missing = [rule.name for rule in rules.columns if rule.required and rule.name not in schema.names]
-        if missing and not empty:
-            # Every row would be rejected, one by one, although it is the source that is wrong.
-            raise PermanentError(
-                f"the required column {missing[0]!r} is not in the data; it has: {', '.join(schema.names)[:300]}"
-            )
+        if not empty:
+            self.require_columns()
         reserved = {REASON_COLUMN, BATCH_COLUMN} & set(schema.names)
         if reserved:
             raise PermanentError(f"the data has a column {min(reserved)!r}, a name that the quarantine needs")
@@ -101,11 +103,18 @@ class RuleChecker:
         # Every batch has the declared columns, so that all batches have one schema.
         self.schema = pa.schema(fields + [pa.field(name, kind) for name, kind in declared.items()])
 
-    @property
-    def quarantine_schema(self) -> pa.Schema:
-        """The input's columns unchanged, and the reason and the batch."""
-        added = [pa.field(REASON_COLUMN, pa.string()), pa.field(BATCH_COLUMN, pa.int64())]
-        return pa.schema([*self._input, *added])
+    def require_columns(self) -> None:
+        """Check that the columns that every row must have are there at all.
+
+        Raises:
+            PermanentError: one is not. Every row would be rejected, one by one, although it is the source that is
+                wrong.
+        """
+        missing = [rule.name for rule in self._rules if rule.required and rule.name not in self._input.names]
+        if missing:
+            raise PermanentError(
+                f"the required column {missing[0]!r} is not in the data; it has: {', '.join(self._input.names)[:300]}"
+            )
 
     def split(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
         """Return the rows that keep all rules, as the declared types, and the others unchanged, with their reasons."""

@@ -80,6 +80,8 @@ CRD_ALONE: Final[tuple[tuple[str, str], ...]] = (
     ("status.batches.failed", "pattern"),
     ("status.images.*.steps", "pattern"),
     ("status.batches.replay", "pattern"),
+    ("status.batches.publishing", "pattern"),
+    ("status.workers", "maxItems"),
     ("status.afterEnd.published", "pattern"),
     # What is wrong with these is told by the run, in a sentence, rather than by a spec that can't be read.
     ("spec.resumeFrom.savedState.batches.fetched", "pattern"),

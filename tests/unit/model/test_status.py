@@ -119,6 +119,7 @@ STATUSES = made(
     images=st.lists(made(ImagePin, steps=RANGES, image=st.none() | TEXT, digest=st.none() | TEXT), max_size=3),
     start_time=st.none() | TIMES,
     completion_time=st.none() | TIMES,
+    duration=st.none() | TEXT,
     last_progress_time=st.none() | TIMES,
     cancellation=st.none()
     | made(
@@ -322,6 +323,7 @@ def worst_status(
         ],
         start_time=NOW,
         completion_time=NOW,
+        duration="7y364d",
         last_progress_time=NOW,
         cancellation=CancellationStatus(
             reason="r" * 512,

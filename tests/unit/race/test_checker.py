@@ -50,10 +50,11 @@ CANCELLED = {
     "Succeeded": ("False", "Cancelled"),
     "Finished": ("True", "Cancelled"),
     "Cancelled": ("True", "Requested"),
-    "Reconciling": ("True", "Draining"),
+    "Reconciling": ("False", "Finished"),
+    "Stalled": ("True", "Cancelled"),
     "Drained": ("False", "Draining"),
 }
-DRAINED = {**CANCELLED, "Reconciling": ("False", "Finished"), "Drained": ("True", "Drained")}
+DRAINED = {**CANCELLED, "Drained": ("True", "Drained")}
 RECORD = {"reason": "why", "requestedBy": "alice", "acceptedAt": "2026-11-23T04:00:00Z", "activeBatches": 2}
 COUNTED = Counters(claimed="0-2", fetched="0-1", published="0", records=(20, 0, 10), cursor="2")
 

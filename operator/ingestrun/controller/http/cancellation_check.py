@@ -17,13 +17,23 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from ingestrun.controller.http.callers import Callers
 from ingestrun.controller.http.pool import POOL_PATH
+from ingestrun.controller.http.problems import Problem
 from ingestrun.controller.http.rate_limit import Rate
 from ingestrun.controller.http.server import RouteTable
-from ingestrun.controller.http.tokens import CheckKey, ForeignTokenError, TokenError, issue, issue_for_worker, verify
-from ingestrun.controller.state.cache import cancelled_with_cascade, parents_of
+from ingestrun.controller.http.tokens import (
+    CheckKey,
+    ForeignTokenError,
+    TokenError,
+    is_token_of_check,
+    issue,
+    issue_for_worker,
+    verify,
+)
 from ingestrun.kube.errors import KubeError, NotFound
 from ingestrun.kube.protocol import Cluster, Object, RunKey
+from ingestrun.model.lineage import cancelled_with_cascade, parents_of
 from ingestrun.model.run import IngestRun, cancel_requested, has_ended
 from ingestrun.model.status import Phase
 from ingestrun.planner.actions import CreateJob
@@ -58,12 +68,21 @@ class CancellationCheck(RouteTable):
         *,
         url: str,
         clock: Callable[[], datetime],
+        ca: Callable[[], str | None] = lambda: "",
+        callers: Callers | None = None,
         cache_seconds: float = CACHE_SECONDS,
     ) -> None:
+        """Prepare the table; pods are told of no check while the key or `ca` is None.
+
+        `ca` is the PEM of the CA that verifies the server; empty: one that pods know; None: not known yet.
+        `callers` are people, who may ask by a token of the cluster if they may read the run.
+        """
         self._cluster = cluster
         self._key = key
         self._url = url.rstrip("/")
         self._clock = clock
+        self._ca = ca
+        self._callers = callers
         self._cache_seconds = cache_seconds
         self._looks: dict[tuple[RunKey, str], asyncio.Task[Object]] = {}
         self._waiting: dict[RunKey, set[asyncio.Event]] = {}
@@ -71,8 +90,12 @@ class CancellationCheck(RouteTable):
         self._keeping: asyncio.Task[None] | None = None
 
     def check_for(self, run: IngestRun, create: CreateJob) -> CheckEndpoint | None:
-        """Return the endpoint for a Job (see `planner.jobs.manifest.CheckEndpointFor`); None while there is no key."""
-        if self._key.value is None:
+        """Return the endpoint for a Job; None while there is no key, or no certificate.
+
+        See `planner.jobs.manifest.CheckEndpointFor`.
+        """
+        ca = self._ca()
+        if self._key.value is None or ca is None:
             return None
         meta = run.metadata
         key = meta.key
@@ -80,6 +103,7 @@ class CancellationCheck(RouteTable):
         endpoint = CheckEndpoint(
             url=self._url + PATH.format(namespace=key.namespace, name=key.name),
             token=issue(self._key.value, key, uid=meta.uid, expiry=expiry),
+            ca=ca,
         )
         if not create.worker:
             return endpoint
@@ -128,13 +152,19 @@ class CancellationCheck(RouteTable):
         if self._key.value is None:
             return _error_response(503, "no-key", "the operator has no key yet, and can accept no token")
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        uid: str | None = None
         try:
-            now = self._clock().timestamp()
-            uid = verify(self._key.value, key, token if scheme.lower() == "bearer" else "", now=now)
+            if self._callers is not None and token and not is_token_of_check(token):
+                await self._review(self._callers, request, key)
+            else:
+                now = self._clock().timestamp()
+                uid = verify(self._key.value, key, token if scheme.lower() == "bearer" else "", now=now)
         except ForeignTokenError as error:
             return _error_response(403, "forbidden", str(error))
         except TokenError as error:
             return _error_response(401, "unauthorized", str(error))
+        except Problem as problem:
+            return _error_response(problem.status, _WORDS[problem.status], problem.detail)
         except KubeError:
             return _error_response(503, "unavailable", "the API server's time is not known yet: ask again")
         try:
@@ -144,7 +174,15 @@ class CancellationCheck(RouteTable):
         except KubeError:
             return _error_response(503, "unavailable", "the run could not be read from the API server: ask again")
 
-    async def _said(self, key: RunKey, uid: str, wait: float) -> Mapping[str, Any]:
+    async def _review(self, callers: Callers, request: web.Request, key: RunKey) -> None:
+        """Let people ask who may read the run. Raises Problem."""
+        try:
+            caller = await callers.authenticate(request)
+            await callers.require(caller, "get", namespace=key.namespace, name=key.name)
+        except KubeError:
+            raise Problem(503, "the API server could not be asked about you: ask again") from None
+
+    async def _said(self, key: RunKey, uid: str | None, wait: float) -> Mapping[str, Any]:
         """Return the answer; with `wait` not before it is final, or the time is over. Raises KubeError."""
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
@@ -167,13 +205,13 @@ class CancellationCheck(RouteTable):
             if not self._waiting[key]:
                 del self._waiting[key]
 
-    async def _say(self, key: RunKey, uid: str) -> Mapping[str, Any]:
+    async def _say(self, key: RunKey, uid: str | None) -> Mapping[str, Any]:
         """Return the answer as it is now. Raises KubeError, and NotFound with a sentence for the pod."""
         try:
-            run = await self._look(key, uid)
+            run = await self._look(key, uid or "")
         except NotFound:
             raise NotFound("the run is gone") from None
-        if run["metadata"]["uid"] != uid:
+        if uid is not None and run["metadata"]["uid"] != uid:
             raise NotFound("the run is gone: another has its name now")
         said = answer(run)
         if not said["cancelled"] and not has_ended(run) and await self._cancelled_above(run):
@@ -244,6 +282,9 @@ def answer(run: Object, *, cancelled_above: bool = False) -> Mapping[str, Any]:
         "status": word.upper(),
         "event_type": f"execution.{word.lower()}",
     }
+
+
+_WORDS: Final = {401: "unauthorized", 403: "forbidden", 429: "too-many-requests", 503: "unavailable"}
 
 
 def _seconds(text: str) -> float | None:

@@ -34,8 +34,8 @@ class Problem(Exception):  # noqa: N818  (named for what it is in RFC 9457)
         headers = dict(self.headers)
         if self.status == http.HTTPStatus.UNAUTHORIZED:
             headers.setdefault("WWW-Authenticate", "Bearer")
-        text = json.dumps(self.body())
-        return web.Response(status=self.status, text=text, content_type=CONTENT_TYPE, headers=headers)
+        body = json.dumps(self.body()).encode()
+        return web.Response(status=self.status, body=body, content_type=CONTENT_TYPE, headers=headers)
 
 
 def of_http_exception(error: web.HTTPException) -> Problem:

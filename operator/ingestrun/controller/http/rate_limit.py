@@ -32,10 +32,15 @@ class RateLimiter:
 
     def take(self, caller: str) -> float:
         """Count a request and return 0; return the seconds to wait if it is one too many, and do not count it."""
+        wait = self.wait(caller)
         now = self._clock()
         due = max(now, self._due.pop(caller, now))
-        wait = due - now - self._slack
         self._due[caller] = due if wait > 0 else due + self._interval
         while len(self._due) > self._most:
             del self._due[next(iter(self._due))]
-        return max(0.0, wait)
+        return wait
+
+    def wait(self, caller: str) -> float:
+        """Return the seconds that the caller's next request would have to wait, and count nothing."""
+        now = self._clock()
+        return max(0.0, self._due.get(caller, now) - now - self._slack)

@@ -12,13 +12,14 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import ClassVar, Final
+from typing import Final
 
 import structlog
 from aiohttp import web
 
 from ingestrun.controller.http.problems import Problem, of_http_exception
 from ingestrun.controller.http.rate_limit import Rate, RateLimiter
+from ingestrun.controller.http.tls import ServerCertificate
 
 logger = structlog.get_logger("ingestrun.http")
 
@@ -32,9 +33,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class RouteTable:
     """A part of the API: its routes, and the limits under which they are answered. To be derived from."""
 
-    rate: ClassVar[Rate] = Rate(per_second=20, burst=100)
+    rate: Rate = Rate(per_second=20, burst=100)
     """Requests of one caller; what is beyond is answered with 429."""
-    seconds: ClassVar[float] = 30.0
+    seconds: float = 30.0
     """Time for one request, its body included; what takes longer is answered with 503."""
 
     def routes(self) -> Iterable[web.RouteDef]:
@@ -63,8 +64,16 @@ class RouteTable:
 class ApiServer:
     """The server: route tables on one port."""
 
-    def __init__(self, routes: Sequence[RouteTable], *, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(
+        self,
+        routes: Sequence[RouteTable],
+        *,
+        certificate: ServerCertificate | None = None,
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
+        """Prepare the server; without `certificate` it speaks plain HTTP."""
         self._tables = tuple(routes)
+        self._certificate = certificate
         self._runner: web.AppRunner | None = None
         self._app = web.Application(client_max_size=max_body_bytes, middlewares=[_problems])
         self._app.on_response_prepare.append(_set_headers)
@@ -77,6 +86,8 @@ class ApiServer:
 
     async def serve(self, port: int, host: str | None = None) -> int:
         """Answer until `close`, and return the port. Raises OSError when it is taken."""
+        if self._certificate is not None:
+            await self._certificate.open()
         for table in self._tables:
             await table.open()
         # No access log, because it would be most of the log. The answer to a client that has hung up is dropped.
@@ -84,7 +95,8 @@ class ApiServer:
             self._app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, handler_cancellation=True
         )
         await self._runner.setup()
-        await web.TCPSite(self._runner, host=host, port=port).start()
+        tls = self._certificate.context if self._certificate is not None else None
+        await web.TCPSite(self._runner, host=host, port=port, ssl_context=tls).start()
         return int(self._runner.addresses[0][1])
 
     async def close(self) -> None:
@@ -93,6 +105,8 @@ class ApiServer:
             await self._runner.cleanup()
         for table in self._tables:
             await table.close()
+        if self._certificate is not None:
+            await self._certificate.close()
 
     async def _finish(self, _: web.Application) -> None:
         for table in self._tables:

@@ -1,35 +1,25 @@
 """The tokens of the cancellation check, one for each Job and valid for its own run alone, and the key behind them.
 
 A token is an HMAC over the run's namespace, name and UID and an expiry, so no replica has to remember any. All
-replicas take the key from one Secret, which the first of them fills by compare-and-set, so that two
-replicas which race end with the same key.
+replicas take the key from one Secret.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import re
 import secrets
-from typing import Final, NoReturn
+from typing import Final
 
-import structlog
-
-from ingestrun.kube.errors import Conflict, Forbidden, KubeError, NotFound
-from ingestrun.kube.protocol import Cluster, Object, RunKey
-
-logger = structlog.get_logger("ingestrun.check")
+from ingestrun.controller.http.shared_secret import Data, SharedSecret
+from ingestrun.kube.errors import KubeError
+from ingestrun.kube.protocol import Cluster, RunKey
 
 SECRET_NAME: Final = "ingestrun-operator-check-key"  # noqa: S105  (the object's name)
 SECRET_FIELD: Final = "key"  # noqa: S105  (the field's name)
 KEY_BYTES: Final = 32
-REFRESH_SECONDS: Final = 60.0
-"""Interval at which the Secret is read again, and so the time for which a replica may use a replaced key."""
-RETRY_SECONDS: Final = 5.0
-_ROUNDS: Final = 5
 _TOKEN: Final = re.compile(r"v1\.(?P<expiry>[0-9]{1,12})\.(?P<uid>[A-Za-z0-9-]{1,63})\.(?P<mac>[A-Za-z0-9_-]{43})")
 
 _WORKER_TOKEN: Final = re.compile(
@@ -52,6 +42,11 @@ class ForeignTokenError(TokenError):
 def issue(key: bytes, run: RunKey, *, uid: str, expiry: int) -> str:
     """Return the token with which the run's pods may ask about the run until `expiry` (Unix seconds)."""
     return f"v1.{expiry}.{uid}.{_mac(key, run, uid, expiry)}"
+
+
+def is_token_of_check(token: str) -> bool:
+    """Tell whether it has the form of one of these tokens; one of the cluster has another."""
+    return token.startswith("v1.")
 
 
 def verify(key: bytes, run: RunKey, token: str, *, now: float) -> str:
@@ -104,76 +99,28 @@ def _mac(key: bytes, run: RunKey, uid: str, expiry: int, *, worker: int | None =
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
-class CheckKey:
+class CheckKey(SharedSecret):
     """The key that all replicas share, as last read by this replica."""
 
+    what = "the key of the cancellation check"
+
     def __init__(self, cluster: Cluster, *, namespace: str, alone: bool) -> None:
-        """Start without a key. With `alone` (no cluster, so no shared Secret) the process makes its own key."""
-        self._cluster = cluster
-        self._namespace = namespace
-        self._alone = alone
-        self._complained = False
+        """Start without a key; `alone` as in `SharedSecret`."""
+        super().__init__(cluster, namespace=namespace, name=SECRET_NAME, alone=alone)
         self.value: bytes | None = None
         """The key; None until the Secret could be read. Without a key no token is issued, and none is accepted."""
 
-    async def refresh(self) -> None:
-        """Read the key, and fill the Secret if it has none. Raises KubeError; then a known key stays."""
-        for _ in range(_ROUNDS):
-            try:
-                secret = await self._cluster.get_secret(namespace=self._namespace, name=SECRET_NAME)
-            except (NotFound, Forbidden):
-                if not self._alone:
-                    raise
-                self.value = self.value or secrets.token_bytes(KEY_BYTES)
-                return
-            found = _read(secret)
-            if found is not None:
-                self.value = found
-                return
-            made = base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()
-            try:
-                stored = await self._cluster.replace_secret({**secret, "data": {SECRET_FIELD: made}})
-            except Conflict:
-                continue
-            self.value = _read(stored)
-            logger.info("made the key of the cancellation check", secret=f"{self._namespace}/{SECRET_NAME}")
-            return
-        raise Conflict(f"the Secret {SECRET_NAME} changed {_ROUNDS} times while its key was made")
-
-    async def try_refresh(self) -> bool:
-        """Call `refresh`; a failure is logged, once until it works again."""
-        try:
-            await self.refresh()
-        except KubeError as error:
-            if not self._complained:
-                logger.warning(
-                    "the key of the cancellation check could not be had: pods go on without it",
-                    secret=f"{self._namespace}/{SECRET_NAME}",
-                    error=str(error),
-                )
-            self._complained = True
-            return False
-        self._complained = False
-        return True
-
-    async def keep(self) -> NoReturn:
-        """Refresh for ever, because a key may be replaced, or may not have been readable at first."""
-        while True:
-            done = await self.try_refresh()
-            await asyncio.sleep(REFRESH_SECONDS if done else RETRY_SECONDS)
-
-
-def _read(secret: Object) -> bytes | None:
-    """Return the key in the Secret; None if it is still to be made. Raises KubeError if the key is malformed."""
-    text = (secret.get("data") or {}).get(SECRET_FIELD)
-    if not text:
+    def renewed(self, data: Data) -> Data | None:
+        """Return a new key if there is none. Raises KubeError if there is one that is malformed."""
+        key = data.get(SECRET_FIELD)
+        if not key:
+            return {SECRET_FIELD: secrets.token_bytes(KEY_BYTES)}
+        if len(key) < KEY_BYTES:
+            raise KubeError(
+                f"the Secret's {SECRET_FIELD!r} has fewer than {KEY_BYTES} bytes: delete it, and a new one is made"
+            )
         return None
-    try:
-        key = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        key = b""
-    if len(key) < KEY_BYTES:
-        raise KubeError(
-            f"the Secret's {SECRET_FIELD!r} has fewer than {KEY_BYTES} bytes: delete it, and a new one is made"
-        )
-    return key
+
+    def take(self, data: Data) -> None:
+        """Use the key."""
+        self.value = data[SECRET_FIELD]

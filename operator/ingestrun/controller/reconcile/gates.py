@@ -230,16 +230,15 @@ class ResumeGate:
         All runs of the namespace are listed, because a list can't be asked for a UID. That happens at the take-over
         and while it has to wait.
         """
-        bodies = {
-            body["metadata"]["name"]: body
-            for body in await self._cluster.list_runs_in(namespace=run.metadata.namespace)
-        }
+        before = self._cache.known()
+        listed = await self._cluster.list_runs_in(namespace=run.metadata.namespace)
+        bodies = {body["metadata"]["name"]: body for body in listed}
         chain = []
         for body in bodies.values():
             taken_from = (body.get("status") or {}).get("resumedFrom") or {}
             uid = body["metadata"]["uid"]
             if uid != run.metadata.uid and origin in (uid, taken_from.get("originUid")):
-                self._cache.upsert_run(body)
+                self._cache.upsert_run(body, asked=before.get(RunKey.of(body)))
                 old = IngestRun.read(body)
                 by = old.status.resumed_by
                 holder = bodies.get(by.name) if by is not None else None

@@ -13,11 +13,12 @@ from datetime import datetime, timedelta
 import structlog
 
 from ingestrun.controller.reconcile.start_events import StartEvents
-from ingestrun.controller.state.cache import RunCache, cancelled_with_cascade, parents_of, read_run
+from ingestrun.controller.state.cache import RunCache, read_run
 from ingestrun.controller.state.memory import RunMemory
 from ingestrun.kube.errors import NotFound
 from ingestrun.kube.protocol import Cluster, RunKey
 from ingestrun.kube.server_clock import Clock
+from ingestrun.model.lineage import cancelled_with_cascade, parents_of
 from ingestrun.model.pool import ReportOutcome
 from ingestrun.model.run import IngestRun, has_ended
 from ingestrun.model.spec import CancellationPolicy
@@ -28,6 +29,7 @@ from ingestrun.planner.batch.attempt import (
     JobState,
 )
 from ingestrun.planner.batch.failure_policy import WORKER_CANCELLED, Failure, outcome_of
+from ingestrun.planner.batch.pipeline import hold_limit
 from ingestrun.planner.run.backpressure import rejection_in_status
 from ingestrun.planner.run.concurrency import ConcurrentRun
 from ingestrun.planner.snapshot import Snapshot
@@ -103,8 +105,17 @@ class Observer:
             peers=peers,
             predecessors=predecessors,
             skipped=memory.skipped,
+            overdue=self._overdue(run, memory),
             requests=tuple(memory.requests),
         )
+
+    def _overdue(self, run: IngestRun, memory: RunMemory) -> frozenset[int]:
+        """Return the workers that have held their batch for too long, since this process has known of it."""
+        entries = [entry for entry in run.status.workers or () if entry.batch is not None]
+        held = [(entry.worker, entry.batch or 0, entry.batch_attempt or 0) for entry in entries]
+        times = memory.note_holds(held, now=self._monotonic())
+        allowed = hold_limit(run.spec).total_seconds()
+        return frozenset(worker for worker, seconds in times.items() if seconds >= allowed)
 
     def _drain_pause_left(self, run: IngestRun, memory: RunMemory) -> float:
         """Return the seconds for which an ended run is left alone.

@@ -21,6 +21,7 @@ from ingestrun.controller.state.strangers import Strangers
 from ingestrun.controller.state.usage import Usage
 from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model import names
+from ingestrun.model.lineage import parents_of
 from ingestrun.model.run import IngestRun, cancel_requested, has_ended
 from ingestrun.planner.batch.attempt import (
     JOB_DELETED,
@@ -494,22 +495,6 @@ async def read_run(cluster: Cluster, cache: RunCache, key: RunKey) -> Object:
     body = await cluster.get_run(key)
     cache.upsert_run(body, asked=asked)
     return body
-
-
-def parents_of(body: Object) -> list[RunKey]:
-    """Return the runs above this one: by `spec.parentRef`, and by owner reference. Itself is none."""
-    meta = body["metadata"]
-    named = [(body.get("spec") or {}).get("parentRef") or {}]
-    named += [ref for ref in meta.get("ownerReferences") or () if ref.get("kind") == names.KIND]
-    own = RunKey.of(body)
-    keys = [own.sibling(ref["name"]) for ref in named if ref.get("name")]
-    return [key for key in dict.fromkeys(keys) if key != own]
-
-
-def cancelled_with_cascade(body: Object) -> bool:
-    """Tell whether the run is Cancelled, and those right below it have to follow."""
-    status = body.get("status") or {}
-    return status.get("phase") == "Cancelled" and bool((status.get("cancellation") or {}).get("cascade"))
 
 
 def predecessor_named_by(body: Object) -> RunKey | None:

@@ -58,6 +58,15 @@ class RunMemory:
     requests: dict[WorkerRequest, asyncio.Future[Answer]] = field(default_factory=dict)
     """The requests of the pool's workers that wait for an answer."""
 
+    holds: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    """Time (monotonic) since which this process has known of a worker's hold on an attempt at a batch, by worker, batch
+    and attempt."""
+
+    def note_holds(self, held: Iterable[tuple[int, int, int]], *, now: float) -> Mapping[int, float]:
+        """Note the attempts that workers hold, in place of those noted before; return for how long each worker has."""
+        self.holds = {hold: self.holds.get(hold, now) for hold in held}
+        return {hold[0]: now - since for hold, since in self.holds.items()}
+
     def answer(self, answers: Mapping[WorkerRequest, Answer]) -> None:
         """Give these answers; a worker that has hung up meanwhile asks again."""
         for request, answer in answers.items():

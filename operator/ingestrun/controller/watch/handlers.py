@@ -13,10 +13,11 @@ from typing import Any, Final, NoReturn
 
 import kopf
 
-from ingestrun.controller.state.cache import Change, RunCache, parents_of
+from ingestrun.controller.state.cache import Change, RunCache
 from ingestrun.controller.watch.workqueue import WorkQueue
 from ingestrun.kube.protocol import Object, RunKey
 from ingestrun.model import names
+from ingestrun.model.lineage import parents_of
 from ingestrun.model.run import cancel_requested, has_ended
 from ingestrun.planner.run.concurrency import ConcurrentRun, affects
 

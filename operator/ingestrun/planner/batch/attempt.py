@@ -124,6 +124,8 @@ class ObservedPod:
     pod_message: str | None = None
     disruption: str | None = None
     """The reason of its condition DisruptionTarget, which marks a pod that was ended for a cause outside of the pod."""
+    worker: int | None = None
+    """The number of the pool's worker that it is; None: it is no worker."""
     memory_limit: int | None = None
     """Memory limit of its container, in bytes; a LimitRange may have set it."""
     resource_version: str = ""
@@ -304,6 +306,7 @@ def read_pod(pod: Mapping[str, Any]) -> ObservedPod:
         uid=meta["uid"],
         job_uid=owner["uid"],
         run_uid=labels.get(LABEL_RUN_UID, ""),
+        worker=int(labels[LABEL_WORKER]) if LABEL_WORKER in labels else None,
         started=_stage_started(status, container),
         ended=_is_over(status),
         exit_code=None,

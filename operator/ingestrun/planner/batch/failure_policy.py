@@ -39,7 +39,7 @@ class FailureAction(StrEnum):
     FAIL_BATCH = "FailBatch"
     FAIL_RUN = "FailRun"
     HOLD = "Hold"
-    """Nothing new is started, and one Job is tried every `backpressure.retrySeconds`."""
+    """Nothing new is started until what prevents it is over."""
 
 
 class RetryBudget(StrEnum):
@@ -58,6 +58,9 @@ class FailurePolicyRule:
 
     action: FailureAction
     budget: RetryBudget | None = None
+    probed: bool = False
+    """The sign that only another create can tell that it is over: one Job is tried every `backpressure.retrySeconds`.
+    """
 
 
 _RETRY: Final = FailurePolicyRule(FailureAction.RETRY, RetryBudget.RETRIES)
@@ -65,6 +68,7 @@ _RETRY_DISRUPTION: Final = FailurePolicyRule(FailureAction.RETRY, RetryBudget.DI
 _FAIL_BATCH: Final = FailurePolicyRule(FailureAction.FAIL_BATCH)
 _FAIL_RUN: Final = FailurePolicyRule(FailureAction.FAIL_RUN)
 _HOLD: Final = FailurePolicyRule(FailureAction.HOLD)
+_HOLD_AND_PROBE: Final = FailurePolicyRule(FailureAction.HOLD, probed=True)
 
 FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     # The container failed.
@@ -108,11 +112,12 @@ FAILURE_POLICY: Final[Mapping[str, FailurePolicyRule]] = {
     "AdmissionDenied": _FAIL_RUN,
     "JobChanged": _FAIL_RUN,
     "NameTaken": _FAIL_RUN,
-    "Forbidden": _HOLD,
-    "NamespaceTerminating": _HOLD,
-    "WebhookUnavailable": _HOLD,
-    "QuotaExceeded": _HOLD,
-    # No node takes its pod.
+    "Forbidden": _HOLD_AND_PROBE,
+    "NamespaceTerminating": _HOLD_AND_PROBE,
+    "WebhookUnavailable": _HOLD_AND_PROBE,
+    "QuotaExceeded": _HOLD_AND_PROBE,
+    # Nobody makes its pod, or no node takes it.
+    "ServerFailed": _HOLD,
     "Unschedulable": _HOLD,
     "NodeMismatch": _HOLD,
     "SchedulingGated": _HOLD,

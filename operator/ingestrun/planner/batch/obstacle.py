@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from ingestrun.model.refusals import quota_exceeded, webhook_not_called
+from ingestrun.model.refusals import quota_exceeded, server_failed, webhook_not_called, without_stream
 from ingestrun.model.size_budget import MESSAGE_CHARS
 from ingestrun.model.text import truncate
 from ingestrun.model.times import parse_time
@@ -20,9 +20,13 @@ from ingestrun.planner.batch.containers import named, native_sidecars, own_conta
 
 START_TIMEOUT: Final = "StartTimeout"
 """The kind of an obstacle whose cause nothing names."""
+SERVER_FAILED: Final = "ServerFailed"
+"""The kind of an obstacle that is no refusal: the API server has failed on the creation of a pod."""
 UNBOUND_CLAIM: Final = "unbound immediate PersistentVolumeClaims"
 """The scheduler's words for claims without a volume. It names none of them; why is in the Events about the claim."""
 
+_NOT_CREATED: Final = "Error creating: "
+"""The beginning of what the Job controller says of a pod that it could not create."""
 _NO_OBSTACLE: Final = frozenset({"", "ContainerCreating", "PodInitializing"})
 """Reasons of a container that waits for its turn."""
 _WAITING: Final[Mapping[str, str]] = {
@@ -205,8 +209,8 @@ def creation_obstacle(events: Iterable[StartEvent], *, since: datetime) -> Obsta
         return None
     kind, event = latest
     _, _, forbidden = event.note.partition("is forbidden: ")
-    message = forbidden or event.note.removeprefix("Error creating: ")
-    said = "its pod cannot be created" if kind == "WebhookUnavailable" else "its pod is refused"
+    message = without_stream(forbidden or event.note.removeprefix(_NOT_CREATED))
+    said = "its pod cannot be created" if kind in ("WebhookUnavailable", SERVER_FAILED) else "its pod is refused"
     return Obstacle(
         kind=kind,
         message=_sentence(f"{said}: {message}"),
@@ -318,15 +322,17 @@ def _claims(meta: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _creation_kind(note: str) -> str:
-    """Return why a pod was refused.
+    """Return why a pod was not created.
 
-    A quota may have room later, and a webhook be back. Every other refusal (by a LimitRange, the namespace's pod
-    security, a webhook that denies, or for a service account, priority or runtime class that does not exist) is
-    repeated until the cluster or the run is changed.
+    A quota may have room later, a webhook be back, and a server that has failed has refused nothing. Every other
+    refusal (by a LimitRange, the namespace's pod security, a webhook that denies, or for a service account, priority or
+    runtime class that does not exist) is repeated until the cluster or the run is changed.
     """
     if quota_exceeded(note):
         return "QuotaExceeded"
-    return "WebhookUnavailable" if webhook_not_called(note) else "PodRefused"
+    if webhook_not_called(note):
+        return "WebhookUnavailable"
+    return SERVER_FAILED if server_failed(note.removeprefix(_NOT_CREATED)) else "PodRefused"
 
 
 def _pod_event_kind(event: StartEvent) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final
 
 from ingestrun.model.contract import CONFIG_MAX_BYTES, ENV_CONFIG, Stage
@@ -61,6 +62,15 @@ WORKER_STEP: Final = 1001
 WORKER_LABEL: Final = "worker"
 WORKER_SECONDS: Final = 6 * 3600
 """Time after which a worker takes no further batch and ends, so that its pod can have a deadline."""
+
+
+HOLD_GRACE: Final = timedelta(seconds=60)
+"""Time that a worker has to report a batch, beyond the deadlines of the stages, which it keeps by itself."""
+
+
+def hold_limit(spec: IngestRunSpec) -> timedelta:
+    """Return for how long a worker may hold one attempt at a batch before it counts as frozen, or cut off."""
+    return timedelta(seconds=sum(step.deadline_seconds for step in steps_of(spec))) + HOLD_GRACE
 
 
 def worker_step(spec: IngestRunSpec) -> Step:

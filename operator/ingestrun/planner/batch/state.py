@@ -74,6 +74,8 @@ class BatchState:
     rejected: int = 0
     next_attempt: NextAttempt | None = None
     running: Attempt | None = None
+    held: bool = False
+    """In a pool: True if a worker may still go on with it."""
     running_until: datetime | None = None
     """Time at which the running Job is given up if its pod has not started; None if that is not so limited."""
     failed: StageFailure | None = None

@@ -43,6 +43,8 @@ class CheckEndpoint:
 
     url: str
     token: str = field(repr=False)
+    ca: str = field(default="", repr=False)
+    """The CA of the endpoint's certificate, in PEM; empty: one that the image knows, or plain HTTP."""
     pool_url: str | None = None
     """Base URL of the pool, with its token, for a worker."""
     pool_token: str | None = field(default=None, repr=False)
@@ -314,12 +316,20 @@ def _environment(run: IngestRun, create: CreateJob, check: CheckEndpoint | None)
     if step.stage is Stage.ON_CANCEL:
         values |= _cancellation_environment(run)
     elif check is not None:
-        values |= {k.ENV_CANCELLATION_URL: check.url, k.ENV_CANCELLATION_TOKEN: check.token}
+        values |= _check_environment(check)
     values |= _partition_environment(run, step) | _workspace_environment(run, attempt)
     env = _variables(values, step)
     if step.container is not None:
         env += [variable.model_dump(by_alias=True, exclude_none=True) for variable in step.container.env]
     return env
+
+
+def _check_environment(check: CheckEndpoint) -> dict[str, str | None]:
+    return {
+        k.ENV_CANCELLATION_URL: check.url,
+        k.ENV_CANCELLATION_TOKEN: check.token,
+        k.ENV_CANCELLATION_CA: check.ca or None,
+    }
 
 
 def _worker_environment(run: IngestRun, create: CreateJob, check: CheckEndpoint | None) -> list[dict[str, Any]]:
@@ -343,8 +353,12 @@ def _worker_environment(run: IngestRun, create: CreateJob, check: CheckEndpoint 
         k.ENV_REJECTS: _rejects_directory(run) if run.spec.workspace is not None else None,
     }
     if check is not None:
-        values |= {k.ENV_CANCELLATION_URL: check.url, k.ENV_CANCELLATION_TOKEN: check.token}
-        values |= {pool.ENV_POOL_URL: check.pool_url, pool.ENV_POOL_TOKEN: check.pool_token}
+        values |= _check_environment(check)
+        values |= {
+            pool.ENV_POOL_URL: check.pool_url,
+            pool.ENV_POOL_TOKEN: check.pool_token,
+            pool.ENV_POOL_CA: check.ca or None,
+        }
     values |= _partition_environment(run, steps[0])
     return _variables(values, step)
 

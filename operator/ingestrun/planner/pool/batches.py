@@ -6,7 +6,7 @@ budgets that it has used. A worker is believed about the attempt that it holds, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
@@ -47,6 +47,8 @@ class _Holder:
     """Its last word about the attempt."""
     fetched: Fetched | None
     """The result of the fetch of the attempt, which goes on."""
+    orphaned: bool
+    """True if its pod has not ended, although its Job is gone: it may still publish what it has permission for."""
     permitted: bool
     """It has permission to publish."""
 
@@ -57,11 +59,19 @@ class _Holder:
 
 
 def pool_batch_states(
-    run: IngestRun, workers: Sequence[Attempt], requests: Sequence[WorkerRequest], *, now: datetime
+    run: IngestRun,
+    workers: Sequence[Attempt],
+    requests: Sequence[WorkerRequest],
+    *,
+    orphaned: Collection[int],
+    now: datetime,
 ) -> list[BatchState]:
-    """Return the state of each batch that is in flight by the stored status. `workers` are the workers' Jobs."""
+    """Return the state of each batch that is in flight by the stored status.
+
+    `workers` are the workers' Jobs; `orphaned` are the workers whose pod has not ended although their Job is gone.
+    """
     context_of, digest = batch_contexts(run, now=now), run.status.source_digest
-    holders = _holders(run, workers, requests)
+    holders = _holders(run, workers, requests, orphaned)
     states = []
     for index in run.status.batches.in_flight:
         context = replace(context_of(index), source_digest=digest)
@@ -80,7 +90,7 @@ def release(status: IngestRunStatus, states: Sequence[BatchState]) -> IngestRunS
 
     Of one that is tried again it has the checkpoint, without which the number of its next attempt would not be known.
     """
-    held = {state.index for state in states if state.running is not None}
+    held = {state.index for state in states if state.held}
     workers = [
         entry if entry.batch is None or entry.batch in held else entry.replace(batch=None, batch_attempt=None)
         for entry in status.workers or ()
@@ -100,24 +110,30 @@ def release(status: IngestRunStatus, states: Sequence[BatchState]) -> IngestRunS
     )
 
 
-def _holders(run: IngestRun, workers: Sequence[Attempt], requests: Sequence[WorkerRequest]) -> Mapping[int, _Holder]:
-    jobs, permitted = (
-        {attempt.job.batch: attempt for attempt in workers},
-        run.status.batches.publishing or IndexRanges(),
-    )
+def _holders(
+    run: IngestRun, workers: Sequence[Attempt], requests: Sequence[WorkerRequest], orphaned: Collection[int]
+) -> Mapping[int, _Holder]:
+    jobs = {attempt.job.batch: attempt for attempt in workers}
+    permitted = run.status.batches.publishing or IndexRanges()
     by_worker: dict[int, list[WorkerRequest]] = {}
     for request in requests:
         by_worker.setdefault(request.worker, []).append(request)
     return {
         entry.batch: _holder(
-            entry, jobs.get(entry.worker), by_worker.get(entry.worker, ()), permitted=entry.batch in permitted
+            entry,
+            jobs.get(entry.worker),
+            by_worker.get(entry.worker, ()),
+            orphaned=entry.worker in orphaned,
+            permitted=entry.batch in permitted,
         )
         for entry in run.status.workers or ()
         if entry.batch is not None
     }
 
 
-def _holder(entry: WorkerStatus, job: Attempt | None, requests: Sequence[WorkerRequest], *, permitted: bool) -> _Holder:
+def _holder(
+    entry: WorkerStatus, job: Attempt | None, requests: Sequence[WorkerRequest], *, orphaned: bool, permitted: bool
+) -> _Holder:
     held = (entry.batch or 0, entry.batch_attempt or 0)
     reports = [report for request in requests for report in request.reports if (report.batch, report.attempt) == held]
     fetched = [found for request in requests if (found := request.fetched_of(*held)) is not None]
@@ -126,6 +142,7 @@ def _holder(entry: WorkerStatus, job: Attempt | None, requests: Sequence[WorkerR
         job=job,
         report=reports[-1] if reports else None,
         fetched=fetched[-1] if fetched else None,
+        orphaned=orphaned,
         permitted=permitted,
     )
 
@@ -160,7 +177,7 @@ def _held(run: IngestRun, context: BatchContext, index: int, holder: _Holder) ->
     counted = fetched if context.chained else None
     if ended is not None:
         return _after_failure(context, index, holder, WORKER_LABEL, ended, fetched=counted)
-    return BatchState(index=index, fetched=counted, running=holder.job)
+    return BatchState(index=index, fetched=counted, running=holder.job, held=True)
 
 
 def _reported(
@@ -212,6 +229,8 @@ def _reported_failure(report: Report) -> Failure:
 
 def _worker_end(holder: _Holder) -> Failure | None:
     """Return why the worker can't report any more; None while it can."""
+    if holder.job is None and holder.orphaned:
+        return None
     if holder.job is None:
         return Failure(reason=WORKER_LOST, message="the Job of its worker is gone")
     if not holder.job.state.finished:

@@ -7,13 +7,13 @@ cancel and a claim race by compare-and-set.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from ingestrun.model.pool import Claim, ClaimAnswer, ClaimRequest, FetchedAnswer, FetchedRequest, PublishAnswer
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.status import ExecutionStatus, WorkerStatus
-from ingestrun.planner.actions import CreateJob, DeleteJob
+from ingestrun.planner.actions import CreateJob, DeleteJob, DeletePod
 from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.failure_policy import Failure, FailureAction, RetryBudget, outcome_of, rule_of
 from ingestrun.planner.batch.ledger import claimable, next_claims
@@ -35,6 +35,8 @@ NO_WORK: Final = "there is no batch left for this worker"
 TOO_MANY: Final = "the run has more workers than its parallelism allows now"
 TOO_SMALL: Final = "the batches that are left need a worker with more memory"
 YIELDS: Final = "another run has fewer workers, and waits for this one's place"
+ORPHAN_RECHECK: Final = timedelta(seconds=5)
+"""Interval of looking whether the pod of a worker has ended whose Job is gone."""
 KEPT_WORKERS: Final = 3
 """Ended workers whose Jobs stay for their logs while the run goes on."""
 
@@ -56,7 +58,9 @@ class _PoolSchedule:
         self._jobs = {attempt.batch: attempt for attempt in snapshot.workers}
         """The workers' Jobs by the number of the worker."""
         self._workers: dict[int, WorkerStatus] = {}
-        """The workers that have not ended, by number."""
+        """The workers that have a Job and have not ended, by number."""
+        self._orphaned: list[WorkerStatus] = []
+        """The workers whose Job is gone, and whose pod has not ended: they are awaited, and get nothing more."""
         self._waiting = [batch for batch in snapshot.in_flight if batch.next_attempt is not None]
         """The batches that no worker holds."""
         self._answers: dict[WorkerRequest, Answer] = {}
@@ -77,13 +81,15 @@ class _PoolSchedule:
                 self._answers[request] = answer
         backpressure, number = self._room()
         creates = tuple(self._new_workers(number))
-        self._status = self._status.replace(workers=[self._workers[number] for number in sorted(self._workers)] or None)
+        workers = sorted((*self._workers.values(), *self._orphaned), key=lambda entry: entry.worker)
+        self._status = self._status.replace(workers=workers or None)
         return Schedule(
             status=self._status,
             creates=creates,
             backpressure=backpressure,
             rechecks=tuple(self._rechecks),
             job_deletions=tuple(self._jobs_to_delete()),
+            pod_deletions=tuple(self._overdue_pods()),
             answers=self._answers,
             misses_jobs=self._misses_jobs,
             failure=self._failure,
@@ -103,6 +109,9 @@ class _PoolSchedule:
             job = self._jobs.get(entry.worker)
             if job is None:
                 self._misses_jobs = True
+                if entry.worker in self._snapshot.orphaned_workers:
+                    self._orphaned.append(entry.replace(leaving=True))
+                    self._rechecks.append(self._now + ORPHAN_RECHECK)
                 continue
             failure = self._end_of(job)
             if failure is None:
@@ -178,7 +187,9 @@ class _PoolSchedule:
         if staying > self._run.spec.max_workers:
             return TOO_MANY
         capacity = self._snapshot.capacity
-        if capacity is not None and ought_to_yield(capacity, active=staying):
+        # One at a time, because the limits still count the place of one that is leaving.
+        nobody_leaves = staying == len(self._workers)
+        if capacity is not None and nobody_leaves and ought_to_yield(capacity, active=staying):
             return YIELDS
         return None
 
@@ -309,6 +320,16 @@ class _PoolSchedule:
         keep = 0 if capacity is not None and capacity.pressed else KEPT_WORKERS
         for job in (*_without_last(ended, keep), *(job for job in strays if not job.state.finished)):
             yield DeleteJob(job=job.job, why="the run does not count on this worker any more")
+
+    def _overdue_pods(self) -> Iterator[DeletePod]:
+        """Yield the deletions of pods of workers that are frozen or cut off: their end releases the batches.
+
+        A worker keeps the deadlines of the stages by itself, so one that works is not among them.
+        """
+        for worker in self._snapshot.overdue:
+            pod = self._jobs[worker].pod if worker in self._jobs else None
+            if pod is not None and not pod.ended and pod.deleting_until is None:
+                yield DeletePod(name=pod.name, uid=pod.uid, grace_seconds=None)
 
     # ---- the state of the pool
 

@@ -32,7 +32,7 @@ from ingestrun.planner.run.schedule import Schedule, nothing_scheduled, schedule
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
-from ingestrun.planner.status.events import QUEUED, Event, memory_raised_events
+from ingestrun.planner.status.events import QUEUED, SUSPENDED_NOTE, Event, memory_raised_events
 from ingestrun.planner.status.writer import active_conditions, describe_failure
 
 
@@ -66,6 +66,7 @@ def progress(snapshot: Snapshot, *, block: StartBlock | None = None) -> Decision
             status=status,
             creates=creates,
             job_deletions=(*_unfinished_of_failed(snapshot), *checkpointed_jobs(snapshot), *scheduled.job_deletions),
+            pod_deletions=scheduled.pod_deletions,
             bulk_deletion=scheduled.bulk_deletion or jobs_to_delete(run, snapshot.stages),
             events=(*drift, *memory_raised_events(run.status, status, next_attempts)),
             answers=scheduled.answers,
@@ -194,7 +195,7 @@ def _undisturbed_activity(snapshot: Snapshot, phase: Phase) -> tuple[str, str]:
         ]
         if retried:
             return "Retrying", describe_failure(retried[0].failures[-1])
-    return phase.value, ""
+    return phase.value, SUSPENDED_NOTE if phase is Phase.SUSPENDED else ""
 
 
 def _waits_for_admission(snapshot: Snapshot) -> bool:

@@ -14,23 +14,18 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
 
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.planner.actions import CreateRejection, DeleteJobs
 from ingestrun.planner.batch.attempt import Attempt, JobState
+from ingestrun.planner.batch.failure_policy import rule_of
 from ingestrun.planner.batch.pod_start import holds
 from ingestrun.planner.batch.state import BatchState
 from ingestrun.planner.jobs.retention import MAX_DELETE_BATCHES, kept_failed_batches
 from ingestrun.planner.run.fair_sharing import Admission, Capacity
 from ingestrun.planner.snapshot import Snapshot
 from ingestrun.planner.status import conditions as c
-
-_NO_REJECTION: Final = frozenset(
-    {"JobLimitReached", "Unschedulable", "NodeMismatch", "SchedulingGated", "JobNotStarted"}
-)
-"""Reasons of the condition Backpressured that are no answer of the API server to a create."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +142,7 @@ def rejection_in_status(run: IngestRun, *, now: datetime) -> CreateRejection | N
     So the run stays Backpressured, with the old transition time, until a Job has been accepted.
     """
     condition = run.status.condition(c.BACKPRESSURED)
-    if condition is None or condition.status != "True" or condition.reason in _NO_REJECTION:
+    if condition is None or condition.status != "True" or not rule_of(condition.reason).probed:
         return None
     return CreateRejection(reason=condition.reason, message=condition.message, retry_at=now)
 

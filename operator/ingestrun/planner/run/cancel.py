@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
 from ingestrun.model.size_budget import REASON_CHARS, REQUESTER_CHARS
@@ -15,6 +17,9 @@ from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
 from ingestrun.planner.status.events import Event, warning
 from ingestrun.planner.status.writer import backpressure_over
+
+_REQUESTED: Final = "Requested"
+"""The reason of the condition Cancelled of a run that was asked for by itself."""
 
 
 def cancel(snapshot: Snapshot, *, cause: CancelCause | None = None) -> Decision:
@@ -41,7 +46,9 @@ def cancel(snapshot: Snapshot, *, cause: CancelCause | None = None) -> Decision:
             active_batches=active,
         ),
     )
-    kind = cause.kind if cause is not None else "Requested" if by_parent is None else "ParentCancelled"
+    kind = cause.kind if cause is not None else _REQUESTED if by_parent is None else "ParentCancelled"
+    # The column REASON shows it, and that somebody asked is in the message.
+    told = c.CANCELLED if kind == _REQUESTED else kind
     draining = pluralize(active, "batch in flight", "batches in flight")
     unasked = not run.spec.cancel and by_parent is None and cause is None
     return Decision(
@@ -54,11 +61,13 @@ def cancel(snapshot: Snapshot, *, cause: CancelCause | None = None) -> Decision:
         ),
         phase=Phase.CANCELLED,
         conditions=[
-            ConditionUpdate(type=c.SUCCEEDED, status="False", reason="Cancelled", message=message),
+            ConditionUpdate(type=c.SUCCEEDED, status="False", reason=told, message=message),
             ConditionUpdate(type=c.FINISHED, status="True", reason="Cancelled", message=message),
             ConditionUpdate(type=c.CANCELLED, status="True", reason=kind, message=message),
             ConditionUpdate(type=c.DRAINED, status="False", reason="Draining", message=draining),
-            ConditionUpdate(type=c.RECONCILING, status="True", reason="Draining"),
+            # To kstatus a cancelled run is Failed at once: what comes after it must not take its data for delivered.
+            ConditionUpdate(type=c.RECONCILING, status="False", reason="Finished"),
+            ConditionUpdate(type=c.STALLED, status="True", reason=told, message=message),
             *backpressure_over(run.status),
         ],
     )

@@ -165,7 +165,6 @@ def _drained(snapshot: Snapshot, status: IngestRunStatus, *, terminate: bool) ->
         ),
         conditions=[
             ConditionUpdate(type=c.DRAINED, status="True", reason="Drained", message=_drained_message(snapshot)),
-            ConditionUpdate(type=c.RECONCILING, status="False", reason="Finished"),
         ],
     )
 

@@ -10,7 +10,7 @@ from ingestrun.model.contract import Stage
 from ingestrun.model.ranges import IndexRanges
 from ingestrun.model.run import IngestRun
 from ingestrun.model.status import IngestRunStatus
-from ingestrun.planner.actions import CreateJob, DeleteJob, DeleteJobs
+from ingestrun.planner.actions import CreateJob, DeleteJob, DeleteJobs, DeletePod
 from ingestrun.planner.batch.ledger import claimable, cursor_of, fetch_limit, next_claims, replay_limit
 from ingestrun.planner.batch.pipeline import steps_of
 from ingestrun.planner.batch.pod_start import START_RECHECK
@@ -46,6 +46,7 @@ class Schedule:
     rechecks: tuple[datetime, ...] = ()
     """Times at which further attempts are due."""
     job_deletions: tuple[DeleteJob, ...] = ()
+    pod_deletions: tuple[DeletePod, ...] = ()
     answers: Mapping[WorkerRequest, Answer] = field(default_factory=dict)
     misses_jobs: bool = False
     failure: tuple[str, str] | None = None
@@ -181,7 +182,7 @@ def _not_before(batch: BatchState) -> datetime | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchInputs:
-    """What a batch's fetch is told, named as in `CreateJob`."""
+    """Inputs that a batch's fetch is told, named as in `CreateJob`."""
 
     cursor: str | None = None
     limit: int | None = None

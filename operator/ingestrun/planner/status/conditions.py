@@ -24,6 +24,9 @@ SUSPENDED: Final = "Suspended"
 RECONCILING: Final = "Reconciling"
 STALLED: Final = "Stalled"
 
+_ORDER: Final = (SUCCEEDED, CANCELLED, FINISHED, DRAINED, SUSPENDED, BACKPRESSURED, RECONCILING, STALLED)
+"""The order in which people read them: how it ends, what it does now, and last what tools read."""
+
 CAPACITY_AVAILABLE: Final = "CapacityAvailable"
 """Reason of `Backpressured` once there is room again."""
 POD_STUCK_TERMINATING: Final = "PodStuckTerminating"
@@ -43,7 +46,10 @@ class ConditionUpdate:
 def merge_conditions(
     old: Iterable[Condition], updates: Iterable[ConditionUpdate], *, now: datetime, generation: int
 ) -> list[Condition]:
-    """Return the old conditions, each replaced by the update of its type; a new time only if its status changed."""
+    """Return the old conditions, each replaced by the update of its type; a new time only if its status changed.
+
+    They are in the order in which people read them.
+    """
     conditions = {condition.type: condition for condition in old}
     for update in updates:
         before = conditions.get(update.type)
@@ -56,4 +62,9 @@ def merge_conditions(
             observed_generation=generation,
             last_transition_time=before.last_transition_time if before is not None and unchanged else now,
         )
-    return list(conditions.values())
+    return sorted(conditions.values(), key=_place)
+
+
+def _place(condition: Condition) -> int:
+    """Return the condition's place in the list; those of another version come last, as they were."""
+    return _ORDER.index(condition.type) if condition.type in _ORDER else len(_ORDER)

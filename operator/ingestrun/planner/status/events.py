@@ -29,6 +29,7 @@ WAIT_REASONS: Final = (
     QUEUED,
 )
 """Reasons for which a run waits for another one, or for the admission of its Jobs; each has an Event."""
+SUSPENDED_NOTE: Final = "nothing new is started until spec.suspend is cleared"
 HELD: Final = "Held"
 """Reason for which a run is held: this version does not understand all of it."""
 NOTE_BYTES: Final = 1024
@@ -125,7 +126,7 @@ def _progress_events(old: IngestRunStatus, new: IngestRunStatus) -> Iterator[Eve
             stuck = new.condition(c.RECONCILING)
             yield warning(reason, stuck.message if stuck else "", action="Wait")
     if old.phase is not Phase.SUSPENDED and new.phase is Phase.SUSPENDED:
-        yield normal("Suspended", "nothing new is started until spec.suspend is cleared", action="Suspend")
+        yield normal("Suspended", SUSPENDED_NOTE, action="Suspend")
     if old.phase is Phase.SUSPENDED and new.phase in (Phase.RUNNING, Phase.PENDING):
         yield normal("Resumed", "spec.suspend is cleared", action="Resume")
 

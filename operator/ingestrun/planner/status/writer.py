@@ -21,6 +21,7 @@ from ingestrun.model.size_budget import (
 from ingestrun.model.spec import IngestRunSpec
 from ingestrun.model.status import Condition, IngestRunStatus, Phase, StageFailure
 from ingestrun.model.text import truncate
+from ingestrun.model.times import human_duration
 from ingestrun.planner.status import conditions as c
 from ingestrun.planner.status.conditions import ConditionUpdate
 
@@ -45,6 +46,8 @@ def finish_status(
     ended = (phase or status.phase or Phase.PENDING).ended
     if ended and status.condition(c.SUSPENDED) is not None:
         conditions = [*conditions, ConditionUpdate(type=c.SUSPENDED, status="False", reason="Finished")]
+    if ended and status.start_time is not None and status.completion_time is not None:
+        status = status.replace(duration=human_duration(status.completion_time - status.start_time))
     if run.unreadable:
         return status.replace(
             phase=phase or status.phase,
@@ -76,8 +79,8 @@ def status_patch(run: IngestRun, status: IngestRunStatus) -> dict[str, Any]:
     if before == after:
         return {}
     if not run.unreadable:
-        return _with_nulls(before, after)
-    patch = {key: value for key, value in after.items() if before.get(key) != value}
+        return _with_removals(before, after)
+    patch = {key: value for key, value in _with_removals(before, after).items() if before.get(key) != value}
     if "conditions" in patch:
         stored = {condition["type"]: condition for condition in run.stored_status.get("conditions") or ()}
         for condition in patch["conditions"]:
@@ -86,15 +89,12 @@ def status_patch(run: IngestRun, status: IngestRunStatus) -> dict[str, Any]:
     return patch
 
 
-def _with_nulls(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the new value as a merge patch: what is not in it any more is null, because a patch leaves the rest."""
-    patch = dict(after)
-    for key, old in before.items():
-        new = after.get(key)
-        if new is None:
-            patch[key] = None
-        elif isinstance(old, dict) and isinstance(new, dict):
-            patch[key] = _with_nulls(old, new)
+def _with_removals(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `after` as a merge patch of `before`: what is not there any more is null in it."""
+    patch: dict[str, Any] = {key: None for key in before if key not in after}
+    for key, value in after.items():
+        stored = before.get(key)
+        patch[key] = _with_removals(stored, value) if isinstance(stored, dict) and isinstance(value, dict) else value
     return patch
 
 
@@ -131,7 +131,8 @@ def saved_state_bytes(spec: IngestRunSpec) -> int:
 def fit_status(status: IngestRunStatus, *, beside: int = 0) -> IngestRunStatus:
     """Return the status within its bytes: logs are dropped first, then older failures, then the ends of long messages.
 
-    Last go the names of children, the clean-up's message, the state of a chain's fetches and the one failure left.
+    Last go the names of children, the clean-up's message, the duration, the state of a chain's fetches and the one
+    failure left.
     `beside` is the number of bytes that a saved state takes.
     """
     batches, cancellation = status.batches, status.cancellation
@@ -175,6 +176,11 @@ def _short_record(status: IngestRunStatus) -> IngestRunStatus:
     return status.replace(cancellation=record.replace(children=children, on_cancel=on_cancel))
 
 
+def _without_duration(status: IngestRunStatus) -> IngestRunStatus:
+    """Drop the duration, which follows from the times."""
+    return status.replace(duration=None)
+
+
 def _without_failures(status: IngestRunStatus) -> IngestRunStatus:
     return status.replace(failures=[])
 
@@ -189,6 +195,7 @@ _STEPS: Final[tuple[Callable[[IngestRunStatus], IngestRunStatus], ...]] = (
     _latest_failure,
     _short_conditions,
     _short_record,
+    _without_duration,
     _without_cursor_state,
     _without_failures,
 )

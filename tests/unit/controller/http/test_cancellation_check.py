@@ -26,11 +26,21 @@ from ingestrun.controller.state.usage import Usage
 from ingestrun.controller.watch.handlers import EventHandlers
 from ingestrun.kube.errors import Unavailable
 from ingestrun.kube.protocol import Object, RunKey
+from ingestrun.model.contract import Stage
 from ingestrun.model.run import IngestRun
+from ingestrun.planner.actions import CreateJob
+from ingestrun.planner.batch.pipeline import Step
+from ingestrun.planner.batch.state import NextAttempt
 from ingestrun.planner.jobs.manifest import CheckEndpoint, WorkerImage
 from ingestrun.planner.run.fair_sharing import JobLimits
 
 Answer = tuple[int, dict[str, Any]]
+
+
+def a_job() -> CreateJob:
+    """A fetch that may take a minute."""
+    step = Step(index=0, stage=Stage.FETCH, name="fetch", deadline_seconds=60, retries=0, resources=None)
+    return CreateJob(attempt=NextAttempt(batch=0, step=step, number=0, input_attempt=None))
 
 
 class Asker:
@@ -52,7 +62,7 @@ class Asker:
         self.session: aiohttp.ClientSession
 
     def told(self, key: RunKey = KEY) -> CheckEndpoint:
-        told = self.check.check_for(IngestRun.read(self.cluster.run(key)), 60)
+        told = self.check.check_for(IngestRun.read(self.cluster.run(key)), a_job())
         assert told is not None
         return told
 
@@ -321,7 +331,7 @@ async def test_without_a_key_nobody_is_told_of_a_check() -> None:
     check = CancellationCheck(cluster, key, url="http://x", clock=lambda: datetime.now(UTC))
     api = ApiServer(routes=[check])
     run = IngestRun.read(cluster.run(KEY))
-    assert check.check_for(run, 60) is None
+    assert check.check_for(run, a_job()) is None
     port = await api.serve(0, "127.0.0.1")
     async with (
         aiohttp.ClientSession() as session,
@@ -330,8 +340,33 @@ async def test_without_a_key_nobody_is_told_of_a_check() -> None:
         assert got.status == 503
     cluster.user_apply_secret(SECRET_NAME)
     await key.refresh()
-    assert check.check_for(run, 60) is not None
+    assert check.check_for(run, a_job()) is not None
     await api.close()
+
+
+async def test_without_a_certificate_nobody_is_told_of_a_check_and_with_one_of_its_ca() -> None:
+    cluster = a_run()
+    key = CheckKey(cluster, namespace="default", alone=True)
+    await key.refresh()
+    ca: list[str | None] = [None]
+    check = CancellationCheck(cluster, key, url="https://x", clock=lambda: datetime.now(UTC), ca=lambda: ca[0])
+    run = IngestRun.read(cluster.run(KEY))
+    assert check.check_for(run, a_job()) is None
+    ca[0] = "the PEM"
+    told = check.check_for(run, a_job())
+    assert told is not None
+    assert told.ca == "the PEM"
+
+
+async def test_jobs_are_told_of_the_ca_where_there_is_one() -> None:
+    world = World()
+    endpoint = CheckEndpoint(url="https://x", token="t", ca="the PEM")
+    world.check = lambda _run, _seconds: endpoint
+    world.start()
+    world.create()
+    await world.settle()
+    (job,) = world.active_jobs()
+    assert environment(job)["INGEST_CANCELLATION_CA"] == "the PEM"
 
 
 # --- the long poll

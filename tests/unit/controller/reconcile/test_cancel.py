@@ -213,6 +213,7 @@ async def test_cancel_is_one_write_with_everything_in_it() -> None:
     assert kinds["Succeeded"] == ("False", "Cancelled")
     assert kinds["Finished"] == ("True", "Cancelled")
     assert kinds["Cancelled"] == ("True", "Requested")
+    assert (kinds["Reconciling"], kinds["Stalled"]) == (("False", "Finished"), ("True", "Cancelled"))
     notes = [event["note"] for event in world.cluster.events() if event["reason"] == "Cancelled"]
     assert notes == ["cancelled by ada: wrong source"]
 

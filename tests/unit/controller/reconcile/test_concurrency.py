@@ -176,6 +176,7 @@ async def test_replace_cancels_the_older_and_starts_when_it_is_drained(world: Wo
     assert record["reason"] == "replaced by two"
     assert record["requestedBy"] == "ingestrun-operator on behalf of run two"
     assert condition(world, "one", "Cancelled")["reason"] == "Replaced"
+    assert condition(world, "one", "Succeeded")["reason"] == "Replaced"
     assert phase(world, "two") == "Pending"
     waiting = condition(world, "two", "Reconciling")
     assert waiting["reason"] == "WaitingForReplaced"

@@ -17,8 +17,8 @@ from ingestrun.kube.protocol import RunKey
 
 NEWER: dict[str, dict[str, Any]] = {
     "phase": {"phase": "Paused"},
-    "field": {"workers": [{"name": "w-0", "batch": 3}]},
-    "field of a field": {"batches": {"publishing": "0"}},
+    "field": {"shards": [{"name": "w-0", "batch": 3}]},
+    "field of a field": {"batches": {"auditing": "0"}},
     "field of a condition": {
         "conditions": [
             {
@@ -157,7 +157,7 @@ async def test_once_it_is_understood_a_held_run_goes_on() -> None:
     "spec",
     [
         {"onBatchFailure": "Skip"},
-        {"execution": {"mode": "Pool"}},
+        {"execution": {"mode": "Serverless"}},
         {"concurrency": {"key": "a", "policy": "Queue"}},
         {"batches": {"windows": {"hours": 1}}},
     ],

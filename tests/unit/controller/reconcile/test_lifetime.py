@@ -70,6 +70,8 @@ async def test_run_without_progress_cancels_itself(world: World, restarted: bool
     assert record["requestedBy"] == "ingestrun-operator"
     assert (record["policy"], record["activeBatches"]) == ("Drain", 1)
     assert world.condition("Cancelled")["reason"] == "Stale"
+    assert world.condition("Succeeded")["reason"] == "Stale", "as `kubectl get` shows it"
+    assert world.status["duration"] == "10m"
     assert world.condition("Drained")["status"] == "False"
     notes = [event["note"] for event in world.cluster.events() if event["reason"] == "Cancelled"]
     assert notes == ["cancelled by ingestrun-operator: no progress for 600 s (staleAfterSeconds)"]

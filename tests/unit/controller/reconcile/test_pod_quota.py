@@ -192,7 +192,7 @@ def test_a_job_carries_the_state_of_its_batch() -> None:
             "namespace": "default",
             "uid": "j",
             "creationTimestamp": "2026-11-23T12:00:00Z",
-            "labels": {f"ingestrun.dev/{name}": "0" for name in ("batch", "step", "attempt", "run-uid")},
+            "labels": {f"ingestrun.dev/{name}": "0" for name in ("batch", "step", "attempt", "run-uid", "stage")},
             "annotations": {"ingestrun.dev/checkpoint": '{"batch":0,"stage":1}'},
         }
     }

@@ -58,6 +58,10 @@ def at_request(world: PoolWorld, number: int, act: Callable[[], None]) -> None:
     world.on_request = on_request
 
 
+def patch(world: PoolWorld, **spec: Any) -> None:
+    world.cluster.user_patch_spec(KEY, spec)
+
+
 def assert_succeeded(world: PoolWorld) -> None:
     status = world.status
     assert world.phase == "Succeeded", status
@@ -267,7 +271,7 @@ async def test_disruptions_take_no_retries() -> None:
 
 async def test_suspended_workers_leave_and_come_back() -> None:
     world = world_of("partitions", lambda _: None)
-    at_request(world, 4, lambda: world.cluster.user_patch_spec(KEY, {"suspend": True}) and None)
+    at_request(world, 4, lambda: patch(world, suspend=True))
 
     await world.play_pool()
     assert world.phase == "Suspended"
@@ -283,7 +287,7 @@ async def test_suspended_workers_leave_and_come_back() -> None:
 
 async def test_fewer_workers_when_parallelism_is_lowered() -> None:
     world = world_of("partitions", lambda _: None, parallelism=4, batches={"partitions": {"count": 12}})
-    at_request(world, 12, lambda: world.cluster.user_patch_spec(KEY, {"parallelism": 1}) and None)
+    at_request(world, 12, lambda: patch(world, parallelism=1))
 
     await world.play_pool()
 

@@ -374,3 +374,20 @@ async def test_a_saved_state_costs_one_list_and_no_run_without_one_pays(runs: Ru
     without.create()
     await without.play()
     assert without.cluster.calls("list", "ingestruns") == []
+
+
+async def test_the_list_of_the_chain_shows_that_the_data_were_restored(runs: Runs) -> None:
+    """The run of the saved state is as the backup has it, and not as it was seen since."""
+    await cut(runs)
+    state = saved_state(runs.cluster.run(key("old")))
+    backup = runs.cluster.backup()
+    for number in range(100):  # so that no version that is given out from now on has caught up with it
+        runs.cluster.user_patch_metadata(key("old"), {"labels": {"n": str(number)}})
+    await runs.settle()
+    runs.cluster.restore(backup)
+    runs.begin("one", saved=state, batches=CHAIN)
+    await runs.play()
+    assert runs.store.went_back.is_set()
+    assert runs.store.run(key("old")) == runs.cluster.run(key("old"))
+    assert runs.of("one")["phase"] == "Succeeded"
+    judge_whole(runs)

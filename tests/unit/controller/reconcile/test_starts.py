@@ -11,6 +11,7 @@ from tests.fakes.world import KEY, World
 
 from ingestrun.kube.errors import Unavailable
 
+PANIC = 'Post "https://10.9.8.7:6443/api/v1/pods": stream error: stream ID 7; INTERNAL_ERROR; received from peer'
 CALL = 'Internal error occurred: failed calling webhook "inject.example.com": connection refused'
 SECRET = 'MountVolume.SetUp failed for volume "ca" : secret "company-ca" not found'
 MULTI = 'Multi-Attach error for volume "pvc-7" Volume is already exclusively attached to one node'
@@ -207,13 +208,14 @@ async def test_a_webhook_that_is_down_holds_the_run_and_one_that_denies_fails_it
     assert "no team label" in world.status["failures"][0]["message"]
 
 
-async def test_a_webhook_that_is_back_costs_the_run_nothing() -> None:
+@pytest.mark.parametrize(("said", "reason"), [(CALL, "WebhookUnavailable"), (PANIC, "ServerFailed")])
+async def test_a_server_or_webhook_that_is_back_costs_the_run_nothing(said: str, reason: str) -> None:
     world = World()
     world.create(retries=0)
     await world.settle()
-    world.cluster.refuse_pod(world.active_jobs()[0]["metadata"]["name"], message=CALL)
+    world.cluster.refuse_pod(world.active_jobs()[0]["metadata"]["name"], message=said)
     await pass_time(world, 900)
-    assert world.condition("Backpressured")["reason"] == "WebhookUnavailable"
+    assert world.condition("Backpressured")["reason"] == reason
     await world.play()
     assert world.phase == "Succeeded"
     assert world.condition("Backpressured")["status"] == "False"

@@ -7,9 +7,10 @@ from typing import Any
 
 from tests.fakes.world import manifest
 
-from ingestrun.controller.state.cache import MAX_PARSED, RunCache, parents_of
+from ingestrun.controller.state.cache import MAX_PARSED, RunCache
 from ingestrun.controller.state.usage import Usage
 from ingestrun.kube.protocol import RunKey
+from ingestrun.model.lineage import parents_of
 from ingestrun.planner.batch.attempt import JobState, ObservedJob
 from ingestrun.planner.run.fair_sharing import JobLimits
 

@@ -224,8 +224,10 @@ def test_verdicts(facts: Attempt, reason: str, rule: FailurePolicyRule, words: s
 def test_what_the_api_server_refuses() -> None:
     held = {reason for reason, rule in FAILURE_POLICY.items() if rule.action is FailureAction.HOLD}
     failed = {reason for reason, rule in FAILURE_POLICY.items() if rule.action is FailureAction.FAIL_RUN}
-    unplaced = {"Unschedulable", "NodeMismatch", "SchedulingGated", "JobNotStarted"}
-    assert held == {"Forbidden", "NamespaceTerminating", "WebhookUnavailable", "QuotaExceeded"} | unplaced
+    probed = {reason for reason, rule in FAILURE_POLICY.items() if rule.probed}
+    unplaced = {"ServerFailed", "Unschedulable", "NodeMismatch", "SchedulingGated", "JobNotStarted"}
+    assert probed == {"Forbidden", "NamespaceTerminating", "WebhookUnavailable", "QuotaExceeded"}
+    assert held == probed | unplaced
     assert failed == {"JobRefused", "AdmissionDenied", "JobChanged", "NameTaken"}
 
 

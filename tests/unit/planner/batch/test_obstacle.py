@@ -281,6 +281,7 @@ def test_a_series_of_the_new_kind() -> None:
 
 
 CALL = 'Internal error occurred: failed calling webhook "inject.example.com": failed to call webhook: Post "https://i"'
+POST = 'Post "https://10.9.8.7:6443/api/v1/namespaces/n/pods"'
 DENIED = 'admission webhook "inject.example.com" denied the request: failed calling webhook of the vault'
 
 
@@ -294,7 +295,18 @@ DENIED = 'admission webhook "inject.example.com" denied the request: failed call
         ),
         ('pods "x-1" is forbidden: failed quota: q: must specify cpu', "PodRefused", "refused: failed quota: q"),
         ('pods "x-1" is forbidden: no PriorityClass with name gold was found', "PodRefused", "PriorityClass with name"),
-        ("Internal error occurred: boom", "PodRefused", "refused: Internal error occurred: boom"),
+        ("Internal error occurred: boom", "ServerFailed", "cannot be created: Internal error occurred: boom"),
+        ("etcdserver: request timed out", "ServerFailed", "cannot be created: etcdserver"),
+        (
+            f"{POST}: stream error: stream ID 2053; INTERNAL_ERROR; received from peer",
+            "ServerFailed",
+            "error: INTERNAL",
+        ),
+        (f"{POST}: dial tcp 10.9.8.7:6443: connect: connection refused", "ServerFailed", "connection refused"),
+        ("Timeout: request did not complete within requested timeout", "ServerFailed", "Timeout: request"),
+        ("the server has received too many requests and has asked us to try again", "ServerFailed", "too many"),
+        ('an error on the server ("") has prevented the request from succeeding', "ServerFailed", "prevented"),
+        ('pods "x-1" is forbidden: Internal error occurred', "PodRefused", "refused: Internal error"),
         (f"{CALL}: dial tcp 10.9.8.7:443: connect: connection refused", "WebhookUnavailable", "cannot be created: Int"),
         (f"{CALL}: x509: certificate signed by unknown authority", "WebhookUnavailable", "x509"),
         (f"{CALL}: context deadline exceeded", "WebhookUnavailable", "deadline"),

@@ -83,7 +83,8 @@ def test_a_grace_is_over(kind: str, graces: dict[str, int], seconds: int) -> Non
 
 
 @pytest.mark.parametrize(
-    "kind", ["Unschedulable", "NodeMismatch", "SchedulingGated", "QuotaExceeded", "WebhookUnavailable"]
+    "kind",
+    ["Unschedulable", "NodeMismatch", "SchedulingGated", "QuotaExceeded", "WebhookUnavailable", "ServerFailed"],
 )
 def test_what_is_nobodys_fault_is_waited_for(kind: str) -> None:
     attempt = hindered(kind)
@@ -100,6 +101,7 @@ def test_each_kind_of_obstacle_has_a_row_and_each_that_does_not_hold_a_grace() -
         *(kind for _, kind in obstacles._SCHEDULER),
         *("NodeMismatch", "Unschedulable", "SchedulingGated", "QuotaExceeded", "WebhookUnavailable", "PodRefused"),
         "JobNotStarted",
+        obstacles.SERVER_FAILED,
         obstacles.START_TIMEOUT,
     }
     actions = {FAILURE_POLICY[kind].action for kind in kinds}
