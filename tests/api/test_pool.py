@@ -227,10 +227,10 @@ def test_the_columns_and_the_status_show_batches_in_flight(
         (found,) = table["rows"]
         return dict(zip((c["name"] for c in table["columnDefinitions"]), found["cells"], strict=True))
 
-    assert {key: row()[key] for key in ("Phase", "Batches", "Records", "Active")} == {
+    assert {key: row()[key] for key in ("Phase", "Progress", "Published", "Active")} == {
         "Phase": "Running",
-        "Batches": "1/5",
-        "Records": ROWS,
+        "Progress": "1/5",
+        "Published": ROWS,
         "Active": 2,
     }
     status = cluster.run(namespace, "geo")["status"]
