@@ -28,7 +28,7 @@ async def test_a_report_is_acknowledged_without_a_further_batch() -> None:
     assert world.status["batches"]["checkpoints"][0]["attempt"] == 1
     # Without a report it waits for the next attempt.
     world.turn(worker)
-    assert worker.reports == ()
+    assert not worker.reports
     world.turn(worker)
     await world.settle()
     assert not worker.under_way[1].done()
