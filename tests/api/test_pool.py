@@ -227,10 +227,10 @@ def test_the_columns_and_the_status_show_batches_in_flight(
         (found,) = table["rows"]
         return dict(zip((c["name"] for c in table["columnDefinitions"]), found["cells"], strict=True))
 
-    assert {key: row()[key] for key in ("Phase", "Batches", "Records", "Active")} == {
+    assert {key: row()[key] for key in ("Phase", "Progress", "Published", "Active")} == {
         "Phase": "Running",
-        "Batches": "1/5",
-        "Records": ROWS,
+        "Progress": "1/5",
+        "Published": ROWS,
         "Active": 2,
     }
     status = cluster.run(namespace, "geo")["status"]
@@ -513,14 +513,10 @@ def test_a_cancel_reaches_busy_workers_and_tells_what_landed(
     for worker, claim in ((lander, claims[0]), (permitted, claims[2])):
         assert worker.publish(claim)["granted"] is True
     failure = {"outcome": "failed", "stage": "fetch", "message": "no luck", "permanent": False}
-
-    def reported() -> bool:
-        workers = cluster.run(namespace, "geo")["status"]["workers"]
-        return {"worker": 3} in workers
-
+    assert idle.claim({**held(claims[3]), **failure})["wait"] is True  # stored, and the retry is not due
+    assert {"worker": 3} in cluster.run(namespace, "geo")["status"]["workers"]
     with ThreadPoolExecutor() as threads:
-        waiting = threads.submit(idle.claim, {**held(claims[3]), **failure}, wait=30)
-        wait_for(reported, 10, "the failure to be stored; its worker waits on")
+        waiting = threads.submit(idle.claim, wait=30)
         cluster.cancel(namespace, "geo", "wrong source")
         began = time.monotonic()
         assert waiting.result()["cancelled"] == "the run is Cancelled"

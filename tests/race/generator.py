@@ -22,6 +22,8 @@ QUIET_SECONDS: Final = 4.0
 """Longer than any retry or backpressure delay below: what would start after a cancel has started by then."""
 FALLBACK_SECONDS: Final = (6.0, 12.0)
 """When a run is cancelled whose moment does not come, after its creation; one that ends before that, at its end."""
+POOL_FALLBACK_SECONDS: Final = (12.0, 20.0)
+"""The same for a pool, whose workers have to start before anything else comes."""
 POLICIES: Final[tuple[str | None, ...]] = (None, *CancellationPolicy)
 STORM_EVERY: Final = 3
 LEASE_EVERY: Final = int(os.environ.get("LEASE_EVERY") or 12)
@@ -283,7 +285,7 @@ def _pool_run(rng: random.Random, name: str, slot: int, *, quota: bool, kill: bo
         spec=spec,
         batches=batches,
         suspend_at=rng.uniform(0, 2) if moment is Moment.SUSPENDED else None,
-        cancel=_cancel(rng, name, moment, _COMMON_SIGNALS | signals, kill=kill),
+        cancel=_cancel(rng, name, moment, _COMMON_SIGNALS | signals, kill=kill, fallback=POOL_FALLBACK_SECONDS),
     )
 
 
@@ -316,7 +318,13 @@ def _signals(rng: random.Random, *, batches: int, hooks: int) -> dict[Moment, Si
 
 
 def _cancel(
-    rng: random.Random, name: str, moment: Moment, signals: Mapping[Moment, Signal], *, kill: bool
+    rng: random.Random,
+    name: str,
+    moment: Moment,
+    signals: Mapping[Moment, Signal],
+    *,
+    kill: bool,
+    fallback: tuple[float, float] = FALLBACK_SECONDS,
 ) -> CancelPlan:
     # Half of them at the very moment, where the gap between two calls is; the rest anywhere in the next second.
     delay = rng.choice((0.0, rng.uniform(0, 0.05), rng.uniform(0, 0.2), rng.uniform(0, 1)))
@@ -330,7 +338,7 @@ def _cancel(
         moment=moment,
         signal=signals.get(moment),
         delay=delay,
-        fallback=rng.uniform(*FALLBACK_SECONDS),
+        fallback=rng.uniform(*fallback),
         reason=f"race {name}",
         policy=rng.choice(POLICIES),
         repeats=repeats,

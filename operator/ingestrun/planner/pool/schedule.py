@@ -81,6 +81,8 @@ class _PoolSchedule:
         self._take_off_ended()
         for request in self._snapshot.requests:
             answer = self._answer(request)
+            if answer is None and request.reports:
+                answer = ClaimAnswer(wait=True)  # the reports are stored: the worker need not repeat them
             if answer is not None:
                 self._answers[request] = answer
         backpressure, number = self._room()
