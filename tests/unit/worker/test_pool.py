@@ -812,7 +812,7 @@ def certificate(directory: Path, name: str) -> tuple[Path, ssl.SSLContext]:
 def test_the_operator_is_known_by_its_certificate(pool: Pool, tmp_path: Path) -> None:
     cert, context = certificate(tmp_path, "ours")
     pool.served = Served(pool.operator, context)
-    assert pool.run(pool_ca=cert.read_text())[0] == 0
+    assert pool.run(pool_ca=cert.read_text(), cancellation_ca=cert.read_text())[0] == 0
     assert pool.operator.checks > 0
     pool.assert_complete()
 
