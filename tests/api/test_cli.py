@@ -262,8 +262,8 @@ def test_a_run_is_created_suspended_explained_watched_and_told_of(
     assert watched.returncode == 0, watched.stderr
     assert watched.stdout.splitlines()[-1].split("   ")[1:] == [
         "Succeeded",
-        "2/2 batches (100%)",
-        "10 rows",
+        "batches 2/2 (100%)",
+        "rows 10",
         "Completed",
     ]
     assert "\x1b" not in watched.stdout, "no colour where there is no terminal"
@@ -291,7 +291,7 @@ def test_failed_batches_are_shown_explained_and_done_again(
     assert (rest["metadata"]["name"], rest["spec"]["resumeFrom"]) == ("geo-2", {"name": "geo"})
     rest["spec"]["podTemplate"]["annotations"] = {"simulate.ingestrun.dev/rows": "5"}
     watched = plugin("run", "-f", "-", "--watch", stdin=yaml.safe_dump(rest))
-    assert (watched.returncode, watched.stdout.splitlines()[-1].split("   ")[2]) == (0, "3/3 batches (100%)")
+    assert (watched.returncode, watched.stdout.splitlines()[-1].split("   ")[2]) == (0, "batches 3/3 (100%)")
     assert plugin("retry", "geo", "--failed").returncode == 4, "it is resumed already"
 
 

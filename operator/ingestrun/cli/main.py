@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final, NoReturn, Protocol
 
 from ingestrun.cli.errors import CliError, ExitCode, UsageError
 
@@ -43,6 +44,9 @@ class CommandModule(Protocol):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # By default the process would end at once, and leave its folder with the user's key behind.
+        signal.signal(number, _end)
     try:
         code = int(run(words))
         sys.stdout.flush()
@@ -53,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     sys.exit(code)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """End the process as a shell expects it of this signal, but with all that is done at an end."""
+    sys.exit(128 + number)
 
 
 def run(words: Sequence[str]) -> ExitCode:

@@ -178,8 +178,8 @@ def change_line(run: Run, now: datetime) -> str:
     parts = [
         f"{run.status.get('lastProgressTime') or run.meta['creationTimestamp']}",
         f"{run.phase}",
-        f"{run.progress} batches{f' ({share:.0%})' if share is not None else ''}",
-        f"{count(run.records('published'))} rows",
+        f"batches {run.progress}{f' ({share:.0%})' if share is not None else ''}",
+        f"rows {count(run.records('published'))}",
         run.reason,
     ]
     return "   ".join(part for part in parts if part)

@@ -71,11 +71,14 @@ def fixed_list(
             content = path.read_bytes()
     digest = _digest(content)
     if context.source_digest not in (None, digest):
-        what = (
-            f"{shown}, the list of the files that the run reads, is gone, and the files are not the same any more"
-            if lost
-            else f"{shown} is not the list of the files that the run began with"
-        )
+        if path is None:
+            what = "the files are not those that the run began with"
+        elif lost:
+            what = (
+                f"{shown}, the list of the files that the run reads, is gone, and the files are not the same any more"
+            )
+        else:
+            what = f"{shown} is not the list of the files that the run began with"
         raise SourceChangedError(f"{what}: records would be missed or read twice, so start a new run")
     try:
         return [ListedFile(*json.loads(line)) for line in content.splitlines()], digest

@@ -16,9 +16,9 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from ingestrun.model.contract import StageResult
+from ingestrun.model.contract import RUNS_DIRECTORY, StageResult
 from ingestrun.worker.collector import MEMORY_BYTES, RowCollector
-from ingestrun.worker.context import Context
+from ingestrun.worker.context import Context, parse_key
 from ingestrun.worker.fetch import FetchLink
 from ingestrun.worker.hook import open_hook, open_quarantine
 from ingestrun.worker.publish import ParquetLink
@@ -94,7 +94,8 @@ def _fetch(context: Context, stop: Stop, course: Course, stack: ExitStack) -> Ro
 
     def spill() -> Path:
         if not directory:
-            directory.append(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ingestrun-"))))
+            room = tempfile.TemporaryDirectory(prefix="rows-", dir=_spill_root(context))
+            directory.append(Path(stack.enter_context(room)))
         return directory[0]
 
     link = FetchLink(context, stop)
@@ -104,6 +105,19 @@ def _fetch(context: Context, stop: Stop, course: Course, stack: ExitStack) -> Ro
     output.finish()
     course.fetched(result)
     return output
+
+
+def _spill_root(context: Context) -> Path | None:
+    """Return the directory for rows that memory has no room for: the run's own in its workspace; None: the system's.
+
+    The root file system of a worker is read-only, so only a run that mounts a volume there has the system's.
+    """
+    if context.workspace is None:
+        return None
+    uid, _ = parse_key(context.key)
+    root = context.workspace / RUNS_DIRECTORY / uid
+    root.mkdir(parents=True, exist_ok=True)
+    return root
 
 
 @dataclass(frozen=True)

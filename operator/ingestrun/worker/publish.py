@@ -178,7 +178,7 @@ def _write(source: Rows, path: Path, key: str, stop: Stop) -> None:
             out.write(table)
             rows += table.num_rows
         if rows != source.rows:
-            raise AssertionError(f"{source.rows} rows were to come in, {rows} came")
+            raise AssertionError(f"{pluralize(source.rows or 0, 'row')} to come in, {rows} came")
         out.add_metadata({FOOTER_KEY: key, FOOTER_ROWS: str(rows)})
 
 

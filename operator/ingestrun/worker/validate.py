@@ -70,7 +70,8 @@ class ValidateLink:
     def _verify_account(self, written: int) -> None:
         total = self._source.rows
         if self.read != total or self.read != written + self.rejected:
-            raise AssertionError(f"{total} rows came in, {self.read} read, {written} kept, {self.rejected} rejected")
+            came = pluralize(total or 0, "row")
+            raise AssertionError(f"{came} came in, {self.read} read, {written} kept, {self.rejected} rejected")
         most = self._rules.max_rejected
         if most is not None and self.rejected > most:
             self._quarantine.keep()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -20,6 +26,7 @@ from ingestrun.cli.errors import CliError, ExitCode, ServerError
 from ingestrun.cli.follow import Follower
 from ingestrun.cli.kubeconfig import Access, PrivateFolder
 
+SOURCES: Final = str(Path(__file__).parents[3] / "operator")
 GONE = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}
 
 
@@ -242,3 +249,26 @@ def test_a_watch_that_is_refused_is_an_error(server: Server) -> None:
     server.answers = [Answer(GONE, 410)]
     with pytest.raises(WatchExpired):
         list(Api(access(server.url)).watch_runs("geo", "5", seconds=9))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_process_that_is_ended_leaves_no_key_behind(number: signal.Signals, tmp_path: Path) -> None:
+    key = base64.b64encode(b"key").decode()
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        config = access(f"http://127.0.0.1:{silent.getsockname()[1]}").config.doc
+        config["users"][0]["user"] = {"client-certificate-data": key, "client-key-data": key}
+        (tmp_path / "config").write_text(json.dumps(config))
+        folder = tmp_path / "tmp"
+        folder.mkdir()
+        found = {**os.environ, "KUBECONFIG": str(tmp_path / "config"), "TMPDIR": str(folder), "PYTHONPATH": SOURCES}
+        with subprocess.Popen([sys.executable, "-m", "ingestrun.cli", "list"], env=found) as asking:
+            silent.settimeout(60)
+            connection, _ = silent.accept()
+            assert list(folder.iterdir()), "its key is in a file while it asks"
+            asking.send_signal(number)
+            asking.wait(60)
+            connection.close()
+    assert asking.returncode == 128 + number
+    assert list(folder.iterdir()) == []

@@ -242,7 +242,7 @@ def test_the_speed_of_a_watch_is_that_of_the_last_minute() -> None:
 
 
 def test_a_change_is_one_line() -> None:
-    assert change_line(Run(RUNNING), NOW) == f"{at(200)}   Running   10/31 batches (35%)   5,000 rows"
+    assert change_line(Run(RUNNING), NOW) == f"{at(200)}   Running   batches 10/31 (35%)   rows 5,000"
 
 
 # ---------------------------------------------------------------------------------------------------------- explain

@@ -185,9 +185,8 @@ def test_rows_that_do_not_fit_into_memory(
     monkeypatch.setattr("ingestrun.worker.stage_io.ROW_GROUP_ROWS", 2)
     monkeypatch.setattr("ingestrun.worker.file_formats._CHUNK_ROWS", 2)
     monkeypatch.setattr(pipeline, "MEMORY_BYTES", memory)
-    spilled = tmp_path / "tmp"
-    spilled.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(spilled))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a read-only root"))
+    spilled = bench.workspace / ".ingestrun"
     seen: list[int] = []
     course = Course(lambda: seen.append(len(list(spilled.rglob("_part-*")))))
     result = in_one(bench, mixed, course)
@@ -196,7 +195,7 @@ def test_rows_that_do_not_fit_into_memory(
         None, "2.5", str(2**60), "x", "true", None, '{"a":1}', "0",
     ]  # fmt: skip
     assert (seen[0] > 0) == (memory < 10**9)
-    assert list(spilled.iterdir()) == [], "nothing is left when the batch is done"
+    assert list(spilled.rglob("rows-*")) == [], "nothing is left when the batch is done"
 
 
 def test_a_temporary_directory_that_can_not_be_written(

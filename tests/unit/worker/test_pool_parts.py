@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ingestrun.model import pool
 from ingestrun.model.pool import Claim, ClaimAnswer, ClaimRequest, Fetched, Report, ReportOutcome
+from ingestrun.model.worker import FilesSource
 from ingestrun.worker.context import read_context
+from ingestrun.worker.errors import PermanentError, SourceChangedError
+from ingestrun.worker.file_source import FilesReader
 from ingestrun.worker.pool.client import Backoff, NoAnswerError, _seconds
 from ingestrun.worker.pool.memory import MemoryBound, limit_bytes
 from ingestrun.worker.pool.settings import read_settings
@@ -88,6 +92,24 @@ def test_a_partition_is_told_of_their_number() -> None:
     claim = CLAIM.model_copy(update={"partition": True})
     context = read_context(read_settings(ENV).stage_env(claim, 0))
     assert (context.partitions, context.partition_file) == (3, Path("/workspace/list"))
+
+
+def test_without_a_workspace_each_fetch_lists_the_files_again(tmp_path: Path) -> None:
+    """And notices if they are not the same."""
+    context = read_context(
+        read_settings(ENV).stage_env(CLAIM.model_copy(update={"source_digest": None, "cursor": None}), 0)
+    )
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("id\n1\n")
+    source = FilesSource(path=f"{tmp_path}/*.csv")
+    began = FilesReader(source, context)
+    later = replace(context, source_digest=began.source_digest)
+    assert FilesReader(source, later).source_digest == began.source_digest
+    (tmp_path / "c.csv").write_text("id\n1\n")
+    with pytest.raises(SourceChangedError, match=r"^the files are not those that the run began with"):
+        FilesReader(source, later)
+    with pytest.raises(PermanentError, match=r"'in/\*.csv' is in the workspace, and the run has none"):
+        FilesReader(FilesSource(path="in/*.csv"), context)
 
 
 def test_pauses_grow_to_a_bound_and_are_never_the_same_for_all() -> None:

@@ -7,11 +7,12 @@ run is cancelled that had ended, or was not stale any more, and nobody's name is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from ingestrun.kube.errors import Conflict, Invalid, NotFound, Unknown
+from ingestrun.kube.errors import Conflict, Invalid, KubeError, NotFound, Unknown
 from ingestrun.kube.protocol import Cluster, Object, RunKey
 from ingestrun.model.lineage import cancelled_with_cascade, parents_of
 from ingestrun.model.names import ANNOTATION_REQUESTED_BY
@@ -50,6 +51,8 @@ class Settled:
     """The runs below it that are Cancelled by it."""
     pending_below: Sequence[str] = ()
     """The runs below it that will be."""
+    below_known: bool = True
+    """False: the runs below it belong to the cancel, and could not be listed yet."""
 
     @property
     def cancelled(self) -> bool:
@@ -59,7 +62,8 @@ class Settled:
     @property
     def done(self) -> bool:
         """Tell whether nothing is left to wait for."""
-        return (self.run is None or has_ended(self.run)) and not self.pending_below
+        over = self.run is None or has_ended(self.run)
+        return over and not self.pending_below and (self.below_known or not self.cancelled)
 
 
 class RunCanceller:
@@ -103,20 +107,24 @@ class RunCanceller:
                         raise
             raise Conflict(f"the run {key.name} changes all the time: ask again")
 
-    async def settle(self, keys: Iterable[RunKey], *, cascade: bool, seconds: float) -> Mapping[RunKey, Settled]:
+    async def settle(
+        self, asked: Mapping[RunKey, Object], *, cascade: bool, seconds: float
+    ) -> Mapping[RunKey, Settled]:
         """Wait until the runs have ended, with `cascade` those below them too, or for so many seconds.
 
-        Raises KubeError.
+        A read that fails tells nothing, and is tried again: the requests stand all the same.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
-        found: dict[RunKey, Settled] = {}
-        waiting, pause = list(dict.fromkeys(keys)), FIRST_PAUSE
+        found = {key: Settled(run, below_known=not cascade) for key, run in asked.items()}
+        waiting, pause = list(found), FIRST_PAUSE
         while True:
-            bodies = await asyncio.gather(*map(self._read, waiting))
-            found |= {key: Settled(body) for key, body in zip(waiting, bodies, strict=True)}
+            found |= dict(
+                zip(waiting, await asyncio.gather(*(self._look(key, found[key]) for key in waiting)), strict=True)
+            )
             if cascade:
-                found |= await self._with_those_below(found)
+                with suppress(KubeError):
+                    found |= await self._with_those_below(found)
             waiting = [key for key, settled in found.items() if not settled.done]
             left = deadline - loop.time()
             if not waiting or left <= 0:
@@ -124,12 +132,14 @@ class RunCanceller:
             await asyncio.sleep(min(pause, left))
             pause = min(MAX_PAUSE, 2 * pause)
 
-    async def _read(self, key: RunKey) -> Object | None:
+    async def _look(self, key: RunKey, known: Settled) -> Settled:
         async with self._slots:
             try:
-                return await self._cluster.get_run(key)
+                return replace(known, run=await self._cluster.get_run(key))
             except NotFound:
-                return None
+                return replace(known, run=None)
+            except KubeError:
+                return known
 
     async def _with_those_below(self, found: Mapping[RunKey, Settled]) -> dict[RunKey, Settled]:
         namespaces = sorted({key.namespace for key, settled in found.items() if settled.cancelled})

@@ -166,7 +166,7 @@ class PeopleApi(RouteTable):
             asked = await self._ask(caller, key, body, uid=uid)
         except EndedError as error:
             raise _conflict(error) from None
-        settled = await self._settle([key], cascade=_cascades(asked))
+        settled = await self._settle({key: asked}, cascade=_cascades(asked))
         one = settled[key]
         if one.run is None:
             raise Problem(404, f"the run {key.name} is gone")
@@ -190,8 +190,8 @@ class PeopleApi(RouteTable):
         logger.info("cancel requested over HTTP", run=key.name, namespace=key.namespace, by=caller.name)
         return asked
 
-    async def _settle(self, keys: Iterable[RunKey], *, cascade: bool) -> Mapping[RunKey, Settled]:
-        return await self._canceller.settle(keys, cascade=cascade, seconds=self._wait_seconds)
+    async def _settle(self, asked: Mapping[RunKey, Object], *, cascade: bool) -> Mapping[RunKey, Settled]:
+        return await self._canceller.settle(asked, cascade=cascade, seconds=self._wait_seconds)
 
     # ---- cancelling many
 
@@ -271,25 +271,32 @@ class PeopleApi(RouteTable):
         judge: Judge | None = None,
     ) -> web.Response:
         """Ask for the cancel of each, wait for all, and answer with a result for each."""
-        attempt = partial(self._attempt, caller, body, dry_run=dry_run, judge=judge)
-        tried = dict(zip(keys, await asyncio.gather(*map(attempt, keys)), strict=True))
-        asked = [key for key, said in tried.items() if said is None]
+        asked: dict[RunKey, Object] = {}
+        attempt = partial(self._attempt, caller, body, asked, dry_run=dry_run, judge=judge)
+        refused = dict(zip(keys, await asyncio.gather(*map(attempt, keys)), strict=True))
         settled = await self._settle(asked, cascade=body.cascade is True) if asked else {}
-        results = [tried[key] or _outcome(key, settled[key]) for key in keys]
+        results = [refused[key] or _outcome(key, settled[key]) for key in keys]
         answer = {"message": _summary(results), "results": results, "remaining": left}
         return web.json_response(answer)
 
     async def _attempt(
-        self, caller: Caller, body: CancelRequest, key: RunKey, *, dry_run: bool, judge: Judge | None
+        self,
+        caller: Caller,
+        body: CancelRequest,
+        asked: dict[RunKey, Object],
+        key: RunKey,
+        *,
+        dry_run: bool,
+        judge: Judge | None,
     ) -> Mapping[str, Any] | None:
-        """Ask for the cancel of one run of many; return None, or else what stands against it."""
+        """Ask for the cancel of one run of many, and add it to `asked`; or return what stands against it."""
         try:
             if not await self._may_cancel(caller, key):
                 return _result(
                     key, "forbidden", refusal(caller, CANCEL_VERBS[0], namespace=key.namespace, name=key.name)
                 )
             if not dry_run:
-                await self._ask(caller, key, body, judge=judge)
+                asked[key] = await self._ask(caller, key, body, judge=judge)
                 return None
             run = await self._cluster.get_run(key)
             if has_ended(run):

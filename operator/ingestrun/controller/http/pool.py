@@ -135,11 +135,11 @@ async def _answer(inbox: PoolInbox, key: RunKey, uid: str, request: WorkerReques
     try:
         answer = await inbox.ask(key, uid, request, seconds=_patience(request.body))
     except NotFound:
-        raise Problem(404, "the run is gone") from None
+        raise Problem(404, "the run is gone", error="gone") from None
     except KubeError:
         raise _later("the run could not be read from the API server: ask again", LATER_SECONDS) from None
     if isinstance(answer, Replaced):
-        raise Problem(409, answer.message)
+        raise Problem(409, answer.message, error="replaced")
     if answer is None and isinstance(request.body, ClaimRequest) and not request.reports:
         answer = ClaimAnswer(wait=True)
     if answer is None:

@@ -71,7 +71,7 @@ class BulkCancelRequest(CancelRequest):
 class CleanUpRequest(CancelRequest):
     """The body of a clean-up: cancel what has made no progress for so long."""
 
-    stale_seconds: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=31_536_000)]
+    stale_seconds: Annotated[int, Field(ge=1, le=31_536_000), BeforeValidator(_whole)]
     label_selector: Selector | None = None
     dry_run: bool = False
 

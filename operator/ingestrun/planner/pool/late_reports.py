@@ -37,7 +37,7 @@ def _with_report(status: IngestRunStatus, worker: int, report: Report) -> Ingest
         return status
     released = [each if each is not entry else each.replace(batch=None, batch_attempt=None) for each in entries]
     status = status.replace(workers=released)
-    if report.outcome is not ReportOutcome.DONE or report.batch not in (status.batches.publishing or IndexRanges()):
+    if report.outcome is not ReportOutcome.DONE or report.batch not in _permitted(status):
         return status
     before = status.after_end or AfterEndStatus()
     return status.replace(
@@ -49,6 +49,12 @@ def _with_report(status: IngestRunStatus, worker: int, report: Report) -> Ingest
             ),
         )
     )
+
+
+def _permitted(status: IngestRunStatus) -> IndexRanges:
+    """Return the batches that may be published: one whose earlier attempt had permission may be found published."""
+    earlier = (checkpoint.batch for checkpoint in status.batches.checkpoints if checkpoint.may_have_landed)
+    return (status.batches.publishing or IndexRanges()) | IndexRanges(earlier)
 
 
 def unreported(status: IngestRunStatus) -> IndexRanges:

@@ -63,6 +63,12 @@ class _PoolSchedule:
         """The workers whose Job is gone, and whose pod has not ended: they are awaited, and get nothing more."""
         self._waiting = [batch for batch in snapshot.in_flight if batch.next_attempt is not None]
         """The batches that no worker holds."""
+        self._leaving = {
+            request.worker
+            for request in snapshot.requests
+            if isinstance(request.body, ClaimRequest) and request.body.leaving is not None
+        }
+        """The workers that say that they end: an older claim of theirs may still wait, and nobody reads its answer."""
         self._answers: dict[WorkerRequest, Answer] = {}
         self._rechecks = [at for batch in self._waiting if (at := _not_before(batch)) is not None and at > self._now]
         self._misses_jobs = any(
@@ -168,7 +174,7 @@ class _PoolSchedule:
         return PublishAnswer(granted=holds_it, message=message)
 
     def _answer_claim(self, entry: WorkerStatus, body: ClaimRequest) -> ClaimAnswer | None:
-        if body.leaving is not None or entry.leaving:
+        if entry.worker in self._leaving or entry.leaving:
             return self._send_away(entry, body.leaving or NO_WORK)
         if entry.batch is not None:
             return ClaimAnswer(claim=self._claim_of(entry.batch, entry.batch_attempt or 0))

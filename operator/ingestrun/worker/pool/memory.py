@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Final
 
+from ingestrun.model.text import pluralize
+
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _MIB: Final = 2**20
 _GROWTH_BYTES: Final = 256 * _MIB
@@ -44,7 +46,8 @@ class MemoryBound:
             bound = min(bound, max(self._base, int(_LIMIT_SHARE * self._limit)))
         if resident <= bound:
             return None
-        return f"memory has grown from {self._base // _MIB} to {resident // _MIB} MiB in {self._batches} batches"
+        batches = pluralize(self._batches, "batch", "batches")
+        return f"memory has grown from {self._base // _MIB} to {resident // _MIB} MiB in {batches}"
 
 
 def resident_bytes() -> int:

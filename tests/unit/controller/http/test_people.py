@@ -200,6 +200,31 @@ async def test_the_write_whose_answer_was_lost_counts_in_the_callers_name() -> N
         assert run["metadata"]["annotations"]["ingestrun.dev/cancel-requested-by"] == "alice"
 
 
+async def test_a_read_that_fails_after_the_write_does_not_fail_the_cancel() -> None:
+    """The request stands: it would be wrong to say that nothing was done."""
+    tree = [a_run("root"), a_run("mid", parentRef={"name": "root"})]
+    async with serving(*tree) as service:
+        service.operator_follows()
+        gone = Unavailable("down")
+
+        def asked(_: Call) -> bool:
+            return bool(service.cluster.calls("patch", "ingestruns"))
+
+        service.cluster.fail_next("get", "ingestruns", gone, match=asked)
+        service.cluster.fail_next("list", "ingestruns", gone, match=asked)
+        status, body = await service.ask("POST", f"{RUNS}/root/cancel", {"cascade": True})
+        assert (status, body["cancelled_runs"]) == (200, ["root", "mid"])
+        service.cluster.on_call = None
+        service.cluster.user_create_run(a_run("late"))
+
+        def asked_again(_: Call) -> bool:
+            return len(service.cluster.calls("patch", "ingestruns")) > 1
+
+        service.cluster.fail_next("get", "ingestruns", gone, match=asked_again, times=99)
+        status, body = await service.ask("POST", f"{RUNS}/late/cancel")
+        assert (status, body["run"]["spec"]["cancel"]) == (202, True)
+
+
 async def test_a_run_that_never_holds_still_is_503() -> None:
     async with serving(a_run()) as service:
         service.cluster.fail_next("patch", "ingestruns", Conflict("changed"), times=99)
@@ -473,6 +498,7 @@ async def test_a_run_that_makes_progress_meanwhile_is_left_alone() -> None:
 
 async def test_a_stage_that_began_a_moment_ago_is_progress_and_a_retry_is_none() -> None:
     async with serving(a_run("begins"), a_run("retries")) as service:
+        assert (await service.ask("POST", f"{HERE}/clean-up", {"staleSeconds": 60.0}))[1]["results"] == []
         service.now += timedelta(hours=2)
         for name, attempt in (("begins", "0"), ("retries", "1")):
             uid = service.cluster.run(key(name))["metadata"]["uid"]
@@ -505,6 +531,8 @@ async def test_a_stage_that_began_a_moment_ago_is_progress_and_a_retry_is_none()
         ("POST", f"{HERE}/cancel", {"names": ["../a"]}, 422, "name of no run"),
         ("POST", f"{HERE}/clean-up", {}, 422, "staleSeconds"),
         ("POST", f"{HERE}/clean-up", {"staleSeconds": 0}, 422, "staleSeconds"),
+        ("POST", f"{HERE}/clean-up", {"staleSeconds": 60.5}, 422, "staleSeconds"),
+        ("POST", f"{HERE}/clean-up", {"staleSeconds": "60"}, 422, "staleSeconds"),
         ("GET", f"{RUNS}?phase=Paused", None, 422, "phase"),
         ("GET", f"{RUNS}?limit=0", None, 422, "limit"),
         ("GET", f"{RUNS}?labels=a", None, 422, "labels"),
