@@ -463,7 +463,8 @@ def test_a_standby_sends_workers_on(
         assert worker.claim()["claim"]["batch"] == 0
         leader.stop()
         wait_for(lambda: worker.ask("claim", {"v": "v1"}, url=other).status == 200, 60, "the standby to lead")
-        assert worker.ask("claim", {"v": "v1"}, url=other).body["claim"]["batch"] == 0
+        patient = {"v": "v1", "waitSeconds": 20}
+        assert worker.ask("claim", patient, url=other).body["claim"]["batch"] == 0
     finally:
         leader.stop()
         standby.stop()

@@ -40,7 +40,7 @@ SWEEP_SECONDS: Final = 65
 
 POOL: Final = "Pool"
 JOB_PER_STAGE: Final = "JobPerStage"
-HABITS: Final = Habits(die=0.08, fail=0.06, freeze=0.2, repeat=0.1, straggle=0.1, delay=0.1, zombie=0.06)
+HABITS: Final = Habits(die=0.16, fail=0.06, freeze=0.2, repeat=0.1, straggle=0.1, delay=0.1, zombie=0.06)
 """What the workers of the pools do to the promises; see `Habits`."""
 
 Say = Callable[[str], None]

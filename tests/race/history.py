@@ -79,6 +79,9 @@ class Version:
     publishing: str = ""
     """In a pool: the batches that may be published."""
     workers: tuple[Holder, ...] = ()
+    unpublished: frozenset[int] = frozenset()
+    """Batches of a chain that were fetched and are not published; those that are to be fetched again are not in the
+    counters' `fetched`, though their records count."""
     after_end: str = ""
     """Batches that were published after the end."""
     unknown: str = ""
@@ -401,6 +404,7 @@ def version_of(stored: Json) -> Version:
             Holder(worker=each["worker"], batch=each.get("batch"), attempt=each.get("batchAttempt", 0))
             for each in status.get("workers") or ()
         ),
+        unpublished=frozenset(each["batch"] for each in batches.get("unpublished") or ()),
         after_end=(status.get("afterEnd") or {}).get("published", ""),
         unknown=(status.get("cancellation") or {}).get("unknown", ""),
     )

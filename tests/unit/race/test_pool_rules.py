@@ -224,16 +224,27 @@ def test_a_batch_that_failed_after_it_had_landed_is_no_lie() -> None:
     assert check(run) == []
 
 
+def test_a_batch_that_is_to_be_fetched_again_has_its_records_counted() -> None:
+    """It failed after the chain had gone on from it."""
+    run = history()
+    for number in (30, 35, 45, 50, 55, 70):
+        edit(number, counters=replace(COUNTED, records=(20, 0, 10)), unpublished=frozenset({3}))(run)
+    assert check(run) == []
+    edit(50, unpublished=frozenset())(run)
+    assert rules_of(run) == {"records-wrong"}
+
+
 def test_a_pools_status_is_read() -> None:
     status = {
         "phase": "Cancelled",
-        "batches": {"claimed": "0-3", "publishing": "1-2"},
+        "batches": {"claimed": "0-3", "publishing": "1-2", "unpublished": [{"batch": 3, "cursor": "3"}]},
         "workers": [{"worker": 4, "batch": 2, "batchAttempt": 1}, {"worker": 5, "leaving": True}],
         "afterEnd": {"published": "1"},
         "cancellation": {"unknown": "2"},
     }
     read: Version = version_of({"metadata": {"resourceVersion": "7"}, "spec": {}, "status": status})
     assert (read.publishing, read.after_end, read.unknown) == ("1-2", "1", "2")
+    assert read.unpublished == {3}
     assert read.workers == (held(4, 2, 1), held(5))
 
 
