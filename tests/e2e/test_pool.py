@@ -17,9 +17,14 @@ POOL = {"execution": {"mode": "Pool"}, "parallelism": 3, "backoff": {"initialSec
 
 
 def pods(kubectl: Kubectl, namespace: str, run: str) -> list[Json]:
-    """The run's pods that have not ended."""
+    """The run's pods whose container has not ended; the phase of a pod follows a moment later."""
     found = kubectl.get("-n", namespace, "pods", "-l", f"ingestrun.dev/run={run}")["items"]
-    return [pod for pod in found if pod["status"].get("phase") in ("Pending", "Running")]
+    return [pod for pod in found if not _ended(pod)]
+
+
+def _ended(pod: Json) -> bool:
+    states = [container["state"] for container in pod["status"].get("containerStatuses") or ()]
+    return bool(states) and all("terminated" in state for state in states)
 
 
 def kill_workers(kubectl: Kubectl, namespace: str, run: str) -> None:
