@@ -102,13 +102,15 @@ def policy_of(run: IngestRun, parent: CancelledParent | None) -> CancellationPol
 def skipped_starts(snapshot: Snapshot) -> tuple[AttemptId, ...]:
     """Return the attempts that would start now, or once a backoff is over, if the run were not cancelled.
 
-    A run that is held would start none.
+    A run that is held would start none. What a pool's worker has begun, the worker itself tells; so of an ended run's
+    pool there is nothing more to tell than at its end.
     """
     run = snapshot.run
-    if run.unreadable:
+    if run.unreadable or (run.spec.pooled and run.status.ended):
         return ()
     status = snapshot.status
-    skips = [batch.next_attempt.id for batch in snapshot.batches if batch.next_attempt is not None]
+    held = {entry.batch for entry in run.status.workers or ()}
+    skips = [batch.next_attempt.id for batch in snapshot.batches if batch.next_attempt and batch.index not in held]
     more = claimable(run.spec, status.batches, status.records)
     if more and len(snapshot.batches) < run.spec.parallelism:
         (following,) = next_claims(status.batches, 1)
