@@ -19,14 +19,15 @@ GRACE: Final = 25
 """Seconds between SIGTERM and SIGKILL: far more than the worker needs, so its own end is what is seen."""
 
 ASK: Final = """
-import json, os, urllib.error, urllib.request
+import json, os, ssl, urllib.error, urllib.request
 url, token = os.environ["INGEST_CANCELLATION_URL"], os.environ["INGEST_CANCELLATION_TOKEN"]
+trusted = ssl.create_default_context(cadata=os.environ["INGEST_CANCELLATION_CA"])
 own = url.rsplit("/", 2)[1]
 
 def ask(url, token):
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     try:
-        with urllib.request.urlopen(request) as answer:
+        with urllib.request.urlopen(request, context=trusted) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
@@ -124,7 +125,7 @@ def test_worker_asks_by_the_service_and_stops_early(kubectl: Kubectl, namespace:
     pod = at_work(kubectl, namespace, "asks", "fetch", seconds=300)
     answers = json.loads(kubectl("-n", namespace, "exec", pod, "--", "/venv/bin/python", "-c", ASK))
     url, own, another, made_up = answers
-    assert url.startswith("http://ingestrun-operator.ingestrun-system.svc")
+    assert url.startswith("https://ingestrun-operator.ingestrun-system.svc")
     assert own[0] == 200
     assert (own[1]["name"], own[1]["phase"], own[1]["cancelled"]) == ("asks", "Running", False)
     assert (another[0], another[1]["error"]) == (403, "forbidden")
