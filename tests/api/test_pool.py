@@ -559,7 +559,8 @@ def test_a_fleet_in_full_swing_is_cancelled(
     assert len(commits) < count
     assert {commit.batch for commit in commits} == landed
     assert len(commits) == len(landed)
-    assert record["unknown"] == ""
+    # A worker that lost the answer with its permission ends without a word: only such a batch is unknown.
+    assert not _indexes(record["unknown"]) & landed
     assert told["geo"]
     entries = audit(namespace)
     assert grown_after_end(entries, "geo") == []

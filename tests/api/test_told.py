@@ -134,7 +134,7 @@ def newer_crd(cluster: Cluster, crd: Json, wait_for: WaitFor) -> Iterator[None]:
     status: Json = schema["status"]["properties"]
     status["phase"]["enum"].append("Paused")
     status["lanes"] = {"type": "array", "items": {"type": "string"}}
-    status["batches"]["properties"]["publishing"] = {"type": "string"}
+    status["batches"]["properties"]["auditing"] = {"type": "string"}
     status["conditions"]["items"]["properties"]["severity"] = {"type": "string"}
     schema["spec"]["properties"]["onBatchFailure"]["enum"].append("Skip")
     # One change of the CRD at a time: another session applies it under the same lock.
@@ -167,7 +167,7 @@ def test_what_a_newer_version_has_written_is_held_and_kept(
     written: dict[str, Json] = {
         "paused": {"phase": "Paused"},
         "lanes": {"phase": "Running", "lanes": ["a", "b"]},
-        "publishing": {"phase": "Running", "batches": {"claimed": "0-1", "publishing": "1"}},
+        "auditing": {"phase": "Running", "batches": {"claimed": "0-1", "auditing": "1"}},
         "condition": {"phase": "Pending", "conditions": [throttled]},
     }
     for name, status in written.items():
@@ -191,7 +191,7 @@ def test_what_a_newer_version_has_written_is_held_and_kept(
         assert cluster.run(namespace, name)["status"]["phase"] == "Cancelled"
         assert cluster.jobs(namespace, f"ingestrun.dev/run={name}") == []
     assert cluster.run(namespace, "lanes")["status"]["lanes"] == ["a", "b"]
-    assert cluster.run(namespace, "publishing")["status"]["batches"]["publishing"] == "1"
+    assert cluster.run(namespace, "auditing")["status"]["batches"]["auditing"] == "1"
     assert throttled in cluster.run(namespace, "condition")["status"]["conditions"]
 
 
