@@ -38,14 +38,18 @@ class Wish:
     grace_seconds: int | None = None
 
 
+def _policy_of(wish: Wish) -> Json:
+    """Return the fields of `spec.cancellation` that say how started pods end; none where nothing is said."""
+    grace = {"gracePeriodSeconds": wish.grace_seconds} if wish.grace_seconds is not None else {}
+    return {"policy": TERMINATE, **grace} if wish.terminate else {}
+
+
 def patch_of(run: Run, wish: Wish) -> Json | None:
     """Return the merge patch that asks for the cancel; None if it is asked for already, as far as it can still be.
 
     A request is never weakened, and the reason of an earlier one stays: so a cancel can be repeated by anybody.
     """
-    policy: Json = {"policy": TERMINATE} if wish.terminate else {}
-    if wish.terminate and wish.grace_seconds is not None:
-        policy["gracePeriodSeconds"] = wish.grace_seconds
+    policy = _policy_of(wish)
     if run.phase == Phase.CANCELLED:
         terminates = run.cancellation.get("policy") == TERMINATE
         return {"spec": {"cancellation": policy}} if policy and not terminates and not run.drained else None

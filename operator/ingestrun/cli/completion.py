@@ -47,9 +47,13 @@ def completions(words: Sequence[str]) -> list[str]:
     *before, last = words or [""]
     if not before:
         return [f"{name}\t{text}" for name, (_, text) in COMMANDS.items() if name.startswith(last)] + [NO_FILES]
-    command = before[0]
-    if command not in COMMANDS:
+    if before[0] not in COMMANDS:
         return [NO_FILES]
+    return _of_command(before[0], before, last)
+
+
+def _of_command(command: str, before: Sequence[str], last: str) -> list[str]:
+    """Return the candidates behind a command: values of a flag, flags, or names of runs."""
     parser: Parser = importlib.import_module(f"ingestrun.cli.commands.{COMMANDS[command][0]}").parser()
     flags = {flag: action for action in parser._actions for flag in action.option_strings}
     value_of = flags.get(before[-1])
@@ -57,14 +61,17 @@ def completions(words: Sequence[str]) -> list[str]:
         flag, _, begun = last.partition("=")
         return [f"{flag}={value}" for value in _values(flags.get(flag), before) if value.startswith(begun)] + [NO_FILES]
     if value_of is not None and value_of.nargs is None:
-        if value_of.metavar == "FILE":
-            return [FILES]
-        return [value for value in _values(value_of, before) if value.startswith(last)] + [NO_FILES]
+        files = value_of.metavar == "FILE"
+        return [FILES] if files else [*_beginning(_values(value_of, before), last), NO_FILES]
     if last.startswith("-"):
         return [f"{flag}\t{action.help}" for flag, action in flags.items() if flag.startswith(last)] + [NO_FILES]
     if command in _NAMED:
-        return [name for name in _names(before, _NAMED[command]) if name.startswith(last)] + [NO_FILES]
+        return [*_beginning(_names(before, _NAMED[command]), last), NO_FILES]
     return [NO_FILES]
+
+
+def _beginning(candidates: Iterable[str], last: str) -> list[str]:
+    return [candidate for candidate in candidates if candidate.startswith(last)]
 
 
 def _values(action: argparse.Action | None, before: Sequence[str]) -> Iterable[str]:

@@ -144,7 +144,7 @@ def _in_flight(jobs: Iterable[Json] | None, now: datetime) -> str:
     rows = []
     for job in jobs or ():
         status, labels = job.get("status") or {}, job["metadata"].get("labels") or {}
-        if status.get("completionTime") or any(it.get("type") == "Failed" for it in status.get("conditions") or ()):
+        if _is_over(status):
             continue
         state = "Running" if status.get("ready") else "Queued" if job["spec"].get("suspend") else "Starting"
         since = parse_time(status.get("startTime") or job["metadata"]["creationTimestamp"])
@@ -152,6 +152,12 @@ def _in_flight(jobs: Iterable[Json] | None, now: datetime) -> str:
         rows.append((batch, labels.get(LABEL_STAGE, ""), attempt + 1, state, human_duration(now - since)))
     cells = [[str(cell) for cell in row] for row in sorted(rows)]
     return table(["IN FLIGHT: BATCH", "STAGE", "ATTEMPT", "STATE", "FOR"], cells) if cells else ""
+
+
+def _is_over(status: Mapping[str, Any]) -> bool:
+    """Tell whether a Job with this status has ended."""
+    failed = any(condition.get("type") == "Failed" for condition in status.get("conditions") or ())
+    return failed or bool(status.get("completionTime"))
 
 
 def _retried(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from ingestrun.cli.arguments import Parser, add_cluster_flags, add_output_flag
@@ -9,6 +10,7 @@ from ingestrun.cli.errors import ExitCode, UsageError
 from ingestrun.cli.follow import DELETED, Follower
 from ingestrun.cli.listing import Columns, newest_end_first
 from ingestrun.cli.output import table
+from ingestrun.cli.runs import Run
 from ingestrun.cli.session import Session
 from ingestrun.model.phase import Phase
 
@@ -41,8 +43,7 @@ def run(session: Session) -> ExitCode:
     phases = _phases(options.phase)
     if options.watch and options.output in ("json", "yaml"):
         raise UsageError("--watch goes with a table or with names")
-    # The server selects one phase; a run that has none yet is Pending, too.
-    one = f"status.phase={phases[0]}" if len(phases) == 1 and phases[0] is not Phase.PENDING else None
+    one = _field_selector(phases)
     follower = Follower(session.api, session.scope, selector=options.selector, field_selector=one)
     runs = [found for found in follower.runs.values() if not phases or found.phase in phases]
     columns = Columns(
@@ -56,6 +57,23 @@ def run(session: Session) -> ExitCode:
         body = {"apiVersion": "v1", "kind": "List", "items": [found.body for found in runs]}
         output.data(body, options.output)
         return ExitCode.OK
+    widths = _show(session, follower, columns, runs)
+    while options.watch:
+        for kind, changed in follower.changes(float("inf")):
+            if kind != DELETED and (not phases or changed.phase in phases):
+                row = columns.row(changed, follower.clock.now())
+                output.write(changed.reference if options.output == "name" else table([], [row], widths=widths))
+    return ExitCode.OK
+
+
+def _field_selector(phases: Sequence[Phase]) -> str | None:
+    """Return the selector of one phase; None of several, or of Pending, which a run without a phase is too."""
+    return f"status.phase={phases[0]}" if len(phases) == 1 and phases[0] is not Phase.PENDING else None
+
+
+def _show(session: Session, follower: Follower, columns: Columns, runs: Sequence[Run]) -> list[int]:
+    """Print the list as a table or as names; return the widths of the table's columns, for the lines that follow."""
+    options, output = session.options, session.output
     widths: list[int] = []
     if options.output == "name":
         for found in runs:
@@ -65,12 +83,7 @@ def run(session: Session) -> ExitCode:
         output.write(table(columns.head, [columns.row(found, now) for found in runs], widths=widths))
     else:
         session.complain_of_none()
-    while options.watch:
-        for kind, changed in follower.changes(float("inf")):
-            if kind != DELETED and (not phases or changed.phase in phases):
-                row = columns.row(changed, follower.clock.now())
-                output.write(changed.reference if options.output == "name" else table([], [row], widths=widths))
-    return ExitCode.OK
+    return widths
 
 
 def _phases(text: str) -> list[Phase]:

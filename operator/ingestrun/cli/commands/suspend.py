@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Final
 
@@ -59,6 +60,16 @@ def switch(session: Session, patch: dict[str, Any], done: str) -> ExitCode:
             return ExitCode.OK
     results = side_by_side(partial(_switched, session, patch), keys)
     bodies = [result.body for result in results if isinstance(result, Run)]
+    _tell(session, results, done)
+    if options.output in ("json", "yaml"):
+        one = selection.one and len(bodies) == 1
+        output.data(bodies[0] if one else {"apiVersion": "v1", "kind": "List", "items": bodies}, options.output)
+    return gravest(result.code if isinstance(result, CliError) else ExitCode.OK for result in results)
+
+
+def _tell(session: Session, results: Iterable[Run | CliError], done: str) -> None:
+    """Tell the outcome of each run."""
+    options, output = session.options, session.output
     for result in results:
         if isinstance(result, CliError):
             output.complain(str(result))
@@ -66,10 +77,6 @@ def switch(session: Session, patch: dict[str, Any], done: str) -> ExitCode:
             output.write(result.reference)
         elif not options.output:
             output.write(f"{result.reference} {done}{dry_run_words(session)}")
-    if options.output in ("json", "yaml"):
-        one = selection.one and len(bodies) == 1
-        output.data(bodies[0] if one else {"apiVersion": "v1", "kind": "List", "items": bodies}, options.output)
-    return gravest(result.code if isinstance(result, CliError) else ExitCode.OK for result in results)
 
 
 def dry_run_words(session: Session) -> str:

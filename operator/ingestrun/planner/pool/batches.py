@@ -21,7 +21,7 @@ from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.failure_policy import WORKER_CANCELLED, Failure, outcome_of, strip_control
 from ingestrun.planner.batch.ledger import add_retries, batch_contexts
 from ingestrun.planner.batch.pipeline import WORKER_LABEL, Step
-from ingestrun.planner.batch.retry import MemoryLimit, RetryPolicy, decide_retry, memory_limit_of
+from ingestrun.planner.batch.retry import MemoryLimit, RetryDecision, RetryPolicy, decide_retry, memory_limit_of
 from ingestrun.planner.batch.state import (
     BatchContext,
     BatchState,
@@ -90,24 +90,26 @@ def release(status: IngestRunStatus, states: Sequence[BatchState]) -> IngestRunS
 
     Of one that is tried again it has the checkpoint, without which the number of its next attempt would not be known.
     """
-    held = {state.index for state in states if state.held}
-    workers = [
-        entry if entry.batch is None or entry.batch in held else entry.replace(batch=None, batch_attempt=None)
-        for entry in status.workers or ()
-    ]
+    held = IndexRanges(state.index for state in states if state.held)
+    workers = [_without_batch_unless(entry, held) for entry in status.workers or ()]
     checkpoints = status.batches.checkpoint_by_batch
-    again = [state for state in states if state.retried and state.checkpoint is not None]
-    checkpoints |= {state.index: state.checkpoint for state in again if state.checkpoint is not None}
+    again = [state for state in states if state.retried]
+    checkpoints.update((state.checkpoint.batch, state.checkpoint) for state in again if state.checkpoint is not None)
     publishing = status.batches.publishing or IndexRanges()
     return status.replace(
         workers=workers or None,
         batches=status.batches.replace(
-            publishing=publishing - (publishing - IndexRanges(held)) or None,
+            publishing=publishing - (publishing - held) or None,
             checkpoints=[checkpoints[index] for index in sorted(checkpoints)],
         ),
         # Counted here, because no Job of a pool tells later which attempts there were.
         retries=add_retries(status.retries, (retry for state in again for retry in state.retried)),
     )
+
+
+def _without_batch_unless(entry: WorkerStatus, held: IndexRanges) -> WorkerStatus:
+    """Return the worker without its batch, if that is not among those that are held."""
+    return entry if entry.batch is None or entry.batch in held else entry.replace(batch=None, batch_attempt=None)
 
 
 def _holders(
@@ -263,17 +265,8 @@ def _after_failure(
     failed = stage_failure(index, label, number, failure, decision.explanation if known else "", context.now)
     if not retried:
         return BatchState(index=index, fetched=fetched, failed=failed, failures=(failed,))
-    limit = decision.memory.limit if decision.memory is not None else kept.memory_limit
-    used = decision.used
-    checkpoint = Checkpoint(
-        batch=index,
-        attempt=number + 1,
-        retries=used.retries or None,
-        memory_retries=used.memory or None,
-        disruptions=used.disruptions or None,
-        memory_limit=limit,
-        not_before=context.now + decision.delay if decision.delay else None,
-        may_have_landed=kept.may_have_landed or holder.may_have_published or None,
+    checkpoint = _next_checkpoint(kept, decision, number=number + 1, now=context.now).replace(
+        may_have_landed=kept.may_have_landed or holder.may_have_published or None
     )
     following = _waiting(replace(context, checkpoint=checkpoint), index)
     return replace(
@@ -282,6 +275,20 @@ def _after_failure(
         failures=(failed,),
         retried=((failed.stage, failed.reason),),
         refetched=refetched,
+    )
+
+
+def _next_checkpoint(kept: Checkpoint, decision: RetryDecision, *, number: int, now: datetime) -> Checkpoint:
+    """Return what the status keeps of a batch whose attempt `number` is next."""
+    used = decision.used
+    return Checkpoint(
+        batch=kept.batch,
+        attempt=number,
+        retries=used.retries or None,
+        memory_retries=used.memory or None,
+        disruptions=used.disruptions or None,
+        memory_limit=decision.memory.limit if decision.memory is not None else kept.memory_limit,
+        not_before=now + decision.delay if decision.delay else None,
     )
 
 

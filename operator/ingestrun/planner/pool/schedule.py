@@ -277,9 +277,6 @@ class _PoolSchedule:
         """Return what keeps the pool from having the workers that it wants, and how many are started now."""
         if not self._may_start:
             return None, 0
-        busy = sum(1 for entry in self._staying if entry.batch is not None)
-        demand = min(self._run.spec.max_workers, busy + len(self._due) + self._new_claims())
-        wanted = max(0, demand - len(self._staying))
         jobs = [self._jobs[number] for number in self._workers]
         held = next((job for job in jobs if job.obstacle is not None and holds(job.obstacle)), None)
         if held is not None and held.obstacle is not None:
@@ -287,16 +284,23 @@ class _PoolSchedule:
                 return None, 0  # the others go on, and one more would wait as well
             message = f"worker {held.batch}: {held.obstacle.message}"
             return Backpressure(reason=held.obstacle.kind, message=message, retry_at=None), 0
-        retry_at = self._execution.worker_retry_at
-        if retry_at is not None and retry_at > self._now:
-            self._rechecks.append(retry_at)
-            wanted = 0
+        wanted = self._wanted()
         backpressure = room_of(self._snapshot, wants=wanted)
         if backpressure is None:
             return None, wanted
         if backpressure.retry_at is not None and backpressure.retry_at > self._now:
             self._rechecks.append(backpressure.retry_at)
         return backpressure, min(wanted, backpressure.admitted)
+
+    def _wanted(self) -> int:
+        """Return how many more workers there is work for; none during the backoff after one that failed idle."""
+        retry_at = self._execution.worker_retry_at
+        if retry_at is not None and retry_at > self._now:
+            self._rechecks.append(retry_at)
+            return 0
+        busy = sum(1 for entry in self._staying if entry.batch is not None)
+        demand = min(self._run.spec.max_workers, busy + len(self._due) + self._new_claims())
+        return max(0, demand - len(self._staying))
 
     def _new_workers(self, number: int) -> Iterator[CreateJob]:
         """Take new workers into the status, and yield their creates. None has a number that another has had."""

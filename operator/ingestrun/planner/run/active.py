@@ -107,9 +107,16 @@ def _time_over(snapshot: Snapshot, scheduled: Schedule, due: list[datetime]) -> 
         due += [gives_up] if gives_up is not None else []
     deadline = deadline_of(snapshot.run, status, now=now)
     due += [deadline] if deadline is not None else []
-    due += [at for batch in snapshot.in_flight for at in _rechecks(batch, now)]
-    due += [at for worker in snapshot.workers for at in _rechecks_of(worker, now)]
+    due += _all_rechecks(snapshot)
     return None
+
+
+def _all_rechecks(snapshot: Snapshot) -> Iterator[datetime]:
+    """Yield when the Jobs of the run need a look although no event comes."""
+    for batch in snapshot.in_flight:
+        yield from _rechecks(batch, snapshot.now)
+    for worker in snapshot.workers:
+        yield from _rechecks_of(worker, snapshot.now)
 
 
 def _image_drift(snapshot: Snapshot, pins: list[ImagePin]) -> tuple[Event, ...]:
@@ -166,13 +173,9 @@ def _reconciling(
 
 def _activity(snapshot: Snapshot, phase: Phase, held: Backpressure | None) -> tuple[str, str]:
     """Return the activity of a run, or the obstacle to it, as reason and message."""
-    running = [batch.running for batch in snapshot.in_flight if batch.running is not None]
-    if not any(worker.state is JobState.RUNNING for worker in snapshot.workers):
-        running += snapshot.workers
-    stuck = next((attempt for attempt in running if attempt.obstacle is not None), None)
-    if stuck is not None and stuck.obstacle is not None:
-        what = "worker" if stuck.worker else "batch"
-        return "PodNotStarting", f"{what} {stuck.batch}, Job {stuck.job.name}: {stuck.obstacle.message}"
+    not_starting = _not_starting(snapshot)
+    if not_starting is not None:
+        return "PodNotStarting", not_starting
     if held is not None and held.reason is not None:
         return "Backpressured", held.message
     pods = [batch.running.pod for batch in snapshot.in_flight if batch.running is not None]
@@ -181,6 +184,18 @@ def _activity(snapshot: Snapshot, phase: Phase, held: Backpressure | None) -> tu
     if lost:
         return c.POD_STUCK_TERMINATING, stuck_message(lost)
     return _undisturbed_activity(snapshot, phase)
+
+
+def _not_starting(snapshot: Snapshot) -> str | None:
+    """Return which pod does not start, and why, if that matters: a worker's only while no other runs."""
+    attempts = [batch.running for batch in snapshot.in_flight if batch.running is not None]
+    if not any(worker.state is JobState.RUNNING for worker in snapshot.workers):
+        attempts += snapshot.workers
+    for attempt in attempts:
+        if attempt.obstacle is not None:
+            what = "worker" if attempt.worker else "batch"
+            return f"{what} {attempt.batch}, Job {attempt.job.name}: {attempt.obstacle.message}"
+    return None
 
 
 def _undisturbed_activity(snapshot: Snapshot, phase: Phase) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from ingestrun.model.size_budget import (
     UNMEASURED_RANGES_BYTES,
 )
 from ingestrun.model.spec import IngestRunSpec
-from ingestrun.model.status import Condition, IngestRunStatus, Phase, StageFailure
+from ingestrun.model.status import BatchesStatus, Condition, IngestRunStatus, Phase, StageFailure
 from ingestrun.model.text import truncate
 from ingestrun.model.times import human_duration
 from ingestrun.planner.status import conditions as c
@@ -41,8 +41,6 @@ def finish_status(
     Of a run that is not understood the progress stays as it is stored.
     """
     generation = run.metadata.generation
-    partitions = run.spec.batches.partitions
-    done = len(status.batches.published)
     ended = (phase or status.phase or Phase.PENDING).ended
     if ended and status.condition(c.SUSPENDED) is not None:
         conditions = [*conditions, ConditionUpdate(type=c.SUSPENDED, status="False", reason="Finished")]
@@ -58,15 +56,21 @@ def finish_status(
     finished = status.replace(
         phase=phase or status.phase,
         observed_generation=generation,
-        batches=status.batches.replace(
-            # As the API server insists: what had permission when the run ended, and a batch released since is no harm.
-            publishing=run.status.batches.publishing if ended and not run.status.ended else status.batches.publishing,
-            active=0 if ended else len(status.batches.in_flight),
-            progress=f"{done}/{partitions.total}" if partitions is not None else str(done),
-        ),
+        batches=_finished_batches(run, status.batches, ended=ended),
         conditions=c.merge_conditions(status.conditions, conditions, now=now, generation=generation),
     )
     return fit_status(finished, beside=saved_state_bytes(run.spec))
+
+
+def _finished_batches(run: IngestRun, batches: BatchesStatus, *, ended: bool) -> BatchesStatus:
+    """Return the batches with what people read of them."""
+    partitions, done = run.spec.batches.partitions, len(batches.published)
+    return batches.replace(
+        # As the API server insists: what had permission when the run ended, and a batch released since is no harm.
+        publishing=run.status.batches.publishing if ended and not run.status.ended else batches.publishing,
+        active=0 if ended else len(batches.in_flight),
+        progress=f"{done}/{partitions.total}" if partitions is not None else str(done),
+    )
 
 
 def status_patch(run: IngestRun, status: IngestRunStatus) -> dict[str, Any]:
