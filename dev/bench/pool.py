@@ -8,7 +8,6 @@ and how long a claim took. Whether the runs end as they should is all that is ju
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Final
 
 import pytest
 from tests.api.conftest import Cluster, WaitFor
-from tests.api.operator_process import OperatorProcess
+from tests.api.operator_process import OperatorProcess, api_settings, free_port
 from tests.race.calls import is_event, is_watch, reads, writes
 from tests.race.history import AuditTail
 from tests.race.pool_workers import Fleet, Habits, bound_claim, pool_spec
@@ -91,15 +90,12 @@ def test_pool(
 
 def pool_operator(cluster: Cluster, kubeconfig: Path, namespace: str, log: Path) -> OperatorProcess:
     """Return an operator process that serves the pool on a port of this machine; its key is in the namespace."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
     return OperatorProcess(
         kubeconfig=kubeconfig,
         context=cluster.context,
         namespace=namespace,
         log=log,
-        settings={"INGESTRUN_API_URL": f"http://127.0.0.1:{port}", "INGESTRUN_API_PORT": str(port)},
+        settings=api_settings(free_port()),
     )
 
 

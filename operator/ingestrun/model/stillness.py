@@ -7,16 +7,18 @@ from datetime import datetime
 from typing import Any, Final
 
 from ingestrun.model.names import LABEL_ATTEMPT
-from ingestrun.model.run import cancel_requested
-from ingestrun.model.status import Phase
+from ingestrun.model.phase import Phase
 from ingestrun.model.times import parse_time
 
 _STALE_PHASES: Final = (None, Phase.PENDING, Phase.RUNNING)
 
 
-def may_be_stale(run: Mapping[str, Any]) -> bool:
-    """Tell whether a run, as JSON, should be making progress: it is not suspended, nor over, nor about to be."""
-    leaves = cancel_requested(run) or "deletionTimestamp" in run["metadata"]
+def may_be_stale(run: Mapping[str, Any], *, cancelled: bool) -> bool:
+    """Tell whether a run, as JSON, should be making progress: it is not suspended, nor over, nor about to be.
+
+    `cancelled` is whether it is asked to be cancelled, as far as the caller can tell.
+    """
+    leaves = cancelled or "deletionTimestamp" in run["metadata"]
     suspended = (run.get("spec") or {}).get("suspend") is True
     return (run.get("status") or {}).get("phase") in _STALE_PHASES and not suspended and not leaves
 

@@ -43,7 +43,7 @@ from ingestrun.controller.http.requests import (
 from ingestrun.controller.http.server import Handler, RouteTable
 from ingestrun.kube.errors import Denied, Expired, Forbidden, Invalid, KubeError, NotFound
 from ingestrun.kube.protocol import Cluster, Object, RunKey
-from ingestrun.model.run import has_ended
+from ingestrun.model.run import cancel_requested, has_ended
 from ingestrun.model.status import Phase
 from ingestrun.model.stillness import last_progress, may_be_stale
 
@@ -217,7 +217,7 @@ class PeopleApi(RouteTable):
         patience = timedelta(seconds=body.stale_seconds)
 
         async def judge(run: Object) -> str | None:
-            if not may_be_stale(run):
+            if not may_be_stale(run, cancelled=cancel_requested(run)):
                 return f"it is {phase_of(run)}" if has_ended(run) else "it is suspended, or about to end"
             jobs: Sequence[Object] = ()
             if self._clock() - last_progress(run) >= patience:  # else there is nothing that its Jobs could add
@@ -226,7 +226,11 @@ class PeopleApi(RouteTable):
             return None if still >= patience else f"it made progress {int(still.total_seconds())} s ago"
 
         now = self._clock()
-        candidates = [run for run in runs if may_be_stale(run) and now - last_progress(run) >= patience]
+        candidates = [
+            run
+            for run in runs
+            if may_be_stale(run, cancelled=cancel_requested(run)) and now - last_progress(run) >= patience
+        ]
         reason = body.reason or f"no progress for {body.stale_seconds} s"
         return await self._answer_for_many(
             caller,

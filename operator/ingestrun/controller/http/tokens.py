@@ -61,12 +61,7 @@ def verify(key: bytes, run: RunKey, token: str, *, now: float) -> str:
     match = _TOKEN.fullmatch(token)
     if match is None:
         raise NoTokenError("the token is not one of the cancellation check")
-    expiry, uid = int(match["expiry"]), match["uid"]
-    if not hmac.compare_digest(_mac(key, run, uid, expiry), match["mac"]):
-        raise ForeignTokenError("the token is for another run, or of a key that was replaced")
-    if now >= expiry:
-        raise NoTokenError("the token has expired: its Job was created too long ago")
-    return uid
+    return _uid_of(key, run, match, now=now, foreign="the token is for another run, or of a key that was replaced")
 
 
 def issue_for_worker(key: bytes, run: RunKey, *, uid: str, worker: int, expiry: int) -> str:
@@ -84,12 +79,21 @@ def verify_worker(key: bytes, run: RunKey, token: str, *, now: float) -> tuple[s
     match = _WORKER_TOKEN.fullmatch(token)
     if match is None:
         raise NoTokenError("the token is not one of a pool's worker: it is the pod's INGEST_POOL_TOKEN")
-    expiry, uid, worker = int(match["expiry"]), match["uid"], int(match["worker"])
+    worker = int(match["worker"])
+    foreign = "the token is for another run or worker, or of a key that was replaced"
+    return _uid_of(key, run, match, now=now, worker=worker, foreign=foreign), worker
+
+
+def _uid_of(
+    key: bytes, run: RunKey, match: re.Match[str], *, now: float, foreign: str, worker: int | None = None
+) -> str:
+    """Return the UID in a token of the right form. Raises ForeignTokenError, which says `foreign`; NoTokenError."""
+    expiry, uid = int(match["expiry"]), match["uid"]
     if not hmac.compare_digest(_mac(key, run, uid, expiry, worker=worker), match["mac"]):
-        raise ForeignTokenError("the token is for another run or worker, or of a key that was replaced")
+        raise ForeignTokenError(foreign)
     if now >= expiry:
         raise NoTokenError("the token has expired: its Job was created too long ago")
-    return uid, worker
+    return uid
 
 
 def _mac(key: bytes, run: RunKey, uid: str, expiry: int, *, worker: int | None = None) -> str:

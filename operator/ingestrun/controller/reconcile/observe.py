@@ -114,6 +114,8 @@ class Observer:
         entries = [entry for entry in run.status.workers or () if entry.batch is not None]
         held = [(entry.worker, entry.batch or 0, entry.batch_attempt or 0) for entry in entries]
         times = memory.note_holds(held, now=self._monotonic())
+        if not times:
+            return frozenset()
         allowed = hold_limit(run.spec).total_seconds()
         return frozenset(worker for worker, seconds in times.items() if seconds >= allowed)
 

@@ -75,14 +75,15 @@ def hold_limit(spec: IngestRunSpec) -> timedelta:
 
 def worker_step(spec: IngestRunSpec) -> Step:
     """Return what a worker of the pool is as a step: its deadline leaves time for the last batch that it takes."""
+    steps = steps_of(spec)
     return Step(
         index=WORKER_STEP,
         stage=Stage.WORKER,
         name=WORKER_LABEL,
-        deadline_seconds=WORKER_SECONDS + sum(step.deadline_seconds for step in steps_of(spec)),
+        deadline_seconds=WORKER_SECONDS + sum(step.deadline_seconds for step in steps),
         retries=spec.retries,
         resources=spec.execution.resources,
-        authorization=steps_of(spec)[0].authorization,
+        authorization=steps[0].authorization,
     )
 
 

@@ -90,6 +90,11 @@ class BatchState:
     """True if the batch is to be fetched again, because its Jobs are gone and later batches built on its result."""
 
     @property
+    def not_before(self) -> datetime | None:
+        """Return the end of the backoff before its next attempt; None without one."""
+        return self.next_attempt.not_before if self.next_attempt is not None else None
+
+    @property
     def obstacle(self) -> Obstacle | None:
         """Return why the running Job's pod does not start or cannot be created; None if nothing prevents it."""
         return self.running.obstacle if self.running is not None else None

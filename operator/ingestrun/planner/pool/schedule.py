@@ -7,7 +7,8 @@ cancel and a claim race by compare-and-set.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
+from functools import cached_property
 from typing import Any, Final
 
 from ingestrun.model.pool import Claim, ClaimAnswer, ClaimRequest, FetchedAnswer, FetchedRequest, PublishAnswer
@@ -17,7 +18,7 @@ from ingestrun.planner.actions import CreateJob, DeleteJob, DeletePod
 from ingestrun.planner.batch.attempt import Attempt
 from ingestrun.planner.batch.failure_policy import Failure, FailureAction, RetryBudget, outcome_of, rule_of
 from ingestrun.planner.batch.ledger import claimable, next_claims
-from ingestrun.planner.batch.pipeline import worker_step
+from ingestrun.planner.batch.pipeline import Step, worker_step
 from ingestrun.planner.batch.pod_start import holds, start_timed_out
 from ingestrun.planner.batch.retry import FREE_DISRUPTIONS, MemoryLimit, memory_limit_of, retry_delay
 from ingestrun.planner.batch.state import BatchState, NextAttempt
@@ -70,7 +71,7 @@ class _PoolSchedule:
         }
         """The workers that say that they end: an older claim of theirs may still wait, and nobody reads its answer."""
         self._answers: dict[WorkerRequest, Answer] = {}
-        self._rechecks = [at for batch in self._waiting if (at := _not_before(batch)) is not None and at > self._now]
+        self._rechecks = [at for batch in self._waiting if (at := batch.not_before) is not None and at > self._now]
         self._misses_jobs = any(
             failure.reason == WORKER_LOST for batch in snapshot.batches for failure in batch.failures
         )
@@ -136,8 +137,7 @@ class _PoolSchedule:
         One that was not told to end has failed, however it ended.
         """
         if not job.state.finished:
-            step, graces = worker_step(self._run.spec), self._run.spec.pod_start
-            return start_timed_out(job, step=step, graces=graces, now=self._now)
+            return start_timed_out(job, step=self._step, graces=self._run.spec.pod_start, now=self._now)
         outcome = outcome_of(job)
         if isinstance(outcome, Failure):
             return outcome
@@ -314,7 +314,7 @@ class _PoolSchedule:
             yield CreateJob(
                 attempt=NextAttempt(
                     batch=worker,
-                    step=worker_step(self._run.spec),
+                    step=self._step,
                     number=0,
                     input_attempt=None,
                     memory=MemoryLimit(limit=limit) if limit else None,
@@ -343,6 +343,11 @@ class _PoolSchedule:
 
     # ---- the state of the pool
 
+    @cached_property
+    def _step(self) -> Step:
+        """Return what a worker is as a step: once, because it takes all stages of the spec."""
+        return worker_step(self._run.spec)
+
     @property
     def _execution(self) -> ExecutionStatus:
         return self._status.execution or ExecutionStatus(mode=self._run.spec.execution.mode)
@@ -364,7 +369,3 @@ def _fits(batch: BatchState, worker: Attempt) -> bool:
 def _memory(batch: BatchState) -> int:
     following = batch.next_attempt
     return following.memory.limit if following is not None and following.memory is not None else 0
-
-
-def _not_before(batch: BatchState) -> datetime | None:
-    return batch.next_attempt.not_before if batch.next_attempt is not None else None

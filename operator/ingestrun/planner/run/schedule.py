@@ -109,7 +109,7 @@ def _candidates(snapshot: Snapshot) -> _Candidates:
         claims=max(0, min(free, claimable(run.spec, status.batches, status.records))),
         status=given.status,
         bulk_deletion=given.bulk_deletion,
-        rechecks=[*given.rechecks, *(at for batch in waiting if (at := _not_before(batch)) is not None and at > now)],
+        rechecks=[*given.rechecks, *(at for batch in waiting if (at := batch.not_before) is not None and at > now)],
     )
 
 
@@ -174,10 +174,6 @@ def _hold_back(snapshot: Snapshot, due: _Candidates, backpressure: Backpressure)
     due.claims = min(due.claims, backpressure.admitted - len(due.ready))
     if backpressure.retry_at is not None and backpressure.retry_at > now:
         due.rechecks.append(backpressure.retry_at)
-
-
-def _not_before(batch: BatchState) -> datetime | None:
-    return batch.next_attempt.not_before if batch.next_attempt is not None else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
